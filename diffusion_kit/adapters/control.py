@@ -1,0 +1,210 @@
+"""`Control`: a value that says what conditions a run, with what strength, when and where.
+
+A kind of control is one module of this package with two names: `MODELS`, the classes of networks it is for, and
+`encode(control, site)`, which does once all that can be done once and returns an `EncodedControl`. It is found by the
+class of the control's model; nothing else has to know of it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import pkgutil
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass, field
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from diffusion_kit.models.sources import component_class, load_component
+from diffusion_kit.models.unet import Net, layout
+from diffusion_kit.sampling.doors import Conditioning, Injection, Tree, inside
+
+from .pictures import Pictures, mask_tensor
+
+Mode = Literal["balanced", "prompt", "control"]
+Scale = float | Sequence[float]
+
+
+@dataclass(frozen=True, eq=False)
+class Control:
+    """A condition on a run, beside any other, in any task.
+
+    Attributes:
+        model: a T2IAdapter, MultiAdapter or ControlNetModel, or the name of a control that comes with the base.
+        image: the control image, or one for each prompt; for a MultiAdapter a list, one for each of its nets.
+        scale: strength; a number, or one for each level: down levels from shallow to deep, then the middle. For a
+            MultiAdapter a list has one for each net, and a number s means s / n for each of the n.
+        start, end: fractions of the sampling steps between which the control acts. Step i of n is inside when
+            start <= i / n and (i + 1) / n <= end; so `end=f` beside `start=f` leaves one step to neither, unless f n is
+            whole.
+        mask: greyscale picture in output space; the control acts where it is white.
+        mode: "balanced" acts on both halves of the guidance batch; "prompt" on the conditional half, fading from 1 at
+            the middle to 0.1 at the shallowest residual (guess mode); "control" on the conditional half, not fading.
+
+    Raises:
+        ValueError: a value out of its range.
+    """
+
+    model: Any
+    image: Any
+    _: KW_ONLY
+    scale: Scale = 1.0
+    start: float = 0.0
+    end: float = 1.0
+    mask: Pictures | None = None
+    mode: Mode = "balanced"
+
+    def __post_init__(self) -> None:
+        if not all(isinstance(s, (int, float)) and math.isfinite(s) for s in self.scales):
+            raise ValueError(f"Control scale is {self.scale!r}; it must be a finite number, or a list of them")
+        if not 0 <= self.start <= self.end <= 1:
+            raise ValueError(f"Control window is {self.start} to {self.end}; it must be 0 <= start <= end <= 1")
+        if self.mode not in ("balanced", "prompt", "control"):
+            raise ValueError(f"Control mode is {self.mode!r}; it must be 'balanced', 'prompt' or 'control'")
+
+    @property
+    def scales(self) -> tuple[float, ...]:
+        return tuple(self.scale) if isinstance(self.scale, (list, tuple)) else (self.scale,)  # type: ignore[return-value]
+
+    def level_scales(self, levels: int) -> tuple[float, ...]:
+        """One scale for each level.
+
+        Raises:
+            ValueError: a list of another length.
+        """
+        if len(self.scales) == 1:
+            return self.scales * levels
+        if len(self.scales) != levels:
+            raise ValueError(f"Control scale lists {len(self.scales)} levels; the base has {levels}")
+        return self.scales
+
+
+@dataclass(frozen=True)
+class Site:
+    """What a control needs to know of the run that it enters.
+
+    Attributes:
+        unet: the base's UNet.
+        height, width: of the output, in pixels.
+        latent_size: of the latents.
+        prompts, per_prompt: pictures of the run, image k and prompt k together.
+        timesteps: (n,) of the schedule.
+    """
+
+    unet: Net
+    height: int
+    width: int
+    latent_size: tuple[int, int]
+    prompts: int
+    per_prompt: int
+    timesteps: Tensor
+    device: torch.device
+
+    @property
+    def rows(self) -> int:
+        return self.prompts * self.per_prompt
+
+    @property
+    def levels(self) -> int:
+        return len(self.unet.down_blocks) + 1
+
+    def mask(self, control: Control) -> Tensor | None:
+        """(rows or 1, 1, height, width) in [0, 1], or None."""
+        if control.mask is None:
+            return None
+        mask = mask_tensor(control.mask, self.height, self.width, self.prompts, self.per_prompt, "a control's mask")
+        return mask.to(self.device)
+
+    def weights(self, control: Control, fades: Sequence[float], positions: Sequence[int], scales: Sequence[float]) -> list[Tensor]:
+        """scale x mask x fade for the residuals at `positions` of the UNet's layout, each (rows or 1, 1, h or 1, w or 1)."""
+        places, _ = layout(self.unet, self.latent_size)
+        mask = self.mask(control)
+        weights = []
+        for fade, position in zip(fades, positions, strict=True):
+            level, _, size = places[position]
+            area = torch.ones(1, 1, 1, 1, device=self.device) if mask is None else F.interpolate(mask, size, mode="area")
+            weights.append(scales[level] * fade * area)
+        return weights
+
+
+@dataclass
+class EncodedControl:
+    """A control after its one encoding: see `sampling.doors.Encoded`.
+
+    Attributes:
+        nets: the networks that the executor runs for it.
+    """
+
+    injection: Injection
+    window: tuple[float, float]
+    nets: list[Net] = field(default_factory=list)
+
+    def active(self, step: int, steps: int) -> bool:
+        return inside(step, steps, self.window)
+
+    def tensors(self, conditioning: Conditioning, guided: bool) -> Tree:
+        raise TypeError(f"{type(self).__name__} answers nothing")
+
+
+def fading(n: int, mode: Mode) -> list[float]:
+    """Weights of n residuals from the shallowest to the deepest: all 1, or from 0.1 to 1 in prompt mode."""
+    return torch.logspace(-1, 0, n).tolist() if mode == "prompt" else [1.0] * n
+
+
+def both_halves(values: Tensor, mode: Mode, guided: bool) -> Tensor:
+    """Residuals (B, ...) for the batch of the step: on both halves, or zero on the unconditional one."""
+    if not guided:
+        return values
+    return torch.cat([values if mode == "balanced" else torch.zeros_like(values), values])
+
+
+def encode_control(control: Control, site: Site) -> EncodedControl | None:
+    """Encodes a control once for a run; None if it could do nothing (scale 0, an all-black mask, an empty window).
+
+    Raises:
+        TypeError: no kind of control is known for the model.
+        ValueError: the control does not fit the base.
+    """
+    if not isinstance(control, Control):
+        raise TypeError(f"controls holds a {type(control).__name__}; it must hold Control values")
+    kind = kind_of(control.model)
+    mask = site.mask(control)
+    if not any(control.scales) or control.start == control.end or (mask is not None and not mask.any()):
+        return None
+    return kind.encode(control, site)
+
+
+def kind_of(model: Any) -> ModuleType:
+    for kind in kinds():
+        if isinstance(model, kind.MODELS):
+            return kind
+    known = ", ".join(cls.__name__ for kind in kinds() for cls in kind.MODELS)
+    raise TypeError(f"a {type(model).__name__} is no control: known are {known}, and names of controls of the base")
+
+
+def load_control_model(source: str | Path, **kwargs: Any) -> Any:
+    """The network of a control from a folder, a .safetensors file (a ControlNet) or a hub id; its class by its config.
+
+    Raises:
+        FileNotFoundError: no such folder, file or repository. ValueError: a network of another class.
+    """
+    name = component_class(source) or "ControlNetModel"
+    classes = {cls.__name__: cls for kind in kinds() for cls in kind.MODELS}
+    if name not in classes:
+        raise ValueError(f"{source} is a {name}, which is no control; known are {', '.join(classes)}")
+    return load_component(classes[name], source, **kwargs)
+
+
+@cache
+def kinds() -> tuple[ModuleType, ...]:
+    """The modules of this package that define a kind of control."""
+    package = importlib.import_module(__package__)
+    names = [module.name for module in pkgutil.iter_modules(package.__path__) if not module.ispkg]
+    modules = [importlib.import_module(f"{__package__}.{name}") for name in names]
+    return tuple(module for module in modules if hasattr(module, "MODELS"))

@@ -1,0 +1,125 @@
+"""Pictures on the way in: files that are safe to open, and tensors in the shape that a network takes."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from diffusion_kit.sampling.doors import spread
+
+FORMATS = ("PNG", "JPEG", "WEBP")
+MEGAPIXELS = 64
+
+Picture = Image.Image | np.ndarray | Tensor
+Pictures = Picture | Sequence[Picture]
+
+
+def load_image(source: str | Path | Image.Image, *, background: str = "white", megapixels: float = MEGAPIXELS) -> Image.Image:
+    """A picture from a PNG, JPEG or WEBP file: EXIF rotation applied, colour profile converted to sRGB, transparency laid
+    on `background`. 16-bit greyscale (depth maps) stays 16-bit, mode "I;16"; everything else is RGB.
+
+    Raises:
+        ValueError: no such file, another format, broken, or larger than `megapixels`.
+    """
+    if isinstance(source, Image.Image):
+        return _upright(source, background)
+    path = Path(source)
+    if not path.is_file():
+        raise ValueError(f"no image file {path}")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            picture = Image.open(path, formats=FORMATS)
+        width, height = picture.size
+        if width * height > megapixels * 1e6:
+            raise ValueError(f"{path} has {width} x {height} pixels; at most {megapixels} megapixels are read")
+        picture.load()
+        return _upright(picture, background)
+    except UnidentifiedImageError:
+        raise ValueError(f"{path} is not a PNG, JPEG or WEBP image") from None
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} cannot be read as an image: {error}") from None
+
+
+def _upright(picture: Image.Image, background: str) -> Image.Image:
+    profile = picture.info.get("icc_profile")
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode.startswith("I;16"):
+        return picture
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        under = Image.new("RGBA", picture.size, background)
+        picture = Image.alpha_composite(under, picture)
+    if profile and picture.mode in ("RGB", "CMYK", "L"):
+        try:
+            own = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            converted = ImageCms.profileToProfile(picture, own, ImageCms.createProfile("sRGB"), outputMode="RGB")
+            picture = converted or picture
+        except (ImageCms.PyCMSError, OSError):
+            pass  # a broken profile: the colours are taken as sRGB
+    return picture.convert("RGB")
+
+
+def as_list(pictures: Any) -> list[Any]:
+    return list(pictures) if isinstance(pictures, (list, tuple)) else [pictures]
+
+
+def picture_tensor(pictures: Pictures, height: int, width: int, *, channels: int | None = 3) -> Tensor:
+    """(N, C, height, width) float32 in [0, 1] from PIL pictures, arrays (H, W, C) or tensors ((N,) C, H, W).
+
+    PIL pictures are resized with Lanczos; arrays and tensors, already in [0, 1] if they are floats, to the nearest pixel.
+    One channel is the luma. `channels=None` keeps those of a tensor.
+
+    Raises:
+        ValueError: not a picture, or a number of channels that cannot become the one asked for.
+    """
+    stack = torch.cat([_tensor(picture, height, width, channels) for picture in as_list(pictures)])
+    if channels is None or stack.shape[1] == channels:
+        return stack
+    if stack.shape[1] == 1:
+        return stack.expand(-1, channels, -1, -1)
+    if stack.shape[1] == 3 and channels == 1:
+        weights = torch.tensor([0.299, 0.587, 0.114])  # ITU-R BT.601 luma, as PIL's "L"
+        return (stack * weights[None, :, None, None]).sum(1, keepdim=True)
+    raise ValueError(f"a picture of {stack.shape[1]} channels where {channels} are needed")
+
+
+def _tensor(picture: Picture, height: int, width: int, channels: int | None) -> Tensor:
+    if isinstance(picture, Image.Image):
+        if picture.mode.startswith("I"):
+            picture = Image.fromarray((np.asarray(picture) / 65535).astype(np.float32))  # mode "F"
+        elif channels == 1:
+            picture = picture.convert("L")
+        elif picture.mode != "RGB":
+            picture = picture.convert("RGB")
+        if picture.size != (width, height):
+            picture = picture.resize((width, height), Image.Resampling.LANCZOS)
+        values = np.asarray(picture)
+        values = values if values.ndim == 3 else values[..., None]
+        values = values.astype(np.float32) / (255 if values.dtype == np.uint8 else 1)
+        return torch.from_numpy(values).permute(2, 0, 1)[None]
+    if isinstance(picture, np.ndarray):
+        values = picture[..., None] if picture.ndim == 2 else picture
+        values = values[None] if values.ndim == 3 else values
+        tensor = torch.from_numpy(np.ascontiguousarray(values)).permute(0, 3, 1, 2)
+        tensor = tensor.float() / 255 if values.dtype == np.uint8 else tensor.float()
+    elif isinstance(picture, Tensor):
+        tensor = picture if picture.ndim == 4 else picture[None] if picture.ndim == 3 else picture[None, None]
+        tensor = tensor.float()
+    else:
+        raise ValueError(f"{type(picture).__name__} is not a picture: give a PIL image, an array or a tensor")
+    return tensor if tensor.shape[-2:] == (height, width) else torch.nn.functional.interpolate(tensor, (height, width))
+
+
+def mask_tensor(mask: Pictures, height: int, width: int, prompts: int, per_prompt: int, what: str) -> Tensor:
+    """Greyscale masks, one for each picture or one for all: (B or 1, 1, height, width) in [0, 1]."""
+    values = picture_tensor(mask, height, width, channels=1).clamp(0, 1)
+    return values if len(values) == 1 else spread(values, prompts, per_prompt, what)

@@ -1,0 +1,87 @@
+"""T2I-Adapter (Mou et al. 2023, arXiv 2302.08453): a small network turns the control image into one residual for each
+level of the UNet, once for the whole run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from diffusers import MultiAdapter, T2IAdapter
+from torch import Tensor
+
+from diffusion_kit.models.denoiser import residual_fit
+from diffusion_kit.models.unet import Net, layout
+from diffusion_kit.sampling.doors import Conditioning, Residuals, Tree, spread
+
+from .control import Control, EncodedControl, Mode, Site, both_halves, fading
+from .pictures import as_list, picture_tensor
+
+MODELS = (T2IAdapter, MultiAdapter)
+
+
+@dataclass(frozen=True)
+class AddFeatures:
+    """The same residuals in every step."""
+
+    def __call__(self, tensors: Tree, x: Tensor, call: Tensor, guided: bool) -> Residuals:
+        return Residuals(intra=tensors)
+
+
+@dataclass
+class EncodedFeatures(EncodedControl):
+    features: tuple[Tensor, ...] = ()
+    mode: Mode = "balanced"
+
+    def tensors(self, conditioning: Conditioning, guided: bool) -> Tree:
+        return tuple(both_halves(feature, self.mode, guided) for feature in self.features)
+
+
+def encode(control: Control, site: Site) -> EncodedControl:
+    """Runs the adapter once; scale, mask and fading are in the features afterwards."""
+    adapters, images, shares = _nets(control)
+    features: list[Tensor] = []
+    for adapter, image, share in zip(adapters, images, shares, strict=True):
+        outputs = [share * output for output in _features(adapter, image, site)]
+        features = [a + b for a, b in zip(features, outputs, strict=True)] if features else outputs
+    _, intra = layout(site.unet, site.latent_size)
+    multi = isinstance(control.model, MultiAdapter)
+    scales = (1.0,) * site.levels if multi else control.level_scales(site.levels)
+    weights = site.weights(control, fading(len(features), control.mode), intra[: len(features)], scales)
+    weighted = [(w * f).to(site.unet.dtype) for w, f in zip(weights, features, strict=True)]
+    spreads = tuple(spread(f, site.prompts, site.per_prompt, "a control's image") for f in weighted)
+    return EncodedFeatures(AddFeatures(), (control.start, control.end), features=spreads, mode=control.mode)
+
+
+def _nets(control: Control) -> tuple[list[T2IAdapter], list, list[float]]:
+    """The adapters of a control, the image of each and its share of the sum."""
+    if not isinstance(control.model, MultiAdapter):
+        return [control.model], [control.image], [1.0]
+    adapters, images = list(control.model.adapters), as_list(control.image)
+    n = len(adapters)
+    shares = [control.scales[0] / n] * n if len(control.scales) == 1 else list(control.scales)
+    if len(images) != n or len(shares) != n:
+        raise ValueError(f"a MultiAdapter of {n} nets needs {n} images and scales; got {len(images)} and {len(shares)}")
+    return adapters, images, shares
+
+
+def _features(adapter: Net, image: object, site: Site) -> list[Tensor]:
+    """One tensor (N, C_k, h_k, w_k) for each level, checked against the base."""
+    unshuffle = adapter.downscale_factor
+    if site.height % unshuffle or site.width % unshuffle:
+        raise ValueError(
+            f"a T2I-Adapter with downscale {unshuffle} needs sides that it divides; {site.width} x {site.height} are not"
+        )
+    adapter.to(site.device)
+    channels = adapter.config.in_channels
+    pixels = picture_tensor(image, site.height, site.width, channels=channels)  # type: ignore[arg-type]
+    with torch.no_grad():
+        features = adapter(pixels.to(site.device, adapter.dtype))
+    fit = residual_fit(site.unet, site.latent_size)
+    gives = [(f.shape[1], tuple(f.shape[2:])) for f in features]
+    if gives != fit[: len(gives)]:
+        raise ValueError(f"this T2I-Adapter does not fit the base: it gives {_text(gives)}, the UNet takes {_text(fit)}")
+    return features
+
+
+def _text(shapes: list) -> str:
+    return ", ".join(f"{channels} x {h} x {w}" for channels, (h, w) in shapes)

@@ -1,0 +1,132 @@
+"""Where models come from: the embedded one, folders, single files and hub ids; and what is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+DEFAULT = "default"
+PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+LIBRARIES = {"diffusers", "transformers"}
+
+
+def embedded() -> Path:
+    """Folder of the model that comes with the package."""
+    return Path(__file__).parent / "default"
+
+
+def locate(source: str | Path) -> Path | str:
+    """The folder or safetensors file of a model, or a hub id as it is.
+
+    Raises:
+        ValueError: a pickle, a folder that is no model or leads outside itself.
+        FileNotFoundError: no such folder or file.
+    """
+    if str(source) == DEFAULT:
+        return embedded()
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path
+    if path.suffix in PICKLES:
+        raise ValueError(
+            f"{path} is a pickle, which can run any code when opened; convert it once, on a machine you can lose: "
+            "python -c \"import torch, safetensors.torch as s; d = torch.load('%s', weights_only=True); "
+            "s.save_file(d.get('state_dict', d), '%s')\"" % (path.name, path.with_suffix(".safetensors").name)
+        )
+    if path.is_file():
+        if path.suffix != ".safetensors":
+            raise ValueError(f"{path} is no model: a model is a folder, a .safetensors file or a hub id")
+        return path
+    text = str(source)
+    if path.is_absolute() or text.startswith(".") or text.endswith(".safetensors") or text.count("/") != 1:
+        raise FileNotFoundError(
+            f"no model {text!r}: no folder or file {path.absolute()}, and it is no hub id (owner/name)"
+        )
+    return text
+
+
+def check_folder(folder: Path, passed: set[str]) -> None:
+    """Refuses a model folder that names foreign code, leads outside itself, or lacks a component nobody passed."""
+    index_file = folder / "model_index.json"
+    if not index_file.is_file():
+        raise FileNotFoundError(f"{folder} is no model folder: it has no model_index.json")
+    try:
+        index = json.loads(index_file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{index_file} is not valid JSON: {error}") from None
+    root = folder.resolve()
+    for name, entry in index.items():
+        if name.startswith("_") or not isinstance(entry, list) or entry[0] is None or name in passed:
+            continue
+        library = str(entry[0]).split(".")[0]
+        if library not in LIBRARIES and not hasattr(_peer_pipelines(), library):
+            raise ValueError(
+                f"{index_file} takes {name!r} from the module {entry[0]!r}; only {sorted(LIBRARIES)} are loaded"
+            )
+        component = folder / name
+        if not component.is_dir() or not any(component.iterdir()):
+            raise FileNotFoundError(
+                f"{folder} has no {name!r}: its model_index.json names it, the folder {component} is missing"
+            )
+        for file in (component, *component.rglob("*")):
+            if _leads_outside(file, root):
+                raise ValueError(f"{file} leads outside the model folder {folder}")
+
+
+def _leads_outside(file: Path, root: Path) -> bool:
+    """Links out of the folder; a hub cache's own links (snapshots to blobs of the same repository) are not foreign."""
+    if not file.is_symlink():
+        return not file.resolve().is_relative_to(root)
+    target = file.resolve()
+    repository = root.parents[1] if root.parent.name == "snapshots" else root
+    return not target.is_relative_to(repository)
+
+
+def _peer_pipelines() -> Any:
+    from diffusers import pipelines
+
+    return pipelines
+
+
+@contextmanager
+def one_line(source: str | Path, what: str) -> Iterator[None]:
+    """Turns the many lines in which a missing hub, repository or file is told into one."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, FileNotFoundError) and "\n" not in str(error) and len(str(error)) < 300:
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise FileNotFoundError(
+            f"no {what} {str(source)!r}: no such folder, and the hub did not give it ({reason})"
+        ) from None
+
+
+def component_class(source: str | Path) -> str | None:
+    """Name of a network's class in its config.json; None for a single file, which has no config."""
+    place = locate(source)
+    if isinstance(place, Path) and place.is_file():
+        return None
+    if isinstance(place, Path):
+        config = place / "config.json"
+        if not config.is_file():
+            raise FileNotFoundError(f"{place} is no network: it has no config.json")
+        return str(json.loads(config.read_text()).get("_class_name"))
+    from diffusers import ModelMixin
+
+    with one_line(source, "network"):
+        return str(ModelMixin.load_config(place).get("_class_name"))
+
+
+def load_component(cls: Any, source: str | Path, **kwargs: Any) -> Any:
+    """A network (T2IAdapter, ControlNetModel, ...) from a folder, a safetensors file or a hub id; safetensors only."""
+    place = locate(source)
+    with one_line(source, cls.__name__):
+        if isinstance(place, Path) and place.is_file():
+            return cls.from_single_file(str(place), **kwargs)
+        if isinstance(place, Path) and not (place / "config.json").is_file():
+            raise FileNotFoundError(f"{place} is no {cls.__name__}: it has no config.json")
+        return cls.from_pretrained(str(place), use_safetensors=True, **kwargs)

@@ -1,0 +1,134 @@
+"""Prompts to text states, with CLIP's tokenizers and encoders as SDXL uses them.
+
+The plain way cuts a prompt after the tokenizer's length (77 tokens). `weighted=True` reads prompts of any length, in
+windows of that length whose states stand one after the other, and weights:
+
+    (a red fox)     1.1 times          (a red fox:1.4)   1.4 times         [a red fox]   1 / 1.1 times
+    ((nested))      1.1 x 1.1 times    \\( \\) \\[ \\]      the characters themselves
+
+A weight w moves the state of each token from that of an empty prompt: empty + w (state - empty).
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+STEP = 1.1  # weight of one bracket
+_PIECES = re.compile(r"\\([()\[\]\\])|\(|\[|:\s*([+-]?\d*\.?\d+)\s*\)|\)|\]|[^\\()\[\]:]+|:|\\")
+
+
+class Text(NamedTuple):
+    """states (B, tokens, width) and, of an encoder with a projection, pooled (B, P)."""
+
+    states: Tensor
+    pooled: Tensor | None
+
+
+def encode_text(
+    prompts: Sequence[str], tokenizer: Any, encoder: Any, *, skip: int = 0, length: int | None = None
+) -> Text:
+    """States of the layer before the last (SDXL, arXiv 2307.01952), or `skip` layers further down."""
+    length = length or tokenizer.model_max_length
+    ids = tokenizer(
+        list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+    ).input_ids
+    _warn_of_cut(prompts, tokenizer, ids)
+    return _encode(ids, encoder, skip)
+
+
+def encode_weighted(
+    prompts: Sequence[str], tokenizer: Any, encoder: Any, *, skip: int = 0, windows: int | None = None
+) -> Text:
+    """States of prompts of any length with weights; see the module's text. `windows` is the least number of windows."""
+    room = tokenizer.model_max_length - 2
+    tokens = [_weighted_tokens(prompt, tokenizer) for prompt in prompts]
+    n = max([windows or 1, *(-(-len(own) // room) for own in tokens)])
+    empty = tokenizer("", padding="max_length", max_length=room + 2, return_tensors="pt").input_ids
+    neutral = _encode(empty, encoder, skip).states
+    rows, pooled = [], []
+    for own in tokens:
+        parts = []
+        for k in range(n):
+            part = own[k * room : (k + 1) * room]
+            ids, weights = empty.clone(), torch.ones(room + 2)
+            ids[0, 1 : 1 + len(part)] = torch.tensor([token for token, _ in part], dtype=ids.dtype)
+            if len(part) < room + 1:
+                ids[0, 1 + len(part)] = tokenizer.eos_token_id
+            weights[1 : 1 + len(part)] = torch.tensor([weight for _, weight in part])
+            text = _encode(ids, encoder, skip)
+            parts.append(neutral + weights.to(neutral)[None, :, None] * (text.states - neutral))
+            if k == 0:
+                pooled.append(text.pooled)
+        rows.append(torch.cat(parts, 1))
+    firsts = [own for own in pooled if own is not None]
+    return Text(torch.cat(rows), torch.cat(firsts) if firsts else None)
+
+
+def count_windows(prompts: Sequence[str], tokenizer: Any) -> int:
+    room = tokenizer.model_max_length - 2
+    return max(1, *(-(-len(_weighted_tokens(prompt, tokenizer)) // room) for prompt in prompts))
+
+
+def _encode(ids: Tensor, encoder: Any, skip: int) -> Text:
+    hook = getattr(encoder, "_hf_hook", None)
+    device = getattr(hook, "execution_device", None) or encoder.device
+    out = encoder(ids.to(device), output_hidden_states=True)
+    return Text(out.hidden_states[-(skip + 2)], out[0] if out[0].ndim == 2 else None)
+
+
+def _warn_of_cut(prompts: Sequence[str], tokenizer: Any, ids: Tensor) -> None:
+    for prompt in prompts:
+        whole = tokenizer(prompt).input_ids
+        if len(whole) > ids.shape[1]:
+            lost = tokenizer.decode(whole[ids.shape[1] - 1 : -1])
+            warnings.warn(f"the prompt was cut after {ids.shape[1]} tokens; lost: {lost!r}", stacklevel=5)
+
+
+def _weighted_tokens(prompt: str, tokenizer: Any) -> list[tuple[int, float]]:
+    return [
+        (token, weight)
+        for text, weight in parse_weights(prompt)
+        for token in tokenizer(text, add_special_tokens=False).input_ids
+    ]
+
+
+def parse_weights(prompt: str) -> list[tuple[str, float]]:
+    """Pieces of a prompt and the weight of each. Brackets that are not closed count to the end.
+
+    >>> parse_weights("a (red:1.5) fox")
+    [('a ', 1.0), ('red', 1.5), (' fox', 1.0)]
+    """
+    pieces: list[tuple[str, float]] = []
+    open_round: list[int] = []
+    open_square: list[int] = []
+
+    def scale_from(start: int, factor: float) -> None:
+        pieces[start:] = [(text, weight * factor) for text, weight in pieces[start:]]
+
+    for match in _PIECES.finditer(prompt):
+        piece, escaped, weight = match[0], match[1], match[2]
+        if escaped:
+            pieces.append((escaped, 1.0))
+        elif piece == "(":
+            open_round.append(len(pieces))
+        elif piece == "[":
+            open_square.append(len(pieces))
+        elif weight is not None and open_round:
+            scale_from(open_round.pop(), float(weight))
+        elif piece == ")" and open_round:
+            scale_from(open_round.pop(), STEP)
+        elif piece == "]" and open_square:
+            scale_from(open_square.pop(), 1 / STEP)
+        else:
+            pieces.append((piece, 1.0))
+    for start in open_round:
+        scale_from(start, STEP)
+    for start in open_square:
+        scale_from(start, 1 / STEP)
+    return pieces

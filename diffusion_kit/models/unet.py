@@ -1,0 +1,228 @@
+"""The UNet as two functions over diffusers' own blocks, and what of it need not be computed in every step.
+
+`encode` runs conv_in, the down blocks and the middle, `decode` the up blocks and conv_out. A ControlNet has the same
+encoder, so `encode` runs it as well. Embeddings of all timesteps (`embeddings`) and keys and values of the text
+(`text_keys_values`) are made before the loop.
+
+A network that is not of the plain kind (`obstacle` says why) runs through its own forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from torch import Tensor, nn
+
+Net = Any  # a network of diffusers: its parts are attributes that the type of nn.Module does not know
+KeysValues = Mapping[str, tuple[Tensor, Tensor]]  # attention layer -> keys and values, each (B, heads, tokens, width)
+Context = Tensor | KeysValues | None
+
+BLOCKS = {
+    "DownBlock2D",
+    "CrossAttnDownBlock2D",
+    "UNetMidBlock2D",
+    "UNetMidBlock2DCrossAttn",
+    "UpBlock2D",
+    "CrossAttnUpBlock2D",
+}
+
+
+def encode(
+    net: Net,
+    x: Tensor,
+    emb: Tensor,
+    context: Context,
+    *,
+    hint: Tensor | None = None,
+    intra: Sequence[Tensor] = (),
+) -> tuple[Tensor, list[Tensor]]:
+    """conv_in, down blocks, middle.
+
+    Args:
+        net: UNet2DConditionModel or ControlNetModel.
+        x: (B, C, H, W) model input.
+        emb: (B, D) time and added embedding.
+        context: what cross-attention sees: the text's keys and values, or its states (B, tokens, width).
+        hint: added after conv_in (a ControlNet's embedded control image).
+        intra: one residual for each down block, then the middle; it may be shorter.
+
+    Returns:
+        The middle's output and every skip connection, conv_in's first.
+    """
+    h = net.conv_in(x)
+    if hint is not None:
+        h = h + hint
+    skips = [h]
+    residuals = list(intra)
+    for block in net.down_blocks:
+        added = residuals.pop(0) if residuals else None
+        if getattr(block, "has_cross_attention", False):
+            h, outputs = block(h, emb, encoder_hidden_states=context, additional_residuals=added)
+            skips += outputs
+        else:
+            h, outputs = block(h, emb)
+            skips += outputs
+            if added is not None:  # the peer adds in place, so the block's last skip, the same tensor, has it too
+                h = h + added
+                skips[-1] = h
+    if net.mid_block is not None:
+        with_text = getattr(net.mid_block, "has_cross_attention", False)
+        h = net.mid_block(h, emb, encoder_hidden_states=context) if with_text else net.mid_block(h, emb)
+        if residuals and residuals[0].shape[1:] == h.shape[1:]:
+            h = h + residuals[0]
+    return h, skips
+
+
+def decode(net: Net, h: Tensor, skips: Sequence[Tensor], emb: Tensor, context: Context) -> Tensor:
+    """Up blocks and output convolution: the prediction (B, C, H, W)."""
+    skips = list(skips)
+    resize = any(size % 2**net.num_upsamplers for size in skips[0].shape[-2:])
+    for block in net.up_blocks:
+        used = tuple(skips[-len(block.resnets) :])
+        del skips[-len(block.resnets) :]
+        size = skips[-1].shape[2:] if resize and skips else None
+        if getattr(block, "has_cross_attention", False):
+            h = block(h, used, emb, encoder_hidden_states=context, upsample_size=size)
+        else:
+            h = block(h, used, emb, upsample_size=size)
+    if net.conv_norm_out:
+        h = net.conv_act(net.conv_norm_out(h))
+    return net.conv_out(h)
+
+
+def layout(net: Net, size: tuple[int, int]) -> tuple[list[tuple[int, int, tuple[int, int]]], list[int]]:
+    """Level, channels and spatial size of each skip and of the middle, for latents of `size`; and the position, in that
+    list, of the tensors to which T2I residuals are added. Level k is down block k, the last level the middle."""
+    channels = net.conv_in.out_channels
+    places, intra = [(0, channels, size)], []
+    for level, block in enumerate(net.down_blocks):
+        channels = block.resnets[-1].out_channels
+        places += [(level, channels, size)] * len(block.resnets)
+        intra.append(len(places) - 1)
+        if block.downsamplers is not None:
+            size = ((size[0] + 1) // 2, (size[1] + 1) // 2)
+            places.append((level, channels, size))
+            if not getattr(block, "has_cross_attention", False):
+                intra[-1] = len(places) - 1
+    places.append((len(net.down_blocks), channels, size))
+    return places, [*intra, len(places) - 1]
+
+
+def embeddings(
+    net: Net, timesteps: Tensor, rows: int, added: Mapping[str, Tensor], timestep_cond: Tensor | None = None
+) -> Tensor:
+    """Time plus added embedding of every timestep, (n, rows, D).
+
+    Args:
+        timesteps: (n,).
+        added: "text_embeds" (rows, P) and "time_ids" (rows, k) where the network takes them.
+        timestep_cond: (rows, E) embedding of the guidance scale, for networks distilled with it.
+    """
+    dtype = net.dtype
+    sinusoids = net.time_proj(timesteps).to(dtype)[:, None].expand(-1, rows, -1)
+    condition = None if timestep_cond is None else timestep_cond.to(dtype).expand(len(timesteps), -1, -1)
+    emb = net.time_embedding(sinusoids, condition)
+    if net.config.addition_embed_type == "text_time":
+        sizes = net.add_time_proj(added["time_ids"].flatten()).reshape(rows, -1)
+        emb = emb + net.add_embedding(torch.cat([added["text_embeds"], sizes.to(added["text_embeds"])], -1).to(dtype))
+    if getattr(net, "time_embed_act", None) is not None:
+        emb = net.time_embed_act(emb)
+    return emb
+
+
+def text_keys_values(net: Net, states: Tensor) -> KeysValues:
+    """Keys and values of the text, (B, tokens, width), for each cross-attention layer of the network."""
+    return {
+        name: (_heads(layer, layer.to_k(states)), _heads(layer, layer.to_v(states)))
+        for name, layer in attention_layers(net)
+        if layer.is_cross_attention
+    }
+
+
+def attention_layers(net: Net) -> list[tuple[str, Attention]]:
+    return [(name, layer) for name, layer in net.named_modules() if isinstance(layer, Attention)]
+
+
+def _heads(layer: Attention, x: Tensor) -> Tensor:
+    """(B, tokens, width) -> (B, heads, tokens, width / heads)"""
+    return x.unflatten(-1, (layer.heads, -1)).transpose(1, 2)
+
+
+class _Attend:
+    """Attention processor of the executor: self-attention, or cross-attention over keys and values made before."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: KeysValues | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        query = _heads(attn, attn.to_q(hidden_states))
+        if encoder_hidden_states is None:
+            key, value = _heads(attn, attn.to_k(hidden_states)), _heads(attn, attn.to_v(hidden_states))
+        else:
+            key, value = encoder_hidden_states[self.name]
+        out = F.scaled_dot_product_attention(query, key, value)
+        return attn.to_out[0](out.transpose(1, 2).flatten(2))
+
+
+# One processor a layer for the life of a network: a compiled step finds the same objects in every run.
+_processors: WeakKeyDictionary[nn.Module, dict[str, _Attend]] = WeakKeyDictionary()
+
+
+@contextmanager
+def installed(*nets: Net) -> Iterator[None]:
+    """The executor's attention inside the block; afterwards every network has the processors that it had before."""
+    with ExitStack() as stack:
+        for net in nets:
+            layers = attention_layers(net)
+            own = _processors.setdefault(net, {name: _Attend(name) for name, _ in layers})
+            for name, layer in layers:
+                stack.callback(setattr, layer, "processor", layer.processor)
+                layer.processor = own[name]
+        yield
+
+
+def obstacle(net: Net) -> str | None:
+    """Why a network has to run through its own forward; None if the executor can run it."""
+    if hasattr(net, "_orig_mod") or getattr(net, "_compiled_call_impl", None):
+        return "it was compiled by the caller"
+    if "forward" in vars(net) and not hasattr(net, "_hf_hook"):
+        return "its forward was replaced"
+    if hasattr(net, "_diffusers_hook") or net._forward_hooks or net._forward_pre_hooks:
+        return "it has hooks of its own"
+    config = net.config
+    blocks = [*net.down_blocks, net.mid_block, *getattr(net, "up_blocks", ())]
+    unknown = {type(block).__name__ for block in blocks if block is not None} - BLOCKS
+    if unknown:
+        return f"it has blocks of another kind: {', '.join(sorted(unknown))}"
+    if config.get("addition_embed_type") not in (None, "text_time") or config.get("class_embed_type") is not None:
+        return "it has embeddings of another kind"
+    if net.class_embedding is not None or net.encoder_hid_proj is not None or config.get("center_input_sample"):
+        return "it has inputs of another kind"
+    if getattr(net, "position_net", None) is not None:
+        return "it has GLIGEN layers"
+    if not all(_stock(layer) for _, layer in attention_layers(net)):
+        return "it has attention processors of its own"
+    return None
+
+
+def _stock(layer: Attention) -> bool:
+    extras = (layer.group_norm, layer.spatial_norm, layer.norm_cross, layer.norm_q, layer.norm_k, layer.add_k_proj)
+    return (
+        type(layer.processor) is AttnProcessor2_0
+        and all(extra is None for extra in extras)
+        and not (layer.residual_connection or layer.fused_projections)
+        and layer.rescale_output_factor == 1.0
+        and layer.scale_qk
+    )

@@ -1,0 +1,107 @@
+"""Pictures to latents and back, through an AutoencoderKL or AutoencoderTiny."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffusion_kit.sampling.noise import Generators
+
+
+def scale_factor(vae: Any) -> int:
+    """Pixels of a latent's side."""
+    return 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+@torch.no_grad()
+def encode_picture(vae: Any, pixels: Tensor, generator: Generators, dtype: torch.dtype) -> Tensor:
+    """Latents (N, C, h, w) of pictures (N, 3, H, W) in [-1, 1], sampled from the encoder's posterior.
+
+    With a list of generators picture k is drawn from generator k.
+    """
+    with _upcast(vae):
+        pixels = pixels.to(vae.dtype)
+        if isinstance(generator, (list, tuple)):
+            rows = [_posterior(vae, pixels[k : k + 1], own) for k, own in enumerate(generator)]
+            latents = torch.cat(rows)
+        else:
+            latents = _posterior(vae, pixels, generator)  # type: ignore[arg-type]
+    shift, std = _statistics(vae, latents)
+    return ((latents - shift) * (vae.config.scaling_factor / std)).to(dtype)
+
+
+@torch.no_grad()
+def decode_latents(vae: Any, latents: Tensor) -> Tensor:
+    """Pictures (N, 3, H, W), about [-1, 1], of latents.
+
+    Raises:
+        RuntimeError: the decoder overflowed (float16), which would be a black picture.
+    """
+    with _upcast(vae):
+        latents = latents.to(vae.dtype)
+        shift, std = _statistics(vae, latents)
+        pixels = vae.decode(latents * (std / vae.config.scaling_factor) + shift, return_dict=False)[0]
+    if not torch.isfinite(pixels).all():
+        raise RuntimeError(
+            f"the VAE overflowed in {str(vae.dtype).removeprefix('torch.')}: use pipe.vae.to(torch.float32), "
+            "force_upcast in its config, or a VAE made for half precision (madebyollin/sdxl-vae-fp16-fix)"
+        )
+    return pixels
+
+
+@contextmanager
+def _upcast(vae: Any) -> Iterator[None]:
+    """float32 inside the block for a VAE that says it overflows in float16."""
+    dtype = vae.dtype
+    if dtype != torch.float16 or not vae.config.get("force_upcast"):
+        yield
+        return
+    vae.to(dtype=torch.float32)
+    try:
+        yield
+    finally:
+        vae.to(dtype=dtype)
+
+
+def _posterior(vae: Any, pixels: Tensor, generator: torch.Generator | None) -> Tensor:
+    out = vae.encode(pixels)
+    return out.latent_dist.sample(generator) if hasattr(out, "latent_dist") else out.latents
+
+
+def _statistics(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the latents where the config gives them, else 0 and 1; (1, C, 1, 1)."""
+    mean, std = vae.config.get("latents_mean"), vae.config.get("latents_std")
+    if mean is None or std is None:
+        return like.new_zeros(1), like.new_ones(1)
+    return like.new_tensor(mean).view(1, -1, 1, 1), like.new_tensor(std).view(1, -1, 1, 1)
+
+
+@torch.no_grad()
+def preview_matrix(vae: Any) -> Tensor:
+    """(C + 1, 3): the affine map from latents to RGB in [-1, 1] that is nearest to the VAE on plain colours.
+
+    27 colours are encoded and RGB is fitted on their latents by least squares; made once for a VAE and kept.
+    """
+    cached = getattr(vae, "_preview_matrix", None)
+    if cached is not None:
+        return cached
+    levels = torch.tensor([-0.8, 0.0, 0.8])
+    colours = torch.cartesian_prod(levels, levels, levels)  # (27, 3)
+    side = 8 * scale_factor(vae)
+    pixels = colours[:, :, None, None].expand(-1, -1, side, side).to(vae.device)
+    latents = encode_picture(vae, pixels, torch.Generator(vae.device).manual_seed(0), torch.float32)
+    centres = latents[:, :, 3:5, 3:5].mean((2, 3)).cpu()
+    inputs = torch.cat([centres, torch.ones(len(centres), 1)], 1)
+    matrix = torch.linalg.lstsq(inputs, colours).solution.to(vae.device)
+    object.__setattr__(vae, "_preview_matrix", matrix)
+    return matrix
+
+
+def preview(matrix: Tensor, latents: Tensor) -> Tensor:
+    """(B, 3, h, w) in [0, 1]: a small picture of predicted clean latents (B, C, h, w)."""
+    rgb = torch.einsum("bchw,cr->brhw", latents.float(), matrix[:-1]) + matrix[-1][None, :, None, None]
+    return (rgb / 2 + 0.5).clamp(0, 1)

@@ -1,0 +1,1 @@
+"""Families of pipelines, the factories over them, and the peer-named classes."""

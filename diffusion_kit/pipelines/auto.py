@@ -1,0 +1,98 @@
+"""Factories: the pipeline of a model, whatever its family."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, ClassVar
+
+from diffusers import DiffusionPipeline
+
+from diffusion_kit.models.sources import locate, one_line
+
+from . import sdxl, sdxl_peers
+from .base import ControlledPipeline
+
+# Family of each class name that a model_index.json may hold, and its peer-named classes by (adapter, task).
+FAMILIES: dict[str, type[ControlledPipeline]] = {
+    name: sdxl.SDXLPipeline
+    for name in vars(sdxl_peers)
+    if name.startswith("StableDiffusionXL") and name.endswith("Pipeline")
+}
+WITH_ADAPTER: dict[tuple[type, str, str], type[ControlledPipeline]] = {
+    (sdxl.SDXLPipeline, "adapter", "text"): sdxl_peers.StableDiffusionXLAdapterPipeline,
+    (sdxl.SDXLPipeline, "controlnet", "text"): sdxl_peers.StableDiffusionXLControlNetPipeline,
+    (sdxl.SDXLPipeline, "controlnet", "image"): sdxl_peers.StableDiffusionXLControlNetImg2ImgPipeline,
+    (sdxl.SDXLPipeline, "controlnet", "inpaint"): sdxl_peers.StableDiffusionXLControlNetInpaintPipeline,
+}
+
+
+class _AutoPipeline:
+    """`from_pretrained(source, ...)` and `from_pipe(pipe, ...)`.
+
+    With `adapter=` or `controlnet=` the result answers the peer's call arguments; without, it is the family, which takes
+    `controls=` and does all three tasks by what it is given.
+    """
+
+    task: ClassVar[str]
+
+    def __init__(self) -> None:
+        raise TypeError(f"use {type(self).__name__}.from_pretrained(source) or .from_pipe(pipe)")
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, **kwargs: Any) -> Any:
+        """The pipeline of "default", a folder, a .safetensors file or a hub id.
+
+        Raises:
+            FileNotFoundError: no such model. ValueError: a family that the kit does not have.
+        """
+        return cls._class(_class_name(source), kwargs, str(source)).from_pretrained(source, **kwargs)
+
+    @classmethod
+    def from_pipe(cls, pipe: DiffusionPipeline, **kwargs: Any) -> Any:
+        """A pipeline over the same components, of the kit's or the peer's pipeline; nothing is loaded."""
+        name = getattr(pipe, "peer_name", "") or type(pipe).__name__
+        own = {key: getattr(pipe, key) for key in ("adapter", "controlnet") if hasattr(pipe, key)}
+        takes = {key for _, key, task in WITH_ADAPTER if task == cls.task}
+        chosen = {**{key: value for key, value in own.items() if key in takes}, **kwargs}
+        target = cls._class(name, chosen, name)
+        return target.from_pipe(pipe, **chosen)
+
+    @classmethod
+    def _class(cls, name: str, kwargs: dict[str, Any], source: str) -> type[ControlledPipeline]:
+        if name not in FAMILIES:
+            known = ", ".join(sorted({family.__name__.removesuffix("Pipeline") for family in FAMILIES.values()}))
+            raise ValueError(f"{source} is a {name}; the families of this version are {known}")
+        family = FAMILIES[name]
+        if "adapter" in kwargs and cls.task != "text":
+            raise ValueError(f"{cls.__name__} takes no adapter=: pass controls=[Control(adapter, image)] to the call")
+        for adapter in ("adapter", "controlnet"):
+            if adapter in kwargs:
+                return WITH_ADAPTER[family, adapter, cls.task]
+        return family
+
+
+class AutoPipelineForText2Image(_AutoPipeline):
+    task = "text"
+
+
+class AutoPipelineForImage2Image(_AutoPipeline):
+    task = "image"
+
+
+class AutoPipelineForInpainting(_AutoPipeline):
+    task = "inpaint"
+
+
+def _class_name(source: str | Path) -> str:
+    """The class that a model's index names; SDXL for a single file, whose keys the loader checks."""
+    place = locate(source)
+    if isinstance(place, Path) and place.is_file():
+        return "StableDiffusionXLPipeline"
+    if isinstance(place, Path):
+        index = place / "model_index.json"
+        if not index.is_file():
+            raise FileNotFoundError(f"{place} is no model folder: it has no model_index.json")
+        return str(json.loads(index.read_text()).get("_class_name"))
+    with one_line(source, "model"):
+        return str(DiffusionPipeline.load_config(place)["_class_name"])

@@ -1,0 +1,226 @@
+"""What every family's pipeline has: loading that refuses what is unsafe, saving that the peer reads, controls by name, one
+call from arguments to pictures."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils.peft_utils import scale_lora_layers, unscale_lora_layers
+from torch import Tensor, nn
+
+from diffusion_kit.adapters.control import Control, EncodedControl, Site, encode_control, load_control_model
+from diffusion_kit.models.denoiser import UNetDenoiser
+from diffusion_kit.models.sources import check_folder, embedded, locate, one_line
+from diffusion_kit.models.unet import installed, obstacle
+from diffusion_kit.models.vae import decode_latents, preview, preview_matrix
+from diffusion_kit.sampling.engines import Compiled, Engine, eager
+from diffusion_kit.sampling.loop import Run, sample
+from diffusion_kit.sampling.schedule import Schedule
+
+from .arguments import bind, signature_of
+
+class ControlledPipeline(DiffusionPipeline):
+    """A base family. Its subclass gives `Call`, the dataclass of its arguments, and `generate`.
+
+    A peer-named subclass gives `arguments` (names in the peer's order), `defaults` and `translate`, which turns the peer's
+    arguments into the family's.
+    """
+
+    Call: ClassVar[type]
+    arguments: ClassVar[str] = ""
+    defaults: ClassVar[Mapping[str, Any]] = {}
+    peer_name: ClassVar[str] = ""
+    engine: Engine = staticmethod(eager)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if not hasattr(cls, "Call"):
+            return
+        names = cls.arguments.split() or [field.name for field in dataclasses.fields(cls.Call)]
+        signature = signature_of(cls.Call, names, cls.defaults)
+
+        @torch.no_grad()
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            values = bind(signature, type(self).__name__, args, kwargs)
+            return self.generate(self.Call(**self.translate(values)))
+
+        call.__signature__ = signature  # type: ignore[attr-defined]
+        call.__name__, call.__qualname__ = "__call__", f"{cls.__name__}.__call__"
+        call.__doc__ = cls.Call.__doc__
+        cls.__call__ = call
+
+    def translate(self, values: dict[str, Any]) -> dict[str, Any]:
+        """From this class's call arguments to the family's."""
+        return values
+
+    def generate(self, call: Any) -> Any:
+        raise TypeError(f"{type(self).__name__} is no family: it has no generate")
+
+    # Loading and saving
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, **kwargs: Any) -> Any:
+        """Loads from "default" (the embedded model), a folder, a .safetensors file or a hub id.
+
+        Keyword arguments are those of diffusers' `from_pretrained`. Only safetensors are read, no remote code is run.
+
+        Raises:
+            FileNotFoundError: nothing there; says what was looked for and where.
+            ValueError: a pickle, or a folder that leads outside itself.
+        """
+        if kwargs.pop("trust_remote_code", False):
+            raise ValueError("trust_remote_code is refused: a model is weights and configuration, never code")
+        place = locate(source)
+        if isinstance(place, Path) and place.is_file():
+            with one_line(source, "model configuration for the file"):
+                return cls.from_single_file(str(place), **kwargs)
+        if isinstance(place, Path):
+            check_folder(place, passed=set(kwargs))
+            if place == embedded() and "torch_dtype" not in kwargs and "dtype" not in kwargs:
+                kwargs["torch_dtype"] = torch.float32
+        kwargs.setdefault("use_safetensors", True)
+        with one_line(source, "model"):
+            return super().from_pretrained(str(place), **kwargs)
+
+    def to_json_string(self) -> str:
+        """model_index.json with the peer's class name, so that the peer reads our folders."""
+        config = json.loads(super().to_json_string())
+        config["_class_name"] = self.peer_name or type(self).__name__
+        return json.dumps(config, indent=2, sort_keys=True) + "\n"
+
+    # Controls
+
+    def resolve_control(self, control: Control) -> Control:
+        """Replaces the name of a control that comes with the base by its network, loaded once."""
+        if not isinstance(control, Control) or not isinstance(control.model, (str, Path)):
+            return control
+        return dataclasses.replace(control, model=self.load_control(str(control.model)))
+
+    @property
+    def _controls_folder(self) -> Path:
+        return Path(str(self.config.get("_name_or_path", "")), "controls")
+
+    @property
+    def control_names(self) -> list[str]:
+        """Names of the controls that come with the base."""
+        return sorted(path.parent.name for path in self._controls_folder.glob("*/config.json"))
+
+    def load_control(self, name: str) -> nn.Module:
+        """The control `controls/NAME` of the base's model folder.
+
+        Raises:
+            ValueError: the base has none of that name; names those it has.
+        """
+        loaded: dict[str, nn.Module] = self.__dict__.setdefault("_base_controls", {})
+        if name not in loaded:
+            folder, names = self._controls_folder, self.control_names
+            if name not in names:
+                has = f"it has {', '.join(names)}" if names else "it has none"
+                raise ValueError(f"no control {name!r} comes with the base ({has}); give a network or a path to one")
+            loaded[name] = load_control_model(folder / name, torch_dtype=self.unet.dtype)
+        return loaded[name]
+
+    def encode_controls(self, controls: Sequence[Control], site: Site) -> list[EncodedControl]:
+        """Every control that can act in this run, encoded once."""
+        encoded = [encode_control(self.resolve_control(control), site) for control in controls]
+        return [control for control in encoded if control is not None]
+
+    # Running
+
+    def compile_step(self, **options: Any) -> Compiled:
+        """From now on whole steps run compiled, one graph for each signature; `options` are torch.compile's."""
+        self.engine = Compiled(**options)
+        return self.engine
+
+    def explain(self) -> str:
+        """What runs where, in a few lines."""
+        why = obstacle(self.unet)
+        lines = [
+            f"model      {self.config.get('_name_or_path') or type(self).__name__}",
+            f"device     {self._execution_device}, {str(self.unet.dtype).removeprefix('torch.')}",
+            f"unet       {'executor: text keys/values and embeddings made once' if why is None else f'its own forward: {why}'}",
+            f"engine     {'compiled steps' if isinstance(self.engine, Compiled) else 'eager'}",
+            f"scheduler  {type(self.scheduler).__name__}",
+        ]
+        return "\n".join(lines)
+
+    @property
+    def guidance_scale(self) -> float:
+        return self._guidance_scale
+
+    @property
+    def guidance_rescale(self) -> float:
+        return self._guidance_rescale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        return self._guidance_scale > 1 and self.unet.config.time_cond_proj_dim is None
+
+    @property
+    def num_timesteps(self) -> int:
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        return self._interrupt
+
+    @property
+    def cross_attention_kwargs(self) -> dict[str, Any] | None:
+        return self._cross_attention_kwargs
+
+    @contextmanager
+    def _lora_scale(self, *models: Any) -> Iterator[None]:
+        """The scale of `cross_attention_kwargs` on the LoRA layers inside the block."""
+        scale = (self._cross_attention_kwargs or {}).get("scale")
+        with ExitStack() as stack:
+            for model in models if scale is not None else ():
+                scale_lora_layers(model, weight=scale)
+                stack.callback(unscale_lora_layers, model, weight=scale)
+            yield
+
+    def denoise(self, run: Run, latents: Tensor, on_call: Callable[..., Tensor]) -> Tensor:
+        """The loop, with the executor's attention installed and offloading told that the UNet is needed."""
+        nets = [net for control in run.controls for net in control.nets]  # type: ignore[attr-defined]
+        if isinstance(run.denoiser, UNetDenoiser):
+            nets.append(self.unet)
+        unique = list({id(net): net for net in nets}.values())
+        with installed(*unique), self._lora_scale(self.unet):
+            for net in unique:
+                if getattr(net, "_hf_hook", None) is not None:
+                    net._hf_hook.pre_forward(net)
+            return sample(run, latents, on_call)
+
+    def decode(self, latents: Tensor, output_type: str) -> Any:
+        """Pictures of the latents as "pil", "np" or "pt"; "latent" gives the latents."""
+        if output_type == "latent":
+            return latents
+        device = getattr(getattr(self.vae, "_hf_hook", None), "execution_device", None) or latents.device
+        pixels = decode_latents(self.vae, latents.to(device))
+        if getattr(self, "watermark", None) is not None:
+            pixels = self.watermark.apply_watermark(pixels)
+        return self.image_processor.postprocess(pixels, output_type=output_type)
+
+    def preview(self, latents: Tensor) -> Tensor:
+        """(B, 3, h, w) in [0, 1]: a picture of latents for the price of a matrix product."""
+        return preview(preview_matrix(self.vae), latents)
+
+    def steps_bar(self, schedule: Schedule) -> Callable[[int], None]:
+        """A progress bar over sampling steps; the function returned is told each call that is done."""
+        bar = self.progress_bar(total=schedule.steps)
+        of_call = schedule.step_of_call
+
+        def done(call: int) -> None:
+            last = call + 1 == len(of_call)
+            if last or of_call[call + 1] != of_call[call]:
+                bar.update()
+            if last:
+                bar.close()
+
+        return done

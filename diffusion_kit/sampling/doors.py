@@ -1,0 +1,144 @@
+"""The four doors through which a condition enters the denoiser.
+
+* tokens: `Conditioning`, the tensors that the denoiser prepares once (text states, pooled and size embeddings);
+* channels: a tensor (rows, C, H, W) concatenated to the model input of every step;
+* residuals: `Residuals`, tensors added inside the network, answered by each `Injection` for the step at hand;
+* latents: a `LatentRule`, applied to the latents after each step.
+
+All that varies from run to run is a tree of tensors, all that is fixed is a hashable value: so one step is a function
+of tensors whose signature (`step.Step`) says which graph it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+Tree = Any  # a tensor, or a tuple, list or dict of trees
+Conditioning = Mapping[str, Tensor]  # named tensors; the conditional half comes last along the batch
+
+
+class Residuals(NamedTuple):
+    """What is added inside a UNet.
+
+    Attributes:
+        intra: one tensor (rows, C_k, h, w) for each down block, inside it, and for the middle after them.
+        skips: one tensor for each skip connection, from conv_in to the last block.
+        mid: added after the middle block.
+    """
+
+    intra: tuple[Tensor, ...] = ()
+    skips: tuple[Tensor, ...] = ()
+    mid: Tensor | None = None
+
+
+def add_residuals(first: Residuals, second: Residuals) -> Residuals:
+    """Sum of two answers; a missing tensor counts as zero."""
+    if first.mid is None or second.mid is None:
+        mid = second.mid if first.mid is None else first.mid
+    else:
+        mid = first.mid + second.mid
+    return Residuals(_add(first.intra, second.intra), _add(first.skips, second.skips), mid)
+
+
+def _add(first: tuple[Tensor, ...], second: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    shared = tuple(a + b for a, b in zip(first, second, strict=False))
+    return shared + first[len(shared) :] + second[len(shared) :]
+
+
+class Injection(Protocol):
+    """How a control answers within a step: a pure function of tensors, equal for equal networks and modes."""
+
+    def __call__(self, tensors: Tree, x: Tensor, call: Tensor, guided: bool) -> Residuals:
+        """Residuals for the model input x (rows, C, H, W) at the call whose index is the tensor `call` (1,)."""
+
+
+class Encoded(Protocol):
+    """A control after its one encoding, for one run."""
+
+    injection: Injection
+
+    def active(self, step: int, steps: int) -> bool: ...
+
+    def tensors(self, conditioning: Conditioning, guided: bool) -> Tree:
+        """What the injection takes: fixed while the conditioning is."""
+
+
+class Denoiser(Protocol):
+    """A network behind one signature, whatever its family. Equal for equal networks."""
+
+    def prepare(self, timesteps: Tensor, conditioning: Conditioning) -> Tree:
+        """All that does not change from step to step: embeddings of every timestep, keys and values of the text."""
+
+    def __call__(self, tensors: Tree, x: Tensor, call: Tensor, residuals: Residuals) -> tuple[Tensor, Tensor | None]:
+        """(prediction, variance or None), each (rows, C, H, W)."""
+
+
+class LatentRule(Protocol):
+    def __call__(self, tensors: Tree, latents: Tensor, call: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class KeepUnmasked:
+    """Inpainting with a plain UNet: outside the mask the latents are the given image at the next noise level."""
+
+    def __call__(self, tensors: Tree, latents: Tensor, call: Tensor) -> Tensor:
+        """(1 - mask) (a image + b noise) + mask latents; a and b of the call that follows."""
+        a, b = pick(tensors["noise_level"], call + 1)[0].unbind(-1)
+        image = a * tensors["image"] + b * tensors["noise"]
+        return image + tensors["mask"] * (latents - image)
+
+
+def pick(table: Tensor, call: Tensor) -> Tensor:
+    """Row of a table on the device for the call index, a tensor (1,) on the device: no host read. Keeps the axis."""
+    return table.index_select(0, call)
+
+
+def inside(step: int, steps: int, window: tuple[float, float]) -> bool:
+    """Whether a sampling step lies in a window of fractions of the run."""
+    start, end = window
+    return start <= step / steps and (step + 1) / steps <= end
+
+
+def conditional(tree: Tree, rows: int) -> Tree:
+    """The last `rows` entries along the batch of every tensor of a mapping: the conditional half."""
+    return {name: value[-rows:] for name, value in tree.items()}
+
+
+def spread(values: Tensor, prompts: int, per_prompt: int, what: str) -> Tensor:
+    """One entry for each picture: entry k belongs to prompt k and to all of that prompt's pictures.
+
+    Args:
+        values: (1, ...), (prompts, ...) or (prompts x per_prompt, ...).
+
+    Raises:
+        ValueError: any other number of entries.
+    """
+    n = values.shape[0]
+    if n == 1:
+        return values.expand(prompts * per_prompt, *values.shape[1:])
+    if n == prompts:
+        return values.repeat_interleave(per_prompt, 0)
+    if n == prompts * per_prompt:
+        return values
+    pictures = "" if per_prompt == 1 else f" or {prompts * per_prompt}"
+    raise ValueError(f"{n} entries of {what} for {prompts} prompts: give 1, {prompts}{pictures}")
+
+
+def shapes(tree: Tree) -> Hashable:
+    """Shapes, types and devices of every tensor in a tree: with the step itself, the signature of a compiled graph."""
+    if isinstance(tree, Tensor):
+        return (tuple(tree.shape), tree.dtype, tree.device)
+    if isinstance(tree, Mapping):
+        return tuple((name, shapes(value)) for name, value in tree.items())
+    if isinstance(tree, Sequence):
+        return tuple(shapes(value) for value in tree)
+    return tree
+
+
+def table(values: Sequence[float], device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.tensor(values, dtype=dtype).to(device)

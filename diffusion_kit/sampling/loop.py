@@ -1,0 +1,163 @@
+"""The one denoising loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .doors import Conditioning, Denoiser, Encoded, LatentRule, Tree, conditional, inside
+from .engines import Engine, eager
+from .noise import Generators, draw
+from .schedule import Schedule
+from .step import Step
+
+
+@dataclass
+class Run:
+    """One run of the loop. What `on_call` may change on the way: `conditioning`, `guidance_scale`, `stop`.
+
+    Attributes:
+        conditioning: named tensors; (unconditional, conditional) along the batch where guidance may be on, else the
+            conditional half only.
+        controls: encoded controls; only those whose window holds the step are run.
+        channels: (B, C, H, W) extra input channels, or None.
+        rule: applied to the latents after every step, with its tensors, or None.
+        guidance_scale: w; guidance is off at 1 and below.
+        guidance_interval: fractions of the steps in which guidance is on.
+        dtype: of the network's input; latents, guidance and sampler stay in float32.
+    """
+
+    schedule: Schedule
+    denoiser: Denoiser
+    conditioning: Conditioning
+    controls: Sequence[Encoded] = ()
+    channels: Tensor | None = None
+    rule: tuple[LatentRule, Tree] | None = None
+    guidance_scale: float = 1.0
+    guidance_rescale: float = 0.0
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    generator: Generators = None
+    engine: Engine = eager
+    dtype: torch.dtype = torch.float32
+    stop: bool = False
+    _prepared: dict[Any, Tree] = field(default_factory=dict)
+
+    def guided(self, step: int) -> bool:
+        return self.guidance_scale > 1 and inside(step, self.schedule.steps, self.guidance_interval)
+
+    def forget(self) -> None:
+        """What was prepared from the conditioning is made again before the next step."""
+        self._prepared.clear()
+
+    def prepared(self, name: Any, make: Callable[[], Tree]) -> Tree:
+        if name not in self._prepared:
+            self._prepared[name] = make()
+        return self._prepared[name]
+
+
+@torch.no_grad()
+def sample(run: Run, latents: Tensor, on_call: Callable[[int, Tensor, Tensor, Tensor], Tensor] | None = None) -> Tensor:
+    """Denoises latents (B, C, H, W), which are at the noise level of the schedule's first call.
+
+    Args:
+        on_call: called after every call of the network with its index, the latents before it, the prediction, and the
+            latents after it; returns the latents to go on with.
+
+    Returns:
+        (B, C, H, W) float32.
+    """
+    schedule, device = run.schedule, latents.device
+    latents = latents.float()
+    noise = _draw_noise(run, latents)
+    transition = schedule.transition
+    state = latents[None] if transition is None else transition.start(latents)
+    calls = torch.arange(schedule.calls, device=device)
+    for k in range(schedule.calls):
+        if run.stop:
+            break
+        step, tensors = _step(run, k, noise, latents.shape[0], device)
+        before = state[0]
+        state, prediction = run.engine(step, state, tensors)(state, calls[k : k + 1], tensors)
+        if transition is None:
+            state = _own_step(run, k, state, prediction, calls[k : k + 1], tensors)
+        if on_call is not None:
+            after = on_call(k, before, prediction, state[0])
+            if after is not state[0]:
+                state = torch.cat([after[None].to(state), state[1:]])
+    return state[0]
+
+
+def _draw_noise(run: Run, latents: Tensor) -> Tensor | None:
+    """(n, B, C, H, W) of every step that draws noise, in the sampler's order; zeros for the others."""
+    schedule = run.schedule
+    if not any(schedule.draws(k) for k in range(schedule.calls)):
+        return None
+    zero = torch.zeros_like(latents)
+    return torch.stack(
+        [
+            draw(latents.shape, run.generator, latents.device, run.dtype).float() if schedule.draws(k) else zero
+            for k in range(schedule.calls)
+        ]
+    )
+
+
+def _step(run: Run, k: int, noise: Tensor | None, rows: int, device: torch.device) -> tuple[Step, Tree]:
+    """The step of call k and all its tensors."""
+    schedule, transition = run.schedule, run.schedule.transition
+    number = schedule.step_of_call[k]
+    guided = run.guided(number)
+    conditioning = run.conditioning if guided else conditional(run.conditioning, rows)
+    if guided and any(len(value) != 2 * rows for value in conditioning.values()):
+        raise ValueError(f"guidance is on, so embeddings need {2 * rows} rows (unconditional, conditional)")
+    active = [c for c in run.controls if c.active(number, schedule.steps)]
+    step = Step(
+        denoiser=run.denoiser,
+        injections=tuple(c.injection for c in active),
+        rule=run.rule[0] if run.rule is not None and transition is not None else None,
+        guided=guided,
+        rescaled=guided and run.guidance_rescale > 0,
+        scaled=bool(run.prepared("scaled", lambda: bool((schedule.input_scale != 1).any()))),
+        dtype=run.dtype,
+        noise=noise is not None,
+        clip_range=None if transition is None else transition.clip_range,
+        variance=None if transition is None else transition.variance,
+        linear=transition is not None,
+    )
+    tensors = {
+        "denoiser": run.prepared(("denoiser", guided), lambda: run.denoiser.prepare(schedule.timesteps, conditioning)),
+        "controls": tuple(run.prepared((id(c), guided), lambda c=c: c.tensors(conditioning, guided)) for c in active),
+        "channels": run.prepared(("channels", guided), lambda: _rows(run, guided)),
+        "guidance": run.prepared(("guidance", run.guidance_scale), lambda: torch.tensor(run.guidance_scale).to(device)),
+        "rescale": run.prepared("rescale", lambda: torch.tensor(run.guidance_rescale).to(device)),
+        "rule": None if run.rule is None else run.rule[1],
+        "input_scale": schedule.input_scale,
+        "clean": schedule.clean,
+        "noise": noise,
+        "matrix": None if transition is None else transition.matrix,
+        "log_spread": None if transition is None else transition.log_spread,
+    }
+    return step, tensors
+
+
+def _rows(run: Run, guided: bool) -> Tensor | None:
+    if run.channels is None:
+        return None
+    channels = run.channels.to(run.dtype)
+    return torch.cat([channels, channels]) if guided else channels
+
+
+def _own_step(run: Run, k: int, state: Tensor, prediction: Tensor, call: Tensor, tensors: Tree) -> Tensor:
+    """A step by the scheduler itself, for samplers that are no matrix."""
+    scheduler, t = run.schedule.scheduler, run.schedule.timesteps[k]
+    kwargs = dict(run.schedule.step_kwargs)
+    if run.schedule.takes_generator:
+        kwargs["generator"] = run.generator
+    scheduler.scale_model_input(state[0], t)
+    latents = scheduler.step(prediction, t, state[0], **kwargs, return_dict=False)[0]
+    if run.rule is not None:
+        latents = run.rule[0](tensors["rule"], latents, call)
+    return latents[None]

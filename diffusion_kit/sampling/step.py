@@ -1,0 +1,90 @@
+"""One denoising step as one function of tensors: denoiser, controls, guidance and the sampler's arithmetic.
+
+Nothing in it reads a device tensor on the host, makes a tensor from Python numbers or changes a shape: it compiles into
+one graph, and the graph can be captured.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import reduce
+
+import torch
+from torch import Tensor
+
+from .doors import Denoiser, Injection, LatentRule, Residuals, Tree, add_residuals, pick
+from .guidance import guide
+from .transition import advance, noise_factor
+
+
+@dataclass(frozen=True)
+class Step:
+    """What is fixed in a step; two equal steps are one graph.
+
+    Attributes:
+        guided: the batch is (unconditional, conditional) and the answers are combined.
+        rescaled: guidance rescale is applied.
+        scaled: the network's input is scaled (samplers that work on sigmas).
+        noise: the sampler draws noise in this schedule.
+        clip_range, variance: see `transition.Transition`.
+        linear: the sampler is a matrix; otherwise the step ends with the prediction.
+    """
+
+    denoiser: Denoiser
+    injections: tuple[Injection, ...]
+    rule: LatentRule | None
+    guided: bool
+    rescaled: bool
+    scaled: bool
+    dtype: torch.dtype
+    noise: bool
+    clip_range: float | None
+    variance: str | None
+    linear: bool
+
+    def __call__(self, state: Tensor, call: Tensor, tensors: Tree) -> tuple[Tensor, Tensor]:
+        """Args:
+            state: (R, B, C, H, W); the latents are row 0.
+            call: (1,) index of the call, on the device.
+            tensors: the tree that `loop.Run` builds.
+
+        Returns:
+            The next state and the prediction (B, C', H, W), guided. Without a linear sampler the state is unchanged.
+        """
+        latents = state[0]
+        prediction, variance = self.predict(latents, call, tensors)
+        if not self.linear:
+            return state, prediction if variance is None else torch.cat([prediction, variance], 1)
+        noise = pick(tensors["noise"], call)[0] if self.noise else None
+        if noise is not None and self.variance and variance is not None:
+            noise = noise * noise_factor(variance, self.variance, pick(tensors["log_spread"], call)[0])
+        clean = None
+        if self.clip_range is not None:
+            p, q = pick(tensors["clean"], call)[0].unbind(-1)
+            clean = (p * latents + q * prediction, self.clip_range)
+        matrix = pick(tensors["matrix"], call)[0]
+        state = advance(state, prediction, matrix, clean=clean, noise=noise)
+        if self.rule is not None:
+            kept = self.rule(tensors["rule"], state[0], call)
+            state = torch.cat([kept[None], state[1:]])
+        return state, prediction
+
+    def predict(self, latents: Tensor, call: Tensor, tensors: Tree) -> tuple[Tensor, Tensor | None]:
+        """Guided prediction (B, C, H, W) and the conditional half's variance, if the network learned one."""
+        x = latents * pick(tensors["input_scale"], call) if self.scaled else latents
+        x = x.to(self.dtype)
+        if self.guided:
+            x = torch.cat([x, x])
+        answers = [
+            injection(own, x, call, self.guided)
+            for injection, own in zip(self.injections, tensors["controls"], strict=True)
+        ]
+        residuals = reduce(add_residuals, answers, Residuals())
+        if tensors["channels"] is not None:
+            x = torch.cat([x, tensors["channels"]], 1)
+        prediction, variance = self.denoiser(tensors["denoiser"], x, call, residuals)
+        prediction = prediction.float()
+        if self.guided:
+            prediction = guide(prediction, tensors["guidance"], tensors["rescale"] if self.rescaled else None)
+            variance = None if variance is None else variance.chunk(2)[1]
+        return prediction, variance

@@ -1,0 +1,180 @@
+"""Small random-weight models of the SDXL architecture, and pictures.
+
+Every parameter that starts at zero is randomised: a zero-initialised output would make a parity test pass for nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+diffusers.utils.logging.set_verbosity_error()
+torch.set_grad_enabled(False)
+torch.set_num_threads(1)  # the nets are tiny: threads only wait for each other
+
+CHANNELS = (32, 64, 64)
+CROSS = 48  # 16 + 32, the widths of the two text encoders
+SIZE = 64  # pixels; latents 16 x 16
+SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+
+
+def randomise(net: torch.nn.Module, seed: int) -> torch.nn.Module:
+    """Fixed random weights: zero parameters become small random numbers, biases and norms are moved as well."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in net.parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if parameter.ndim > 1:
+            fan_in = parameter[0].numel()
+            parameter.data = noise * (0.9 / fan_in**0.5)
+        else:
+            parameter.data = parameter.data + 0.1 * noise
+    return net.eval()
+
+
+@cache
+def tokenizer() -> CLIPTokenizer:
+    """CLIP's tokenizer over single bytes."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    letters = list(bytes_to_unicode().values())
+    names = letters + [letter + "</w>" for letter in letters] + ["<|startoftext|>", "<|endoftext|>"]
+    folder = Path(tempfile.mkdtemp())
+    (folder / "vocab.json").write_text(json.dumps({name: k for k, name in enumerate(names)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=77)
+
+
+def text_encoder(kind: Any, width: int, seed: int) -> Any:
+    config = CLIPTextConfig(
+        vocab_size=514,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        projection_dim=32,
+        bos_token_id=512,
+        eos_token_id=513,
+        pad_token_id=513,
+    )
+    return randomise(kind(config), seed)
+
+
+def make_unet(in_channels: int = 4, ids: int = 6, **more: Any) -> diffusers.UNet2DConditionModel:
+    config = dict(
+        sample_size=SIZE // 4,
+        in_channels=in_channels,
+        out_channels=4,
+        block_out_channels=CHANNELS,
+        layers_per_block=2,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 1, 2),
+        attention_head_dim=(2, 4, 4),
+        cross_attention_dim=CROSS,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=32 + 8 * ids,
+        norm_num_groups=8,
+    )
+    return randomise(diffusers.UNet2DConditionModel(**{**config, **more}), 1)
+
+
+def make_vae() -> diffusers.AutoencoderKL:
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(8, 16, 16),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=SIZE,
+        scaling_factor=0.5,
+        force_upcast=False,
+    )
+    vae = randomise(vae, 2)
+    vae.decoder.conv_out.weight.data *= 0.35  # pixels mostly inside [-1, 1]
+    return vae
+
+
+def make_adapter(seed: int = 3, kind: str = "full_adapter_xl", downscale: int = 8, channels: Any = None) -> Any:
+    channels = list(channels or (*CHANNELS, CHANNELS[-1]))
+    return randomise(diffusers.T2IAdapter(3, channels, 1, downscale, kind), seed)
+
+
+def make_controlnet(seed: int = 4, **config: Any) -> diffusers.ControlNetModel:
+    net = diffusers.ControlNetModel.from_unet(unet(), conditioning_embedding_out_channels=(8, 16, 16))
+    net.register_to_config(**config)
+    return randomise(net, seed)
+
+
+@cache
+def unet() -> diffusers.UNet2DConditionModel:
+    return make_unet()
+
+
+@cache
+def components() -> dict[str, Any]:
+    """Components of an SDXL base; tests that change one copy it first."""
+    return {
+        "vae": make_vae(),
+        "text_encoder": text_encoder(CLIPTextModel, 16, 5),
+        "text_encoder_2": text_encoder(CLIPTextModelWithProjection, 32, 6),
+        "tokenizer": tokenizer(),
+        "tokenizer_2": tokenizer(),
+        "unet": unet(),
+        "scheduler": diffusers.EulerDiscreteScheduler(**SCHEDULE),
+    }
+
+
+def pipeline(cls: Any, **replaced: Any) -> Any:
+    """A pipeline of the kit or of the peer over the same components."""
+    pipe = cls(**{**components(), **replaced})
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def picture(seed: int = 0, size: int = SIZE) -> Image.Image:
+    """A smooth random colour picture."""
+    values = np.random.default_rng(seed).uniform(0, 255, (5, 5, 3)).astype(np.uint8)
+    return Image.fromarray(values).resize((size, size), Image.Resampling.BICUBIC)
+
+
+def lines(seed: int = 0, size: int = SIZE) -> Image.Image:
+    """White lines on black, as an edge map has."""
+    values = np.random.default_rng(seed).uniform(0, 1, (size, size)) > 0.9
+    return Image.fromarray((values * 255).astype(np.uint8)).convert("RGB")
+
+
+def half_mask(size: int = SIZE) -> Image.Image:
+    """White on the left half."""
+    values = np.zeros((size, size), np.uint8)
+    values[:, : size // 2] = 255
+    return Image.fromarray(values)
+
+
+def seeds(*numbers: int) -> Any:
+    generators = [torch.Generator().manual_seed(number) for number in numbers]
+    return generators[0] if len(generators) == 1 else generators
+
+
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Largest difference relative to the largest value of b."""
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
+@pytest.fixture(autouse=True)
+def _quiet(recwarn: Any) -> None:
+    """Warnings of one test are not another's."""
