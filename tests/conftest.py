@@ -31,16 +31,22 @@ SIZE = 64  # pixels; latents 16 x 16
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
+LOUD = {"attn2.to_out": 12.0, "controlnet_": 3.0, "adapter.": 2.0}
+
+
 def randomise(net: torch.nn.Module, seed: int) -> torch.nn.Module:
-    """Fixed random weights: zero parameters become small random numbers, biases and norms are moved as well."""
+    """Weights that are a function of the seed: matrices of unit gain, norms about 1, biases about 0, nothing zero.
+
+    What conditions the result is loud, so that it is seen there.
+    """
     generator = torch.Generator().manual_seed(seed)
-    for parameter in net.parameters():
+    for name, parameter in net.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         if parameter.ndim > 1:
-            fan_in = parameter[0].numel()
-            parameter.data = noise * (0.9 / fan_in**0.5)
+            gain = next((value for part, value in LOUD.items() if part in name), 1.0)
+            parameter.data = noise * (gain / parameter[0].numel() ** 0.5)
         else:
-            parameter.data = parameter.data + 0.1 * noise
+            parameter.data = 0.1 * noise + (1.0 if name.endswith("weight") else 0.0)
     return net.eval()
 
 
@@ -93,11 +99,11 @@ def make_unet(in_channels: int = 4, ids: int = 6, **more: Any) -> diffusers.UNet
     return randomise(diffusers.UNet2DConditionModel(**{**config, **more}), 1)
 
 
-def make_vae() -> diffusers.AutoencoderKL:
+def make_vae(levels: int = 3) -> diffusers.AutoencoderKL:
     vae = diffusers.AutoencoderKL(
-        block_out_channels=(8, 16, 16),
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(8, *(16,) * (levels - 1)),
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
         latent_channels=4,
         norm_num_groups=4,
         sample_size=SIZE,
