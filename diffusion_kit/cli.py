@@ -43,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     generate = commands.add_parser(
         "generate",
         help="make pictures from a prompt",
-        description="Text-to-image; with --image image-to-image; with --mask too, inpainting. Controls work in all three.",
+        description="Text-to-image; with --image image-to-image; with --mask too, inpainting. Controls work in all.",
     )
     add = generate.add_argument
     add("prompt", metavar="PROMPT")

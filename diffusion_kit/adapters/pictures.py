@@ -45,7 +45,9 @@ def load_image(source: str | Path | Image.Image, *, background: str = "white", m
         return _upright(picture, background)
     except UnidentifiedImageError:
         raise ValueError(f"{path} is not a PNG, JPEG or WEBP image") from None
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError:
+        raise ValueError(f"{path} has too many pixels; at most {megapixels} megapixels are read") from None
+    except (OSError, SyntaxError) as error:
         raise ValueError(f"{path} cannot be read as an image: {error}") from None
 
 

@@ -48,17 +48,24 @@ def locate(source: str | Path) -> Path | str:
     return text
 
 
+def read_json(file: Path, what: str) -> dict[str, Any]:
+    """The file that says what a folder is.
+
+    Raises:
+        FileNotFoundError: it is missing. ValueError: it is not JSON.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"{file.parent} is no {what}: it has no {file.name}")
+    try:
+        return dict(json.loads(file.read_text()))
+    except ValueError as error:
+        raise ValueError(f"{file} is not valid JSON: {error}") from None
+
+
 def check_folder(folder: Path, passed: set[str]) -> None:
     """Refuses a model folder that names foreign code, leads outside itself, or lacks a component nobody passed."""
-    index_file = folder / "model_index.json"
-    if not index_file.is_file():
-        raise FileNotFoundError(f"{folder} is no model folder: it has no model_index.json")
-    try:
-        index = json.loads(index_file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{index_file} is not valid JSON: {error}") from None
-    root = folder.resolve()
-    for name, entry in index.items():
+    index_file, root = folder / "model_index.json", folder.resolve()
+    for name, entry in read_json(index_file, "model folder").items():
         if name.startswith("_") or not isinstance(entry, list) or entry[0] is None or name in passed:
             continue
         library = str(entry[0]).split(".")[0]
@@ -111,10 +118,7 @@ def component_class(source: str | Path) -> str | None:
     if isinstance(place, Path) and place.is_file():
         return None
     if isinstance(place, Path):
-        config = place / "config.json"
-        if not config.is_file():
-            raise FileNotFoundError(f"{place} is no network: it has no config.json")
-        return str(json.loads(config.read_text()).get("_class_name"))
+        return str(read_json(place / "config.json", "network").get("_class_name"))
     from diffusers import ModelMixin
 
     with one_line(source, "network"):
@@ -127,6 +131,6 @@ def load_component(cls: Any, source: str | Path, **kwargs: Any) -> Any:
     with one_line(source, cls.__name__):
         if isinstance(place, Path) and place.is_file():
             return cls.from_single_file(str(place), **kwargs)
-        if isinstance(place, Path) and not (place / "config.json").is_file():
-            raise FileNotFoundError(f"{place} is no {cls.__name__}: it has no config.json")
+        if isinstance(place, Path):
+            read_json(place / "config.json", cls.__name__)
         return cls.from_pretrained(str(place), use_safetensors=True, **kwargs)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, ClassVar
 
 from diffusers import DiffusionPipeline
 
-from diffusion_kit.models.sources import locate, one_line
+from diffusion_kit.models.sources import locate, one_line, read_json
 
 from . import sdxl, sdxl_peers
 from .base import ControlledPipeline
@@ -90,9 +89,6 @@ def _class_name(source: str | Path) -> str:
     if isinstance(place, Path) and place.is_file():
         return "StableDiffusionXLPipeline"
     if isinstance(place, Path):
-        index = place / "model_index.json"
-        if not index.is_file():
-            raise FileNotFoundError(f"{place} is no model folder: it has no model_index.json")
-        return str(json.loads(index.read_text()).get("_class_name"))
+        return str(read_json(place / "model_index.json", "model folder").get("_class_name"))
     with one_line(source, "model"):
         return str(DiffusionPipeline.load_config(place)["_class_name"])

@@ -6,20 +6,12 @@ arguments become `Control` values.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_type_hints
 
-from diffusers import ControlNetModel, MultiAdapter, MultiControlNetModel, T2IAdapter, UNet2DConditionModel
-from diffusers.models import AutoencoderKL
-from diffusers.schedulers import KarrasDiffusionSchedulers
+from diffusers import MultiAdapter, MultiControlNetModel
 from PIL import Image
-from transformers import (
-    CLIPImageProcessor,
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
-    CLIPTokenizer,
-    CLIPVisionModelWithProjection,
-)
 
 from diffusion_kit.adapters.control import Control, Mode
 from diffusion_kit.adapters.pictures import as_list
@@ -30,6 +22,8 @@ from .sdxl import SDXLPipeline
 Box = tuple[int, ...] | None
 Controls = Callable[[Schedule, Box], Sequence[Control]]  # made when the number of steps is known
 
+_COMPONENTS = "vae text_encoder text_encoder_2 tokenizer tokenizer_2 unet"
+_OTHERS = "feature_extractor image_encoder"
 _EMBEDS = "prompt_embeds negative_prompt_embeds pooled_prompt_embeds negative_pooled_prompt_embeds"
 _IP = "ip_adapter_image ip_adapter_image_embeds"
 _SIZES = "original_size crops_coords_top_left target_size"
@@ -40,6 +34,31 @@ _STEPS = "num_inference_steps timesteps sigmas"
 _OUTPUT = "output_type return_dict"
 _CALLBACK = "clip_skip callback_on_step_end callback_on_step_end_tensor_inputs"
 _CONTROLNET = "controlnet_conditioning_scale guess_mode control_guidance_start control_guidance_end"
+
+
+def with_adapter(names: str, several: type) -> Callable[..., None]:
+    """A constructor over the family's, with the components and flags `names` in the peer's order.
+
+    The one name that the family does not know is the adapter; a list of adapters is wrapped in `several`.
+    """
+    family = inspect.signature(SDXLPipeline.__init__).parameters
+    (own,) = set(names.split()) - set(family)
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    parameters = [family.get(name, inspect.Parameter(name, kind)) for name in ("self", *names.split())]
+    signature = inspect.Signature(parameters)
+
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        bound = signature.bind(self, *args, **kwargs)
+        bound.apply_defaults()
+        values = {"add_watermarker": False, **bound.arguments}
+        adapter = values.pop(own)
+        SDXLPipeline.__init__(**values)
+        self.register_modules(**{own: several(list(adapter)) if isinstance(adapter, (list, tuple)) else adapter})
+
+    init.__signature__ = signature  # type: ignore[attr-defined]
+    # diffusers reads the components' types from here; strings would be looked up among this module's names.
+    init.__annotations__ = {name: hint for name, hint in get_type_hints(SDXLPipeline.__init__).items() if name in signature.parameters}
+    return init
 
 
 class StableDiffusionXLPipeline(SDXLPipeline):
@@ -84,24 +103,9 @@ class StableDiffusionXLAdapterPipeline(SDXLPipeline):
         "adapter_conditioning_scale adapter_conditioning_factor clip_skip"
     )
     defaults: ClassVar = {"adapter_conditioning_scale": 1.0, "adapter_conditioning_factor": 1.0}
-
-    def __init__(
-        self,
-        vae: AutoencoderKL,
-        text_encoder: CLIPTextModel,
-        text_encoder_2: CLIPTextModelWithProjection,
-        tokenizer: CLIPTokenizer,
-        tokenizer_2: CLIPTokenizer,
-        unet: UNet2DConditionModel,
-        adapter: T2IAdapter | MultiAdapter | list[T2IAdapter],
-        scheduler: KarrasDiffusionSchedulers,
-        force_zeros_for_empty_prompt: bool = True,
-        feature_extractor: CLIPImageProcessor = None,
-        image_encoder: CLIPVisionModelWithProjection = None,
-    ):
-        base = (vae, text_encoder, text_encoder_2, tokenizer, tokenizer_2, unet, scheduler)
-        super().__init__(*base, image_encoder, feature_extractor, False, force_zeros_for_empty_prompt, False)
-        self.register_modules(adapter=MultiAdapter(list(adapter)) if isinstance(adapter, (list, tuple)) else adapter)
+    __init__ = with_adapter(
+        f"{_COMPONENTS} adapter scheduler force_zeros_for_empty_prompt {_OTHERS}", MultiAdapter
+    )
 
     def translate(self, values: dict[str, Any]) -> dict[str, Any]:
         """The factor of the peer is `end`: the adapter acts in the first int(n x factor) of n steps."""
@@ -124,10 +128,6 @@ class _ControlNetPipeline(SDXLPipeline):
     """What the peer's three ControlNet classes share."""
 
     image_argument: ClassVar[str] = "control_image"
-
-    def _register(self, controlnet: Any) -> None:
-        many = isinstance(controlnet, (list, tuple))
-        self.register_modules(controlnet=MultiControlNetModel(list(controlnet)) if many else controlnet)
 
     def translate(self, values: dict[str, Any]) -> dict[str, Any]:
         _need(values, type(self).__name__, self.image_argument)
@@ -175,25 +175,11 @@ class StableDiffusionXLControlNetPipeline(_ControlNetPipeline):
         "control_guidance_start": 0.0,
         "control_guidance_end": 1.0,
     }
+    __init__ = with_adapter(
+        f"{_COMPONENTS} controlnet scheduler force_zeros_for_empty_prompt add_watermarker {_OTHERS}",
+        MultiControlNetModel,
+    )
 
-    def __init__(
-        self,
-        vae: AutoencoderKL,
-        text_encoder: CLIPTextModel,
-        text_encoder_2: CLIPTextModelWithProjection,
-        tokenizer: CLIPTokenizer,
-        tokenizer_2: CLIPTokenizer,
-        unet: UNet2DConditionModel,
-        controlnet: ControlNetModel | MultiControlNetModel | list[ControlNetModel],
-        scheduler: KarrasDiffusionSchedulers,
-        force_zeros_for_empty_prompt: bool = True,
-        add_watermarker: bool | None = None,
-        feature_extractor: CLIPImageProcessor = None,
-        image_encoder: CLIPVisionModelWithProjection = None,
-    ):
-        base = (vae, text_encoder, text_encoder_2, tokenizer, tokenizer_2, unet, scheduler)
-        super().__init__(*base, image_encoder, feature_extractor, False, force_zeros_for_empty_prompt, add_watermarker)
-        self._register(controlnet)
 
 
 class StableDiffusionXLControlNetImg2ImgPipeline(_ControlNetPipeline):
@@ -207,27 +193,12 @@ class StableDiffusionXLControlNetImg2ImgPipeline(_ControlNetPipeline):
         "strength": 0.8,
         "controlnet_conditioning_scale": 0.8,
     }
+    __init__ = with_adapter(
+        f"{_COMPONENTS} controlnet scheduler requires_aesthetics_score force_zeros_for_empty_prompt add_watermarker "
+        f"{_OTHERS}",
+        MultiControlNetModel,
+    )
 
-    def __init__(
-        self,
-        vae: AutoencoderKL,
-        text_encoder: CLIPTextModel,
-        text_encoder_2: CLIPTextModelWithProjection,
-        tokenizer: CLIPTokenizer,
-        tokenizer_2: CLIPTokenizer,
-        unet: UNet2DConditionModel,
-        controlnet: ControlNetModel | MultiControlNetModel | list[ControlNetModel],
-        scheduler: KarrasDiffusionSchedulers,
-        requires_aesthetics_score: bool = False,
-        force_zeros_for_empty_prompt: bool = True,
-        add_watermarker: bool | None = None,
-        feature_extractor: CLIPImageProcessor = None,
-        image_encoder: CLIPVisionModelWithProjection = None,
-    ):
-        base = (vae, text_encoder, text_encoder_2, tokenizer, tokenizer_2, unet, scheduler)
-        more = (requires_aesthetics_score, force_zeros_for_empty_prompt, add_watermarker)
-        super().__init__(*base, image_encoder, feature_extractor, *more)
-        self._register(controlnet)
 
 
 class StableDiffusionXLControlNetInpaintPipeline(StableDiffusionXLControlNetImg2ImgPipeline):
