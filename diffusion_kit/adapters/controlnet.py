@@ -40,7 +40,7 @@ class RunControlNet:
         outputs = self._peer(tensors, x, call) if self.own_forward else self._executor(tensors, x, call)
         if self.net.config.global_pool_conditions:
             outputs = [output.mean((2, 3), keepdim=True) for output in outputs]
-        outputs = [weight * output for weight, output in zip(tensors["weights"], outputs, strict=True)]
+        outputs = [(weight * output).to(x) for weight, output in zip(tensors["weights"], outputs, strict=True)]
         if only_half:
             outputs = [torch.cat([torch.zeros_like(output), output]) for output in outputs]
         return Residuals(skips=tuple(outputs[:-1]), mid=outputs[-1])

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+from diffusers.utils.torch_utils import get_module_execution_device
 from torch import Tensor
 
 STEP = 1.1  # weight of one bracket
@@ -76,9 +77,7 @@ def count_windows(prompts: Sequence[str], tokenizer: Any) -> int:
 
 
 def _encode(ids: Tensor, encoder: Any, skip: int) -> Text:
-    hook = getattr(encoder, "_hf_hook", None)
-    device = getattr(hook, "execution_device", None) or encoder.device
-    out = encoder(ids.to(device), output_hidden_states=True)
+    out = encoder(ids.to(get_module_execution_device(encoder)), output_hidden_states=True)
     return Text(out.hidden_states[-(skip + 2)], out[0] if out[0].ndim == 2 else None)
 
 

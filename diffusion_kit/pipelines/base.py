@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils.peft_utils import scale_lora_layers, unscale_lora_layers
+from diffusers.utils.torch_utils import get_module_execution_device
 from torch import Tensor, nn
 
 from diffusion_kit.adapters.control import Control, EncodedControl, Site, encode_control, load_control_model
@@ -176,7 +177,7 @@ class ControlledPipeline(DiffusionPipeline):
         return self._cross_attention_kwargs
 
     @contextmanager
-    def _lora_scale(self, *models: Any) -> Iterator[None]:
+    def _loras_scaled(self, *models: Any) -> Iterator[None]:
         """The scale of `cross_attention_kwargs` on the LoRA layers inside the block."""
         scale = (self._cross_attention_kwargs or {}).get("scale")
         with ExitStack() as stack:
@@ -191,7 +192,7 @@ class ControlledPipeline(DiffusionPipeline):
         if isinstance(run.denoiser, UNetDenoiser):
             nets.append(self.unet)
         unique = list({id(net): net for net in nets}.values())
-        with installed(*unique), self._lora_scale(self.unet):
+        with installed(*unique), self._loras_scaled(self.unet):
             for net in unique:
                 if getattr(net, "_hf_hook", None) is not None:
                     net._hf_hook.pre_forward(net)
@@ -201,8 +202,7 @@ class ControlledPipeline(DiffusionPipeline):
         """Pictures of the latents as "pil", "np" or "pt"; "latent" gives the latents."""
         if output_type == "latent":
             return latents
-        device = getattr(getattr(self.vae, "_hf_hook", None), "execution_device", None) or latents.device
-        pixels = decode_latents(self.vae, latents.to(device))
+        pixels = decode_latents(self.vae, latents.to(get_module_execution_device(self.vae)))
         if getattr(self, "watermark", None) is not None:
             pixels = self.watermark.apply_watermark(pixels)
         return self.image_processor.postprocess(pixels, output_type=output_type)

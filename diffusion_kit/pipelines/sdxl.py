@@ -487,7 +487,7 @@ class SDXLPipeline(
         encoders = [encoder for encoder in (self.text_encoder, self.text_encoder_2) if encoder is not None]
         weighted = prompt_syntax == "weighted" and prompt is not None
         windows = self._windows(prompt, prompt_2, negative_prompt, negative_prompt_2) if weighted else None
-        with self._lora_scale(*encoders):
+        with self._loras_scaled(*encoders):
             if prompt_embeds is None:
                 pair = (prompt, prompt_2 or prompt)
                 prompt_embeds, own_pooled = self._encode([_texts(own) for own in pair], clip_skip or 0, windows)
