@@ -99,7 +99,7 @@ def generate_pictures(options: argparse.Namespace) -> None:
     images = pipe(
         options.prompt,
         negative_prompt=options.negative_prompt,
-        controls=[make_control(pipe, spec, width, height, options) for spec in specs],
+        controls=[make_control(pipe, spec, width, height) for spec in specs],
         num_inference_steps=options.steps,
         guidance_scale=options.guidance_scale,
         generator=generators(seed, options.count),
@@ -196,25 +196,19 @@ def _scheduler(name: str) -> Any:
     return getattr(diffusers, name)
 
 
-def make_control(pipe: Any, spec: dict[str, Any], width: int, height: int, options: argparse.Namespace) -> Any:
+def make_control(pipe: Any, spec: dict[str, Any], width: int, height: int) -> Any:
     """A `Control` from a parsed --control."""
-    import torch
-
     from diffusion_kit import Control, detect
-    from diffusion_kit.adapters.control import load_control_model
     from diffusion_kit.adapters.detectors import detectors
 
     named = spec["kind"] in pipe.control_names
-    if not named and not re.search(r"[/\\.]", spec["kind"]):
-        raise ValueError(f"the model has no control {spec['kind']!r}; it has {', '.join(pipe.control_names) or 'none'}")
-    model = spec["kind"] if named else load_control_model(spec["kind"], torch_dtype=getattr(torch, options.dtype))
     picture = _fit(spec["picture"], width, height)
     detector = spec.get("detect", spec["kind"] if named and spec["kind"] in detectors() else "none")
     if detector != "none":
         picture = detect(detector, picture)
     numbers = {name: spec[name] for name in ("scale", "start", "end") if name in spec}
     mask = _fit(_load(spec["mask"]), width, height) if "mask" in spec else None
-    return Control(model, picture, mask=mask, **numbers)
+    return Control(pipe.load_control(spec["kind"]), picture, mask=mask, **numbers)
 
 
 def _load(path: str) -> Any:

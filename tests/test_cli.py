@@ -90,7 +90,7 @@ BAD: dict[str, tuple[list[str], str]] = {
     "control_option": (["--control", "canny=photo.png,scal=1"], "no option 'scal'"),
     "control_number": (["--control", "canny=photo.png,scale=big"], "scale='big' must be a number"),
     "control_window": (["--control", "canny=photo.png,start=0.8,end=0.2"], "0 <= start <= end <= 1"),
-    "control_name": (["--control", "depth=photo.png"], "no control 'depth'; it has canny"),
+    "control_name": (["--control", "depth=photo.png"], "no control 'depth' comes with the base (it has canny)"),
     "control_file": (["--control", "canny=none.png"], "no image file none.png"),
     "control_detector": (["--control", "canny=photo.png,detect=magic"], "no detector 'magic'"),
     "control_folder": (["--control", "./none=photo.png"], "no model './none'"),

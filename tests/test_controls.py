@@ -280,6 +280,13 @@ def test_value_errors_say_what_is_wrong(make: Callable[[], Any], message: str) -
         make()
 
 
+@pytest.mark.parametrize(("start", "end"), [(0.5, 0.2), (0.0, 1.5), (-0.1, 1.0), (0.4, 0.4)])
+def test_windows_of_the_peer_named_classes_are_checked(start: float, end: float, controlnet: Any) -> None:
+    pipe = pipeline(diffusion_kit.StableDiffusionXLControlNetPipeline, controlnet=controlnet)
+    with pytest.raises(ValueError, match="0 <= start < end <= 1"):
+        pipe("a", image=lines(), num_inference_steps=2, control_guidance_start=start, control_guidance_end=end)
+
+
 def test_type_errors_name_what_is_known() -> None:
     with pytest.raises(TypeError, match="Linear is no control: known are .*T2IAdapter"):
         run([Control(torch.nn.Linear(1, 1), lines())])

@@ -255,6 +255,24 @@ def test_padding_mask_crop(name: str) -> None:
     assert np.abs(ours - np.asarray(call["image"]))[~outside].mean() > 5
 
 
+def test_padding_mask_crop_with_controls_of_the_call() -> None:
+    """Pictures and masks of `controls` follow the crop: as in the ControlNet class, which agrees with the peer."""
+    mask = Image.new("L", (128, 96))
+    mask.paste(255, (30, 20, 70, 60))
+    image, edges = (make(size=128).crop((0, 0, 128, 96)) for make in (picture, lines))
+    call = {"image": image, "mask_image": mask, "strength": 0.9, "padding_mask_crop": 8, "height": 96, "width": 128}
+    named = run(
+        diffusion_kit, CONTROL_INPAINT, {**call, "control_image": edges}, {"controlnet": make_controlnet}, "pil"
+    )
+    for control_mask in (None, Image.new("L", (128, 96), 255)):
+        own = diffusion_kit.Control(make_controlnet(), edges, mask=control_mask)
+        family = run(diffusion_kit, "SDXLPipeline", {**call, "controls": [own]}, {}, "pil")
+        assert np.array_equal(np.asarray(family[0]), np.asarray(named[0]))
+    for wrong in ({"image": torch.rand(1, 3, 96, 128)}, {"output_type": "pt"}):
+        with pytest.raises(ValueError, match="padding_mask_crop needs one PIL image"):
+            pipeline(diffusion_kit.SDXLPipeline)("a fox", **{**call, **wrong})
+
+
 def test_guidance_turned_off_by_a_callback() -> None:
     """The peer's recipe for dynamic guidance: halves the embeddings and sets `_guidance_scale` on the way."""
 

@@ -69,7 +69,8 @@ def test_broken_files_are_one_clear_line(content: Any, message: str, tmp_path: P
 def test_the_same_picture_in_every_form() -> None:
     array = np.asarray(picture())
     tensor = torch.from_numpy(array).permute(2, 0, 1) / 255
-    forms = [picture(), array, array / np.float32(255), tensor, tensor[None], [picture()]]
+    byte_tensor = torch.from_numpy(array.copy()).permute(2, 0, 1)
+    forms = [picture(), array, array / np.float32(255), tensor, tensor[None], [picture()], byte_tensor]
     for form in forms:
         torch.testing.assert_close(picture_tensor(form, SIZE, SIZE), tensor[None])
     grey = picture_tensor(picture().convert("L"), SIZE, SIZE, channels=3)
@@ -95,6 +96,26 @@ def test_overflow_in_the_decoder_is_an_error_and_no_black_picture() -> None:
     pipe = pipeline(SDXLPipeline, vae=vae)
     with pytest.raises(RuntimeError, match="the VAE overflowed in float32"):
         pipe("a fox", num_inference_steps=1)
+
+
+def test_latents_that_are_not_finite_are_not_blamed_on_the_decoder() -> None:
+    with pytest.raises(RuntimeError, match="the latents are not finite"):
+        decode_latents(make_vae(), torch.full((1, 4, 8, 8), float("nan")))
+
+
+def test_sixteen_bits_and_bytes_as_the_start_picture() -> None:
+    grey = np.asarray(picture().convert("L"))
+    deep = Image.fromarray(grey.astype(np.uint16) * 257)
+    array = np.asarray(picture())
+    tensor = torch.from_numpy(array.copy()).permute(2, 0, 1)[None]
+
+    def run(image: Any) -> torch.Tensor:
+        call = {"strength": 0.5, "num_inference_steps": 4, "output_type": "latent", "generator": seeds(1)}
+        return pipeline(SDXLPipeline)("a fox", image=image, **call).images
+
+    assert torch.equal(run(deep), run(Image.fromarray(grey)))
+    assert distance(run(array), run(picture())) < 1e-5
+    assert distance(run(tensor), run(picture())) < 1e-5
 
 
 def test_half_precision_vae_is_upcast_and_put_back() -> None:

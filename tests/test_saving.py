@@ -114,6 +114,34 @@ def test_controls_that_come_with_a_base(folder: Path, tmp_path: Path) -> None:
     assert torch.equal(named, given)
 
 
+def test_controls_of_a_base_are_saved_with_it_and_found_from_anywhere(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+
+    base = shutil.copytree(folder, tmp_path / "base")
+    make_adapter().save_pretrained(base / "controls" / "edges")
+    monkeypatch.chdir(tmp_path)
+    SDXLPipeline.from_pretrained("base").save_pretrained(tmp_path / "again")
+    assert "_name_or_path" not in json.loads((tmp_path / "again" / "model_index.json").read_text())
+    pipe = SDXLPipeline.from_pretrained("./again")
+    monkeypatch.chdir(base)
+    assert pipe.control_names == ["edges"]
+    assert pipeline(SDXLPipeline).control_names == [], "a folder that happens to be here is not the base's"
+
+
+def test_a_control_by_its_path(tmp_path: Path) -> None:
+    from diffusion_kit import Control
+
+    adapter = make_adapter()
+    adapter.save_pretrained(tmp_path / "edges")
+    pipe = pipeline(SDXLPipeline)
+    by_path, given = (result(pipe, {"controls": [Control(m, lines())]}) for m in (str(tmp_path / "edges"), adapter))
+    assert torch.equal(by_path, given)
+    with pytest.raises(FileNotFoundError, match="./nowhere"):
+        result(pipe, {"controls": [Control("./nowhere", lines())]})
+
+
 def break_index(path: Path, **changes: Any) -> None:
     index = json.loads((path / "model_index.json").read_text())
     (path / "model_index.json").write_text(json.dumps({**index, **changes}))

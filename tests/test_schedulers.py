@@ -138,6 +138,33 @@ def test_image_to_image_with_each_scheduler(name: str) -> None:
     assert distance(ours, theirs) < 1e-4
 
 
+@pytest.mark.parametrize("name", ["euler_ancestral", "ddpm"])
+def test_global_random_numbers_are_drawn_as_the_peer_draws_them(name: str) -> None:
+    results = []
+    for module in (diffusion_kit, diffusers):
+        torch.manual_seed(5)
+        results.append(
+            call(
+                pipeline(module.StableDiffusionXLPipeline, scheduler=make(name)), generator=None, num_inference_steps=3
+            )
+        )
+    assert distance(*results) < 1e-4
+
+
+def test_a_clamp_that_small_numbers_do_not_reach_is_seen() -> None:
+    assert make_schedule(diffusers.CMStochasticIterativeScheduler(), 6, denoising_start=0.5).transition is None
+
+
+def test_a_scheduler_that_cannot_noise_a_picture() -> None:
+    scheduler = diffusers.IPNDMScheduler()
+    ours, theirs = (
+        call(pipeline(m.StableDiffusionXLPipeline, scheduler=scheduler)) for m in (diffusion_kit, diffusers)
+    )
+    assert distance(ours, theirs) < 1e-4
+    with pytest.raises(ValueError, match="IPNDMScheduler cannot start from a picture"):
+        call(pipeline(diffusion_kit.SDXLPipeline, scheduler=scheduler), image=picture())
+
+
 def test_eta() -> None:
     ours, theirs = (
         call(pipeline(module.StableDiffusionXLPipeline, scheduler=make("ddim")), eta=0.8)

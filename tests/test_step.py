@@ -212,7 +212,7 @@ def test_a_whole_step_compiles_without_a_break(name: str) -> None:
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: scripts/verify cuda")
 def test_no_synchronisation_on_cuda() -> None:
     """`torch.cuda.set_sync_debug_mode` raises on any synchronisation inside the loop's steps."""
     pipe = pipeline(SDXLPipeline).to("cuda")

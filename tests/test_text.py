@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import components, distance, pipeline, seeds
 
-from diffusion_kit import SDXLPipeline
+from diffusion_kit import Control, SDXLPipeline
 from diffusion_kit.models.text import encode_text, encode_weighted, parse_weights
 
 
@@ -76,6 +76,8 @@ def test_a_cut_prompt_is_said() -> None:
     [
         ({}, "give a prompt or prompt_embeds"),
         ({"prompt": 3}, "it must be text"),
+        ({"prompt": []}, "it must be text"),
+        ({"prompt": "a", "controls": Control("canny", None)}, "it must be a list"),
         ({"prompt": "a", "prompt_embeds": torch.zeros(1, 77, 48)}, "one of the two"),
         ({"prompt_embeds": torch.zeros(1, 77, 48)}, "need pooled_prompt_embeds"),
         ({"prompt": ["a", "b"], "negative_prompt": ["c"]}, "1 negative prompts for 2 prompts"),

@@ -1,0 +1,1 @@
+"""Controls, the kinds of them, and the detectors that make control images."""

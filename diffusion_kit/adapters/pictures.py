@@ -70,6 +70,13 @@ def _upright(picture: Image.Image, background: str) -> Image.Image:
     return picture.convert("RGB")
 
 
+def eight_bit(picture: Image.Image) -> Image.Image:
+    """RGB with eight bits a channel; sixteen bits of grey are divided by 257, where PIL would cut them at 255."""
+    if picture.mode.startswith("I"):
+        picture = Image.fromarray((np.asarray(picture) // 257).astype(np.uint8))
+    return picture.convert("RGB")
+
+
 def as_list(pictures: Any) -> list[Any]:
     return list(pictures) if isinstance(pictures, (list, tuple)) else [pictures]
 
@@ -115,7 +122,7 @@ def _tensor(picture: Picture, height: int, width: int, channels: int | None) -> 
         tensor = tensor.float() / 255 if values.dtype == np.uint8 else tensor.float()
     elif isinstance(picture, Tensor):
         tensor = picture if picture.ndim == 4 else picture[None] if picture.ndim == 3 else picture[None, None]
-        tensor = tensor.float()
+        tensor = tensor.float() / (255 if picture.dtype == torch.uint8 else 1)
     else:
         raise ValueError(f"{type(picture).__name__} is not a picture: give a PIL image, an array or a tensor")
     return tensor if tensor.shape[-2:] == (height, width) else torch.nn.functional.interpolate(tensor, (height, width))

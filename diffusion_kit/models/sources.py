@@ -78,9 +78,15 @@ def check_folder(folder: Path, passed: set[str]) -> None:
             raise FileNotFoundError(
                 f"{folder} has no {name!r}: its model_index.json names it, the folder {component} is missing"
             )
-        for file in (component, *component.rglob("*")):
-            if _leads_outside(file, root):
-                raise ValueError(f"{file} leads outside the model folder {folder}")
+        _check_links(component, root)
+    if (folder / "controls").exists():
+        _check_links(folder / "controls", root)
+
+
+def _check_links(component: Path, root: Path) -> None:
+    for file in (component, *component.rglob("*")):
+        if _leads_outside(file, root):
+            raise ValueError(f"{file} leads outside the model folder {root}")
 
 
 def _leads_outside(file: Path, root: Path) -> bool:

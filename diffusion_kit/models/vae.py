@@ -39,8 +39,10 @@ def decode_latents(vae: Any, latents: Tensor) -> Tensor:
     """Pictures (N, 3, H, W), about [-1, 1], of latents.
 
     Raises:
-        RuntimeError: the decoder overflowed (float16), which would be a black picture.
+        RuntimeError: the decoder overflowed (float16), or the latents are not finite: both would be a black picture.
     """
+    if not torch.isfinite(latents).all():
+        raise RuntimeError("the latents are not finite: the UNet overflowed, or the scheduler diverged")
     with _upcast(vae):
         latents = latents.to(vae.dtype)
         shift, std = _statistics(vae, latents)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -83,6 +84,7 @@ class ControlledPipeline(DiffusionPipeline):
             with one_line(source, "model configuration for the file"):
                 return cls.from_single_file(str(place), **kwargs)
         if isinstance(place, Path):
+            place = place.absolute()
             check_folder(place, passed=set(kwargs))
             if place == embedded() and "torch_dtype" not in kwargs and "dtype" not in kwargs:
                 kwargs["torch_dtype"] = torch.float32
@@ -94,38 +96,48 @@ class ControlledPipeline(DiffusionPipeline):
         """model_index.json with the peer's class name, so that the peer reads our folders."""
         config = json.loads(super().to_json_string())
         config["_class_name"] = self.peer_name or type(self).__name__
+        config.pop("_name_or_path", None)  # a path of this machine
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
+
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        """diffusers' folder, and the controls that come with the base."""
+        controls: dict[str, Any] = {name: self.load_control(name) for name in self.control_names}
+        super().save_pretrained(save_directory, *args, **kwargs)
+        for name, net in controls.items():
+            net.save_pretrained(Path(save_directory, "controls", name))
 
     # Controls
 
     def resolve_control(self, control: Control) -> Control:
-        """Replaces the name of a control that comes with the base by its network, loaded once."""
+        """Replaces the name of a control that comes with the base, or the path of one, by its network, loaded once."""
         if not isinstance(control, Control) or not isinstance(control.model, (str, Path)):
             return control
         return dataclasses.replace(control, model=self.load_control(str(control.model)))
 
     @property
-    def _controls_folder(self) -> Path:
-        return Path(str(self.config.get("_name_or_path", "")), "controls")
-
-    @property
     def control_names(self) -> list[str]:
         """Names of the controls that come with the base."""
-        return sorted(path.parent.name for path in self._controls_folder.glob("*/config.json"))
+        return sorted(self._control_folders())
+
+    def _control_folders(self) -> dict[str, Path]:
+        """Folders of the base's controls; a hub id or a single file, which are no absolute path, have none."""
+        folder = Path(str(self.config.get("_name_or_path", "")))
+        found = folder.glob("controls/*/config.json") if folder.is_absolute() else ()
+        return {path.parent.name: path.parent for path in found}
 
     def load_control(self, name: str) -> nn.Module:
-        """The control `controls/NAME` of the base's model folder.
+        """The control of that name of the base's model folder, or of a folder, .safetensors file or hub id.
 
         Raises:
-            ValueError: the base has none of that name; names those it has.
+            ValueError: the base has none of that name; names those it has. FileNotFoundError: no such folder or file.
         """
         loaded: dict[str, nn.Module] = self.__dict__.setdefault("_base_controls", {})
         if name not in loaded:
-            folder, names = self._controls_folder, self.control_names
-            if name not in names:
-                has = f"it has {', '.join(names)}" if names else "it has none"
+            own = self._control_folders()
+            if name not in own and not re.search(r"[/\\.]", name):
+                has = f"it has {', '.join(sorted(own))}" if own else "it has none"
                 raise ValueError(f"no control {name!r} comes with the base ({has}); give a network or a path to one")
-            loaded[name] = load_control_model(folder / name, torch_dtype=self.unet.dtype)
+            loaded[name] = load_control_model(own.get(name, name), torch_dtype=self.unet.dtype)
         return loaded[name]
 
     def encode_controls(self, controls: Sequence[Control], site: Site) -> list[EncodedControl]:

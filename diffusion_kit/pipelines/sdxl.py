@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -27,7 +27,8 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-from diffusion_kit.adapters.control import Site
+from diffusion_kit.adapters.control import Control, Site
+from diffusion_kit.adapters.pictures import eight_bit
 from diffusion_kit.models.denoiser import make_denoiser
 from diffusion_kit.models.text import Text, count_windows, encode_text, encode_weighted
 from diffusion_kit.models.vae import encode_picture, scale_factor
@@ -155,6 +156,19 @@ class Canvas(NamedTuple):
     def latent_size(self, factor: int) -> tuple[int, int]:
         return self.height // factor, self.width // factor
 
+    def into_crop(self, control: Control, whole: Image.Image) -> Control:
+        """The control with its pictures and masks cut to the region that is worked on, as the picture `whole` is."""
+
+        def cut(pictures: Any) -> Any:
+            if isinstance(pictures, (list, tuple)):
+                return [cut(picture) for picture in pictures]
+            if not isinstance(pictures, Image.Image):
+                raise ValueError("padding_mask_crop needs PIL pictures, in controls too")
+            region = eight_bit(pictures).resize(whole.size, Image.Resampling.LANCZOS).crop(self.crop)
+            return VaeImageProcessor()._resize_and_fill(region, self.width, self.height)
+
+        return replace(control, image=cut(control.image), mask=None if control.mask is None else cut(control.mask))
+
 
 class SDXLPipeline(
     ControlledPipeline,
@@ -280,7 +294,9 @@ class SDXLPipeline(
             schedule.timesteps,
             device,
         )
-        controls = call.controls(schedule, canvas.crop) if callable(call.controls) else call.controls
+        controls = call.controls(schedule) if callable(call.controls) else call.controls
+        if canvas.crop is not None:
+            controls = [canvas.into_crop(control, call.image) for control in controls]
         run = Run(
             schedule=schedule,
             denoiser=make_denoiser(self.unet, batch.shape[0], call.cross_attention_kwargs),
@@ -297,7 +313,7 @@ class SDXLPipeline(
         )
         latents = self.denoise(run, start.latents, _Callbacks(self, call, run)).to(self.unet.dtype)
         images = self.decode(latents, call.output_type)
-        if canvas.crop is not None and call.output_type == "pil":
+        if canvas.crop is not None:
             overlay = self.image_processor.apply_overlay
             images = [overlay(call.mask_image, call.image, image, canvas.crop) for image in images]
         self.maybe_free_model_hooks()
@@ -360,6 +376,8 @@ class SDXLPipeline(
         height, width, crop = call.height, call.width, None
         options: dict[str, Any] = {}
         if call.padding_mask_crop is not None and call.mask_image is not None:
+            if not all(isinstance(one, Image.Image) for one in (call.image, call.mask_image)) or call.output_type != "pil":
+                raise ValueError("padding_mask_crop needs one PIL image, one PIL mask and output_type='pil'")
             height, width = height or native, width or native
             crop = self.image_processor.get_crop_region(call.mask_image, width, height, pad=call.padding_mask_crop)
             options = {"crops_coords": crop, "resize_mode": "fill"}
@@ -380,8 +398,11 @@ class SDXLPipeline(
             raise ValueError("mask_image needs an image to repaint")
         if (call.prompt is None) == (call.prompt_embeds is None):
             raise ValueError("give a prompt or prompt_embeds, one of the two")
-        if not isinstance(call.prompt, (str, list, tuple, type(None))):
-            raise ValueError(f"prompt is a {type(call.prompt).__name__}; it must be text or a list of texts")
+        texts = [call.prompt] if isinstance(call.prompt, str) else call.prompt
+        if call.prompt is not None and (not isinstance(texts, (list, tuple)) or not texts):
+            raise ValueError(f"prompt is {call.prompt!r}; it must be text or a list of texts")
+        if isinstance(call.controls, Control):
+            raise ValueError("controls is one Control; it must be a list of them")
         for name in ("prompt_embeds", "negative_prompt_embeds"):
             pooled = name.replace("prompt", "pooled_prompt")
             if getattr(call, name) is not None and getattr(call, pooled) is None:
@@ -626,8 +647,9 @@ def _plain(picture: Any) -> Any:
     if isinstance(picture, (list, tuple)):
         return [_plain(one) for one in picture]
     if isinstance(picture, Image.Image):
-        return picture.convert("RGB")
-    return picture / np.float32(255) if isinstance(picture, np.ndarray) and picture.dtype == np.uint8 else picture
+        return eight_bit(picture)
+    bytes_of = {np.ndarray: np.uint8, Tensor: torch.uint8}.get(type(picture))
+    return picture / np.float32(255) if bytes_of is not None and picture.dtype == bytes_of else picture
 
 
 def _check_size(height: int, width: int, factor: int) -> None:

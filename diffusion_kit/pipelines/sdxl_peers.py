@@ -19,8 +19,7 @@ from diffusion_kit.sampling.schedule import Schedule
 
 from .sdxl import SDXLPipeline
 
-Box = tuple[int, ...] | None
-Controls = Callable[[Schedule, Box], Sequence[Control]]  # made when the number of steps is known
+Controls = Callable[[Schedule], Sequence[Control]]  # made when the number of steps is known
 
 _COMPONENTS = "vae text_encoder text_encoder_2 tokenizer tokenizer_2 unet"
 _OTHERS = "feature_extractor image_encoder"
@@ -117,9 +116,9 @@ class StableDiffusionXLAdapterPipeline(SDXLPipeline):
         first = as_list(image[0] if multi else image)[0]
         _default_size(self, values, first, self.adapter.downscale_factor)
 
-        def controls(schedule: Schedule, crop: Box) -> list[Control]:
+        def controls(schedule: Schedule) -> list[Control]:
             n = schedule.steps
-            return [Control(self.adapter, image, scale=scale, end=min(int(n * factor), n) / n)]
+            return [Control(self.adapter, image, scale=scale, end=min(max(int(n * factor), 0), n) / n)]
 
         return _with_controls(values, controls)
 
@@ -143,23 +142,17 @@ class _ControlNetPipeline(SDXLPipeline):
         size_of = values["image"] if "padding_mask_crop" in values else as_list(images[0])[0]
         _default_size(self, values, as_list(size_of)[0], self.vae_scale_factor)
 
-        def controls(schedule: Schedule, crop: Box) -> list[Control]:
+        def controls(schedule: Schedule) -> list[Control]:
             result = []
             for net, picture, own_scale, own_start, own_end in zip(nets, images, *columns, strict=True):
                 window = _window(own_start, own_end, schedule)
                 if window is not None:
-                    picture = picture if crop is None else self._cropped(picture, crop, values)
                     result.append(
                         Control(net, picture, scale=own_scale, start=window[0], end=window[1], mode=mode)
                     )
             return result
 
         return _with_controls(values, controls)
-
-    def _cropped(self, picture: Any, crop: tuple[int, ...], values: dict[str, Any]) -> Any:
-        """Control images follow `padding_mask_crop` into the region that is worked on."""
-        resize = self.image_processor._resize_and_fill
-        return [resize(one.convert("RGB").crop(crop), values["width"], values["height"]) for one in as_list(picture)]
 
 
 class StableDiffusionXLControlNetPipeline(_ControlNetPipeline):
@@ -222,7 +215,7 @@ def _need(values: dict[str, Any], who: str, *names: str) -> dict[str, Any]:
 def _with_controls(values: dict[str, Any], own: Controls) -> dict[str, Any]:
     """The class's own adapter beside the `controls` of the call."""
     more = list(values.pop("controls", ()))
-    return {**values, "controls": lambda schedule, crop: [*own(schedule, crop), *more]}
+    return {**values, "controls": lambda schedule: [*own(schedule), *more]}
 
 
 def _default_size(pipe: SDXLPipeline, values: dict[str, Any], picture: Any, multiple: int) -> None:
@@ -244,6 +237,8 @@ def _for_each(value: Any, nets: Sequence[Any], many: bool) -> list[Any]:
 
 def _window(start: float, end: float, schedule: Schedule) -> tuple[float, float] | None:
     """The peer counts the window over the steps before `denoising_end` cut them; None where no step is left."""
+    if not 0 <= start < end <= 1:
+        raise ValueError(f"control guidance from {start} to {end}: it must be 0 <= start < end <= 1")
     full, n = schedule.full_steps, schedule.steps
     steps = [i for i in range(n) if start <= i / full and (i + 1) / full <= end]
     return (steps[0] / n, (steps[-1] + 1) / n) if steps else None

@@ -142,6 +142,8 @@ def _latents_of(batch: Batch, picture: Tensor, encoder: Encoder) -> Tensor:
 
 
 def _noised(schedule: Schedule, image: Tensor, noise: Tensor) -> Tensor:
+    if not hasattr(schedule.scheduler, "add_noise"):
+        raise ValueError(f"{type(schedule.scheduler).__name__} cannot start from a picture: it has no add_noise")
     a, b = schedule.noise_level[0].unbind(-1)
     return a * image + b * noise
 

@@ -125,8 +125,8 @@ def spread(values: Tensor, prompts: int, per_prompt: int, what: str) -> Tensor:
         return values.repeat_interleave(per_prompt, 0)
     if n == prompts * per_prompt:
         return values
-    pictures = "" if per_prompt == 1 else f" or {prompts * per_prompt}"
-    raise ValueError(f"{n} entries of {what} for {prompts} prompts: give 1, {prompts}{pictures}")
+    counts = " or ".join(str(count) for count in sorted({1, prompts, prompts * per_prompt}))
+    raise ValueError(f"{n} entries of {what} for {prompts} prompts: give {counts}")
 
 
 def shapes(tree: Tree) -> Hashable:

@@ -86,7 +86,7 @@ def make_schedule(
     begin = _begin(scheduler, asked, strength, denoising_start)
     times = scheduler.timesteps[begin:]
     if len(times) == 0:
-        raise ValueError(f"no step is left: {asked} steps at strength {strength} are {asked} x {strength} < 1 step")
+        raise ValueError(f"no step is left: {asked} steps x strength {strength} is less than one step")
     of_call = _steps_of_calls(scheduler)[begin:]
     of_call = [step - of_call[0] for step in of_call]
     full_steps = of_call[-1] + 1
@@ -172,14 +172,19 @@ def _steps_of_calls(scheduler: Any) -> list[int]:
     calls = range(len(scheduler.timesteps))
     if scheduler.order == 2:
         return [k // 2 for k in calls]
-    if hasattr(scheduler, "pndm_order"):
+    if hasattr(scheduler, "prk_timesteps"):
         warm = len(scheduler.prk_timesteps)
         return [k // 4 if k < warm else k - warm + warm // 4 for k in calls] if warm else [max(k - 1, 0) for k in calls]
     return list(calls)
 
 
 def _noise_levels(scheduler: Any, begin: int, n: int) -> list[tuple[float, float]]:
-    """a and b of x = a image + b noise at each call, as the scheduler's `add_noise` mixes them."""
+    """a and b of x = a image + b noise at each call, as the scheduler's `add_noise` mixes them.
+
+    A scheduler without it makes pictures from noise only: (1, 0), which `starts` refuses to use.
+    """
+    if not hasattr(scheduler, "add_noise"):
+        return [(1.0, 0.0)] * n
     probe = copy.deepcopy(scheduler)
     image, noise = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
     levels = []
@@ -198,10 +203,12 @@ def _input_scales(scheduler: Any, times: Tensor, begin: int) -> list[float]:
         probe.set_begin_index(begin)
     one = torch.ones(1, 1, 1, 1)
     output = torch.ones(1, 2, 1, 1) if learns_variance(scheduler) else one
+    takes = inspect.signature(probe.step).parameters
+    own = {"generator": torch.Generator()} if "generator" in takes else {}  # never the caller's random numbers
     scales = []
     for t in times:
         scales.append(float(probe.scale_model_input(one.clone(), t)))
-        probe.step(output, t, one, return_dict=False)
+        probe.step(output, t, one, **own, return_dict=False)
     return scales
 
 

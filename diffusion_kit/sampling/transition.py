@@ -25,6 +25,7 @@ from torch import Tensor
 
 PADS = 8  # coordinates in which only noise appears: its factor is measured there
 TOLERANCE = 1e-3  # of the largest value of a call; replay differs from the scheduler by rounding only
+LOUD = 100.0  # of the trial's numbers: a clamp inside a scheduler shows
 Slot = tuple[str, int | None]  # where a scheduler keeps a tensor: attribute, index in a list
 
 
@@ -175,11 +176,11 @@ class _Reader:
         """Runs the scheduler on random numbers and notes where it keeps tensors and when it draws noise."""
         source = torch.Generator().manual_seed(0)
         shape = (1, 1, 1, PADS + 1)
-        x = torch.randn(shape, generator=source)
+        x = LOUD * torch.randn(shape, generator=source)
         run = _Trial(x, [], [], [], [])
         scheduler = self._copy()
         for t in self.timesteps:
-            m = torch.randn(shape, generator=source)
+            m = LOUD * torch.randn(shape, generator=source)
             v = torch.rand(shape, generator=source)
             x, z, drawn = self._call(scheduler, t, x, m, v)
             if drawn is None:
