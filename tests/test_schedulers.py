@@ -142,12 +142,9 @@ def test_image_to_image_with_each_scheduler(name: str) -> None:
 def test_global_random_numbers_are_drawn_as_the_peer_draws_them(name: str) -> None:
     results = []
     for module in (diffusion_kit, diffusers):
+        pipe = pipeline(module.StableDiffusionXLPipeline, scheduler=make(name))
         torch.manual_seed(5)
-        results.append(
-            call(
-                pipeline(module.StableDiffusionXLPipeline, scheduler=make(name)), generator=None, num_inference_steps=3
-            )
-        )
+        results.append(call(pipe, generator=None, num_inference_steps=3))
     assert distance(*results) < 1e-4
 
 
