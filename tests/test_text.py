@@ -85,6 +85,8 @@ def test_a_cut_prompt_is_said() -> None:
         ({"prompt": "a", "height": 63}, "multiples of 4, not 64 x 63; nearest 64 x 64"),
         ({"prompt": "a", "ip_adapter_image": 1}, "ip_adapter_image is not supported yet"),
         ({"prompt": "a", "guidance_scale": float("nan")}, "finite"),
+        ({"prompt": "a", "guidance_interval": (0.7, 0.2)}, "guidance_interval is 0.7 to 0.2"),
+        ({"prompt": "a", "num_images_per_prompt": 0}, "num_images_per_prompt is 0"),
         ({"prompt": "a", "prompt_syntax": "magic"}, "'weighted' or None"),
         ({"prompt": "a", "denoising_start": 0.8, "denoising_end": 0.5}, "must lie before"),
         ({"prompt": "a", "latents": torch.zeros(1, 4, 3, 3)}, r"latents have shape \(1, 4, 3, 3\)"),

@@ -409,6 +409,11 @@ class SDXLPipeline(
                 raise ValueError(f"{name} need {pooled} from the same text encoder")
         if call.negative_prompt is not None and call.negative_prompt_embeds is not None:
             raise ValueError("give a negative_prompt or negative_prompt_embeds, one of the two")
+        low, high = call.guidance_interval
+        if not 0 <= low <= high <= 1:
+            raise ValueError(f"guidance_interval is {low} to {high}; it must be 0 <= start <= end <= 1")
+        if not isinstance(call.num_images_per_prompt, int) or call.num_images_per_prompt < 1:
+            raise ValueError(f"num_images_per_prompt is {call.num_images_per_prompt}; it must be 1 or more")
         if call.prompt_syntax not in (None, "weighted"):
             raise ValueError(f"prompt_syntax is {call.prompt_syntax!r}; it must be 'weighted' or None")
         if not math.isfinite(call.guidance_scale):

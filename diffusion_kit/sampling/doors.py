@@ -138,7 +138,3 @@ def shapes(tree: Tree) -> Hashable:
     if isinstance(tree, Sequence):
         return tuple(shapes(value) for value in tree)
     return tree
-
-
-def table(values: Sequence[float], device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.tensor(values, dtype=dtype).to(device)
