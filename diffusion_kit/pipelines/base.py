@@ -24,7 +24,6 @@ from diffusion_kit.models.unet import installed, obstacle
 from diffusion_kit.models.vae import decode_latents, preview, preview_matrix
 from diffusion_kit.sampling.engines import Compiled, Engine, eager
 from diffusion_kit.sampling.loop import Run, sample
-from diffusion_kit.sampling.schedule import Schedule
 
 from .arguments import bind, signature_of
 
@@ -188,27 +187,25 @@ class ControlledPipeline(DiffusionPipeline):
     def cross_attention_kwargs(self) -> dict[str, Any] | None:
         return self._cross_attention_kwargs
 
-    @contextmanager
-    def _loras_scaled(self, *models: Any) -> Iterator[None]:
-        """The scale of `cross_attention_kwargs` on the LoRA layers inside the block."""
-        scale = (self._cross_attention_kwargs or {}).get("scale")
-        with ExitStack() as stack:
-            for model in models if scale is not None else ():
-                scale_lora_layers(model, weight=scale)
-                stack.callback(unscale_lora_layers, model, weight=scale)
-            yield
-
     def denoise(self, run: Run, latents: Tensor, on_call: Callable[..., Tensor]) -> Tensor:
-        """The loop, with the executor's attention installed and offloading told that the UNet is needed."""
+        """The loop, with the executor's attention installed, LoRA scaled, and offloading told that the UNet is needed."""
         nets = [net for control in run.controls for net in control.nets]  # type: ignore[attr-defined]
         if isinstance(run.denoiser, UNetDenoiser):
             nets.append(self.unet)
         unique = list({id(net): net for net in nets}.values())
-        with installed(*unique), self._loras_scaled(self.unet):
+        scale = (self._cross_attention_kwargs or {}).get("scale")
+        bar = self.progress_bar(total=run.schedule.steps)
+
+        def counted(k: int, before: Tensor, prediction: Tensor, after: Tensor) -> Tensor:
+            result = on_call(k, before, prediction, after)
+            bar.update(run.schedule.ends_step(k))
+            return result
+
+        with bar, installed(*unique), loras_scaled(scale, self.unet):
             for net in unique:
                 if getattr(net, "_hf_hook", None) is not None:
                     net._hf_hook.pre_forward(net)
-            return sample(run, latents, on_call)
+            return sample(run, latents, counted)
 
     def decode(self, latents: Tensor, output_type: str) -> Any:
         """Pictures of the latents as "pil", "np" or "pt"; "latent" gives the latents."""
@@ -223,16 +220,12 @@ class ControlledPipeline(DiffusionPipeline):
         """(B, 3, h, w) in [0, 1]: a picture of latents for the price of a matrix product."""
         return preview(preview_matrix(self.vae), latents)
 
-    def steps_bar(self, schedule: Schedule) -> Callable[[int], None]:
-        """A progress bar over sampling steps; the function returned is told each call that is done."""
-        bar = self.progress_bar(total=schedule.steps)
-        of_call = schedule.step_of_call
 
-        def done(call: int) -> None:
-            last = call + 1 == len(of_call)
-            if last or of_call[call + 1] != of_call[call]:
-                bar.update()
-            if last:
-                bar.close()
-
-        return done
+@contextmanager
+def loras_scaled(scale: float | None, *models: Any) -> Iterator[None]:
+    """LoRA layers of the models at `scale` inside the block; None leaves them alone."""
+    with ExitStack() as stack:
+        for model in models if scale is not None else ():
+            scale_lora_layers(model, weight=scale)
+            stack.callback(unscale_lora_layers, model, weight=scale)
+        yield

@@ -5,19 +5,16 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.loaders import FromSingleFileMixin, StableDiffusionXLLoraLoaderMixin, TextualInversionLoaderMixin
 from diffusers.pipelines.pipeline_utils import StableDiffusionMixin
 from diffusers.pipelines.stable_diffusion_xl.pipeline_output import StableDiffusionXLPipelineOutput
 from diffusers.schedulers import KarrasDiffusionSchedulers
-from PIL import Image
 from torch import Tensor
 from transformers import (
     CLIPImageProcessor,
@@ -28,7 +25,6 @@ from transformers import (
 )
 
 from diffusion_kit.adapters.control import Control, Site
-from diffusion_kit.adapters.pictures import eight_bit
 from diffusion_kit.models.denoiser import make_denoiser
 from diffusion_kit.models.text import Text, count_windows, encode_text, encode_weighted
 from diffusion_kit.models.vae import encode_picture, scale_factor
@@ -36,138 +32,12 @@ from diffusion_kit.sampling.guidance import guidance_embedding
 from diffusion_kit.sampling.loop import Run
 from diffusion_kit.sampling.schedule import Schedule, make_schedule
 
-from .base import ControlledPipeline
-from .starts import Batch, Start, from_masked_picture, from_noise, from_picture, mask_processor
+from .base import ControlledPipeline, loras_scaled
+from .callbacks import Callbacks
+from .canvas import Canvas, make_canvas
+from .sdxl_call import SDXLCall
+from .starts import Batch, Start, from_masked_picture, from_noise, from_picture
 
-Size = tuple[int, int]
-
-
-@dataclass
-class SDXLCall:
-    """Makes pictures: text-to-image; image-to-image where `image` is given; inpainting where `mask_image` is given too.
-
-    Attributes:
-        prompt, prompt_2: text, or one for each picture of the batch; the second for the second encoder.
-        image: a picture (PIL, array in [0, 1], tensor (N, 3, H, W) in [0, 1], or latents (N, 4, h, w)), or one a prompt.
-        mask_image: greyscale, white is repainted.
-        controls: `Control` values; image k and mask k of a control belong to prompt k.
-        strength: share of the steps that image-to-image (0.3 if not given) and inpainting (0.9999) run, in [0, 1].
-        height, width: of the result in pixels, multiples of 8; by default the picture's, or what the model was made for.
-        num_inference_steps, timesteps, sigmas: the schedule, or custom values for it.
-        denoising_start, denoising_end: hand-over between base and refiner, as fractions of the noise schedule.
-        guidance_scale: w of classifier-free guidance, off at 1. guidance_interval: fractions of the steps with guidance.
-        guidance_rescale: phi of arXiv 2305.08891, section 3.4.
-        negative_prompt, negative_prompt_2: what guidance leads away from; none is the zero embedding of SDXL's base.
-        generator: one, or one for each picture, which then is the same alone and in a batch.
-        latents: noise to start from, (B, 4, h, w).
-        prompt_embeds, ...: ready embeddings in place of prompts, as `encode_prompt` returns them.
-        prompt_syntax: "weighted" reads (word:1.3) and prompts of any length (see `models.text`); None takes text as it is.
-        original_size, crops_coords_top_left, target_size, aesthetic_score: SDXL's micro-conditioning.
-        clip_skip: layers of the text encoders to leave out at the end.
-        padding_mask_crop: margin in pixels: only the masked region is worked on, at full size, and pasted back.
-        output_type: "pil", "np", "pt" or "latent".
-        callback_on_step_end: called as (pipe, call, timestep, tensors) after each call of the network; it gets the tensors
-            named in `callback_on_step_end_tensor_inputs` ("preview" is a small picture (B, 3, h, w) in [0, 1]) and may
-            return others; `pipe._interrupt = True` stops, `pipe._guidance_scale` changes guidance.
-
-    Returns:
-        An output with `images`, or a tuple where `return_dict=False`.
-
-    Raises:
-        TypeError: an unknown argument. ValueError: a value that is out of range or does not fit.
-    """
-
-    prompt: Any = None
-    prompt_2: Any = None
-    image: Any = None
-    mask_image: Any = None
-    controls: Any = ()
-    strength: float | None = None
-    height: int | None = None
-    width: int | None = None
-    num_inference_steps: int = 50
-    timesteps: list[int] | None = None
-    sigmas: list[float] | None = None
-    denoising_start: float | None = None
-    denoising_end: float | None = None
-    guidance_scale: float = 5.0
-    guidance_interval: tuple[float, float] = (0.0, 1.0)
-    guidance_rescale: float = 0.0
-    negative_prompt: Any = None
-    negative_prompt_2: Any = None
-    num_images_per_prompt: int = 1
-    eta: float = 0.0
-    generator: Any = None
-    latents: Tensor | None = None
-    prompt_embeds: Tensor | None = None
-    negative_prompt_embeds: Tensor | None = None
-    pooled_prompt_embeds: Tensor | None = None
-    negative_pooled_prompt_embeds: Tensor | None = None
-    ip_adapter_image: Any = None
-    ip_adapter_image_embeds: Any = None
-    masked_image_latents: Tensor | None = None
-    padding_mask_crop: int | None = None
-    output_type: str = "pil"
-    return_dict: bool = True
-    cross_attention_kwargs: dict[str, Any] | None = None
-    prompt_syntax: str | None = None
-    original_size: Size | None = None
-    crops_coords_top_left: Size = (0, 0)
-    target_size: Size | None = None
-    negative_original_size: Size | None = None
-    negative_crops_coords_top_left: Size = (0, 0)
-    negative_target_size: Size | None = None
-    aesthetic_score: float = 6.0
-    negative_aesthetic_score: float = 2.5
-    clip_skip: int | None = None
-    callback_on_step_end: Any = None
-    callback_on_step_end_tensor_inputs: Sequence[str] = field(default_factory=lambda: ["latents"])
-    callback: Callable[[int, Tensor, Tensor], None] | None = None
-    callback_steps: int | None = 1
-
-    @property
-    def share(self) -> float:
-        """Strength, by the task where it was not given."""
-        if self.strength is not None:
-            return self.strength
-        return 0.3 if self.mask_image is None else 0.9999
-
-    @property
-    def prompts(self) -> int:
-        if self.prompt_embeds is not None:
-            return len(self.prompt_embeds)
-        return 1 if isinstance(self.prompt, str) else len(self.prompt)
-
-
-class Canvas(NamedTuple):
-    """Size of the result and what it is painted over.
-
-    Attributes:
-        picture: (N, 3, H, W) in [-1, 1], or latents (N, 4, h, w). mask: (N, 1, H, W) of 0 and 1.
-        crop: box of the picture that `padding_mask_crop` works on.
-    """
-
-    height: int
-    width: int
-    picture: Tensor | None = None
-    mask: Tensor | None = None
-    crop: tuple[int, int, int, int] | None = None
-
-    def latent_size(self, factor: int) -> tuple[int, int]:
-        return self.height // factor, self.width // factor
-
-    def into_crop(self, control: Control, whole: Image.Image) -> Control:
-        """The control with its pictures and masks cut to the region that is worked on, as the picture `whole` is."""
-
-        def cut(pictures: Any) -> Any:
-            if isinstance(pictures, (list, tuple)):
-                return [cut(picture) for picture in pictures]
-            if not isinstance(pictures, Image.Image):
-                raise ValueError("padding_mask_crop needs PIL pictures, in controls too")
-            region = eight_bit(pictures).resize(whole.size, Image.Resampling.LANCZOS).crop(self.crop)
-            return VaeImageProcessor()._resize_and_fill(region, self.width, self.height)
-
-        return replace(control, image=cut(control.image), mask=None if control.mask is None else cut(control.mask))
 
 
 class SDXLPipeline(
@@ -269,7 +139,7 @@ class SDXLPipeline(
     # The call
 
     def generate(self, call: SDXLCall) -> Any:
-        self._check(call)
+        call.check(self._callback_tensor_inputs)
         canvas = self._canvas(call)
         self._remember(call)
         device = self._execution_device
@@ -311,7 +181,7 @@ class SDXLPipeline(
             engine=self.engine,
             dtype=self.unet.dtype,
         )
-        latents = self.denoise(run, start.latents, _Callbacks(self, call, run)).to(self.unet.dtype)
+        latents = self.denoise(run, start.latents, Callbacks(self, call, run)).to(self.unet.dtype)
         images = self.decode(latents, call.output_type)
         if canvas.crop is not None:
             overlay = self.image_processor.apply_overlay
@@ -366,63 +236,16 @@ class SDXLPipeline(
     # Pictures and sizes
 
     def _canvas(self, call: SDXLCall) -> Canvas:
-        """The call's pictures as tensors of one size."""
-        factor = self.vae_scale_factor
-        native = self.default_sample_size * factor
-        if call.height is not None or call.width is not None:
-            _check_size(call.height or native, call.width or native, factor)
-        if call.image is None:
-            return Canvas(call.height or native, call.width or native)
-        height, width, crop = call.height, call.width, None
-        options: dict[str, Any] = {}
-        if call.padding_mask_crop is not None and call.mask_image is not None:
-            if not all(isinstance(one, Image.Image) for one in (call.image, call.mask_image)) or call.output_type != "pil":
-                raise ValueError("padding_mask_crop needs one PIL image, one PIL mask and output_type='pil'")
-            height, width = height or native, width or native
-            crop = self.image_processor.get_crop_region(call.mask_image, width, height, pad=call.padding_mask_crop)
-            options = {"crops_coords": crop, "resize_mode": "fill"}
-        picture = self.image_processor.preprocess(_plain(call.image), height=height, width=width, **options)
-        scale = factor if picture.shape[1] == self.vae.config.latent_channels else 1
-        height, width = picture.shape[-2] * scale, picture.shape[-1] * scale
-        if call.mask_image is None:
-            return Canvas(height, width, picture)
-        masks = mask_processor(self.image_processor)
-        mask = masks.preprocess(_plain(call.mask_image), height=height, width=width, **options)
-        return Canvas(height, width, picture, mask, crop)
-
-    def _check(self, call: SDXLCall) -> None:
-        """Raises one clear line for what cannot be right."""
-        if call.ip_adapter_image is not None or call.ip_adapter_image_embeds is not None:
-            raise ValueError("ip_adapter_image is not supported yet: image prompts are no control of this version")
-        if call.image is None and call.mask_image is not None:
-            raise ValueError("mask_image needs an image to repaint")
-        if (call.prompt is None) == (call.prompt_embeds is None):
-            raise ValueError("give a prompt or prompt_embeds, one of the two")
-        texts = [call.prompt] if isinstance(call.prompt, str) else call.prompt
-        if call.prompt is not None and (not isinstance(texts, (list, tuple)) or not texts):
-            raise ValueError(f"prompt is {call.prompt!r}; it must be text or a list of texts")
-        if isinstance(call.controls, Control):
-            raise ValueError("controls is one Control; it must be a list of them")
-        for name in ("prompt_embeds", "negative_prompt_embeds"):
-            pooled = name.replace("prompt", "pooled_prompt")
-            if getattr(call, name) is not None and getattr(call, pooled) is None:
-                raise ValueError(f"{name} need {pooled} from the same text encoder")
-        if call.negative_prompt is not None and call.negative_prompt_embeds is not None:
-            raise ValueError("give a negative_prompt or negative_prompt_embeds, one of the two")
-        low, high = call.guidance_interval
-        if not 0 <= low <= high <= 1:
-            raise ValueError(f"guidance_interval is {low} to {high}; it must be 0 <= start <= end <= 1")
-        if not isinstance(call.num_images_per_prompt, int) or call.num_images_per_prompt < 1:
-            raise ValueError(f"num_images_per_prompt is {call.num_images_per_prompt}; it must be 1 or more")
-        if call.prompt_syntax not in (None, "weighted"):
-            raise ValueError(f"prompt_syntax is {call.prompt_syntax!r}; it must be 'weighted' or None")
-        if not math.isfinite(call.guidance_scale):
-            raise ValueError(f"guidance_scale is {call.guidance_scale}; it must be a finite number")
-        if call.denoising_start is not None and (call.denoising_end or 1.0) <= call.denoising_start:
-            raise ValueError(f"denoising_start {call.denoising_start} must lie before denoising_end {call.denoising_end}")
-        unknown = set(call.callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
-        if unknown:
-            raise ValueError(f"callback tensors {sorted(unknown)} are unknown; there are {self._callback_tensor_inputs}")
+        return make_canvas(
+            self.image_processor,
+            call.image,
+            call.mask_image,
+            call.height,
+            call.width,
+            call.padding_mask_crop,
+            native=self.default_sample_size * self.vae_scale_factor,
+            latent_channels=self.vae.config.latent_channels,
+        )
 
     # Text and sizes as conditioning
 
@@ -441,6 +264,7 @@ class SDXLPipeline(
             negative_prompt_embeds=call.negative_prompt_embeds,
             pooled_prompt_embeds=call.pooled_prompt_embeds,
             negative_pooled_prompt_embeds=call.negative_pooled_prompt_embeds,
+            lora_scale=(call.cross_attention_kwargs or {}).get("scale"),
             clip_skip=call.clip_skip,
             prompt_syntax=call.prompt_syntax,
         )
@@ -508,12 +332,10 @@ class SDXLPipeline(
         B is prompts x num_images_per_prompt. The negative ones are None without guidance.
         """
         device = device or self._execution_device
-        if lora_scale is not None:
-            self._cross_attention_kwargs = {"scale": lora_scale}
         encoders = [encoder for encoder in (self.text_encoder, self.text_encoder_2) if encoder is not None]
         weighted = prompt_syntax == "weighted" and prompt is not None
         windows = self._windows(prompt, prompt_2, negative_prompt, negative_prompt_2) if weighted else None
-        with self._loras_scaled(*encoders):
+        with loras_scaled(lora_scale, *encoders):
             if prompt_embeds is None:
                 pair = (prompt, prompt_2 or prompt)
                 prompt_embeds, own_pooled = self._encode([_texts(own) for own in pair], clip_skip or 0, windows)
@@ -559,110 +381,12 @@ class SDXLPipeline(
         return count_windows([text for own in prompts for text in _texts(own or "")], self.tokenizer_2)
 
 
-class _Callbacks:
-    """After each call of the network: the caller's callbacks, what they changed, the progress bar."""
-
-    def __init__(self, pipe: SDXLPipeline, call: SDXLCall, run: Run):
-        self.pipe, self.call, self.run = pipe, call, run
-        self.names = call.callback_on_step_end_tensor_inputs
-        if isinstance(call.callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
-            self.names = call.callback_on_step_end.tensor_inputs
-        self.done = pipe.steps_bar(run.schedule)
-
-    def __call__(self, k: int, before: Tensor, prediction: Tensor, latents: Tensor) -> Tensor:
-        schedule = self.run.schedule
-        t = schedule.timesteps[k]
-        if self.call.callback_on_step_end is not None:
-            given = {name: self._tensor(name, k, before, prediction, latents) for name in self.names}
-            changed = self.call.callback_on_step_end(self.pipe, k, t, dict(given)) or {}
-            latents = changed.get("latents", latents)
-            self._take({n: v for n, v in changed.items() if n != "latents" and v is not given.get(n)})
-            guided = self.pipe.do_classifier_free_guidance
-            self.run.guidance_scale = self.pipe._guidance_scale if guided else 1.0
-            self.run.stop = self.pipe._interrupt
-        step, last = schedule.step_of_call[k], k + 1 == schedule.calls
-        ends_step = last or schedule.step_of_call[k + 1] != step
-        if self.call.callback is not None and ends_step and step % (self.call.callback_steps or 1) == 0:
-            self.call.callback(step, t, latents)
-        self.run.stop = self.run.stop or self.pipe._interrupt
-        self.done(k)
-        return latents
-
-    def _tensor(self, name: str, k: int, before: Tensor, prediction: Tensor, latents: Tensor) -> Tensor:
-        rows = len(latents)
-        if name == "latents":
-            return latents
-        if name == "preview":
-            p, q = self.run.schedule.clean[k].unbind(-1)
-            return self.pipe.preview(p * before + q * prediction[:, : before.shape[1]])
-        if name in _CONTROL_IMAGES:
-            images = [control.image for control in self.run.controls if hasattr(control, "image")]
-            return images[0] if len(images) == 1 else images  # type: ignore[return-value]
-        if name in _NEGATIVE:
-            return self.run.conditioning[_NEGATIVE[name]][:-rows]
-        if name == "mask":
-            return self.run.rule[1]["mask"] if self.run.rule is not None else self.run.channels[:, :1]  # type: ignore[index]
-        if name == "masked_image_latents":
-            return before.new_zeros(0) if self.run.channels is None else self.run.channels[:, 1:]
-        return self.run.conditioning[name]
-
-    def _take(self, changed: dict[str, Tensor]) -> None:
-        """Puts replaced tensors in place; what was prepared from the old ones is made again."""
-        run, rows = self.run, self.call.prompts * self.call.num_images_per_prompt
-        for name, value in changed.items():
-            if name in _CONTROL_IMAGES:
-                shown = [control for control in run.controls if hasattr(control, "image")]
-                for control, image in zip(shown, value if isinstance(value, list) else [value], strict=True):
-                    control.show(image)  # type: ignore[attr-defined]
-            elif name in _NEGATIVE:
-                kept = run.conditioning[_NEGATIVE[name]][-rows:]
-                run.conditioning = {**run.conditioning, _NEGATIVE[name]: torch.cat([value, kept])}
-            elif name == "mask" and run.rule is not None:
-                run.rule = (run.rule[0], {**run.rule[1], "mask": value[-rows:]})
-            elif name in ("mask", "masked_image_latents") and run.channels is not None:
-                mask, masked = run.channels[:, :1], run.channels[:, 1:]
-                parts = (value[-rows:], masked) if name == "mask" else (mask, value[-rows:])
-                run.channels = torch.cat(parts, 1)
-            elif name in run.conditioning:
-                run.conditioning = {**run.conditioning, name: value}
-        if changed:
-            run.forget()
-
-
-# Tensors of a callback under the peer's names: unconditional halves, and the control images of its ControlNet classes.
-_NEGATIVE = {
-    "negative_prompt_embeds": "prompt_embeds",
-    "negative_pooled_prompt_embeds": "add_text_embeds",
-    "negative_add_time_ids": "add_time_ids",
-    "add_neg_time_ids": "add_time_ids",
-}
-_CONTROL_IMAGES = ("image", "control_image")
-
-
 def _texts(prompt: Any, rows: int | None = None) -> list[str]:
     """A list of texts; a single one stands for every row."""
     texts = [prompt] * (rows or 1) if isinstance(prompt, str) else list(prompt)
     if rows is not None and len(texts) != rows:
         raise ValueError(f"{len(texts)} negative prompts for {rows} prompts: give one, or one for each")
     return texts
-
-
-def _plain(picture: Any) -> Any:
-    """RGB pictures and float arrays: what diffusers' image processor expects."""
-    if isinstance(picture, (list, tuple)):
-        return [_plain(one) for one in picture]
-    if isinstance(picture, Image.Image):
-        return eight_bit(picture)
-    bytes_of = {np.ndarray: np.uint8, Tensor: torch.uint8}.get(type(picture))
-    return picture / np.float32(255) if bytes_of is not None and picture.dtype == bytes_of else picture
-
-
-def _check_size(height: int, width: int, factor: int) -> None:
-    if height % factor or width % factor or height < factor or width < factor:
-        near = [max(factor, round(side / factor) * factor) for side in (width, height)]
-        raise ValueError(
-            f"width and height must be multiples of {factor}, not {width} x {height}; nearest {near[0]} x {near[1]}"
-        )
 
 
 def _watermark(wanted: bool | None) -> Any:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -152,10 +150,3 @@ def _given(latents: Tensor, batch: Batch) -> Tensor:
     if tuple(latents.shape) != (batch.size, *batch.shape):
         raise ValueError(f"latents have shape {tuple(latents.shape)}; this call needs {(batch.size, *batch.shape)}")
     return latents.to(batch.device)
-
-
-def mask_processor(image_processor: Any) -> Any:
-    """diffusers' image processor for masks: greyscale, 0 or 1."""
-    kind = type(image_processor)
-    factor = image_processor.config.vae_scale_factor
-    return kind(vae_scale_factor=factor, do_normalize=False, do_binarize=True, do_convert_grayscale=True)

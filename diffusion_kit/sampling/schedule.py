@@ -52,6 +52,10 @@ class Schedule:
     def steps(self) -> int:
         return self.step_of_call[-1] + 1
 
+    def ends_step(self, call: int) -> bool:
+        """Whether a sampling step is done after this call."""
+        return call + 1 == self.calls or self.step_of_call[call + 1] != self.step_of_call[call]
+
     def draws(self, call: int) -> bool:
         return self.transition is not None and self.transition.draws[call]
 
