@@ -121,14 +121,18 @@ class Site:
         mask = mask_tensor(control.mask, self.height, self.width, self.prompts, self.per_prompt, "a control's mask")
         return mask.to(self.device)
 
-    def weights(self, control: Control, fades: Sequence[float], positions: Sequence[int], scales: Sequence[float]) -> list[Tensor]:
-        """scale x mask x fade for the residuals at `positions` of the UNet's layout, each (rows or 1, 1, h or 1, w or 1)."""
+    def weights(
+        self, control: Control, fades: Sequence[float], positions: Sequence[int], scales: Sequence[float]
+    ) -> list[Tensor]:
+        """scale x mask x fade of the residuals at `positions` of the UNet's layout: (rows or 1, 1, h or 1, w or 1)."""
         places, _ = layout(self.unet, self.latent_size)
         mask = self.mask(control)
         weights = []
         for fade, position in zip(fades, positions, strict=True):
             level, _, size = places[position]
-            area = torch.ones(1, 1, 1, 1, device=self.device) if mask is None else F.interpolate(mask, size, mode="area")
+            area = (
+                torch.ones(1, 1, 1, 1, device=self.device) if mask is None else F.interpolate(mask, size, mode="area")
+            )
             weights.append(scales[level] * fade * area)
         return weights
 

@@ -11,8 +11,8 @@ from diffusers import ControlNetModel
 from torch import Tensor
 
 from diffusion_kit.models.denoiser import added_conditions, prepare_embeddings
-from diffusion_kit.models.unet import encode as encode_unet
 from diffusion_kit.models.unet import Net, layout, obstacle
+from diffusion_kit.models.unet import encode as encode_unet
 from diffusion_kit.sampling.doors import Conditioning, Residuals, Tree, conditional, pick, spread
 
 from .control import Control, EncodedControl, Site, fading
@@ -88,7 +88,9 @@ class EncodedControlNet(EncodedControl):
         if self.hint is not None:
             prepared = prepare_embeddings(self.injection.net, self.timesteps, conditioning)
             return {**prepared, "hint": _twice(self.hint) if double else self.hint, "weights": weights}
-        states: dict[str, Any] = {k: v.to(self.image.dtype) if k == "prompt_embeds" else v for k, v in conditioning.items()}
+        states: dict[str, Any] = {
+            k: v.to(self.image.dtype) if k == "prompt_embeds" else v for k, v in conditioning.items()
+        }
         image = _twice(self.image) if double else self.image
         return {**states, "timesteps": self.timesteps, "image": image, "weights": weights}
 
@@ -128,10 +130,14 @@ def embed(net: Net, pixels: Tensor) -> Tensor:
 def _check_fit(net: Net, site: Site) -> None:
     has, takes = ([p[1] for p in layout(n, site.latent_size)[0]] for n in (net, site.unet))
     if has != takes:
-        raise ValueError(f"this ControlNet does not fit the base: its residuals have {has} channels, the UNet takes {takes}")
+        raise ValueError(
+            f"this ControlNet does not fit the base: its residuals have {has} channels, the UNet takes {takes}"
+        )
     width, base_width = net.config.cross_attention_dim, site.unet.config.cross_attention_dim
     if width != base_width:
-        raise ValueError(f"this ControlNet does not fit the base: it reads text of width {width}, the base's is {base_width}")
+        raise ValueError(
+            f"this ControlNet does not fit the base: it reads text of width {width}, the base's is {base_width}"
+        )
     downscale = 2 ** (len(net.config.conditioning_embedding_out_channels) - 1)
     if (site.height // downscale, site.width // downscale) != site.latent_size:
         raise ValueError(

@@ -22,7 +22,9 @@ Picture = Image.Image | np.ndarray | Tensor
 Pictures = Picture | Sequence[Picture]
 
 
-def load_image(source: str | Path | Image.Image, *, background: str = "white", megapixels: float = MEGAPIXELS) -> Image.Image:
+def load_image(
+    source: str | Path | Image.Image, *, background: str = "white", megapixels: float = MEGAPIXELS
+) -> Image.Image:
     """A picture from a PNG, JPEG or WEBP file: EXIF rotation applied, colour profile converted to sRGB, transparency laid
     on `background`. 16-bit greyscale (depth maps) stays 16-bit, mode "I;16"; everything else is RGB.
 

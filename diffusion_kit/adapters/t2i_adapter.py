@@ -79,7 +79,9 @@ def _features(adapter: Net, image: object, site: Site) -> list[Tensor]:
     fit = residual_fit(site.unet, site.latent_size)
     gives = [(f.shape[1], tuple(f.shape[2:])) for f in features]
     if gives != fit[: len(gives)]:
-        raise ValueError(f"this T2I-Adapter does not fit the base: it gives {_text(gives)}, the UNet takes {_text(fit)}")
+        raise ValueError(
+            f"this T2I-Adapter does not fit the base: it gives {_text(gives)}, the UNet takes {_text(fit)}"
+        )
     return features
 
 

@@ -27,6 +27,7 @@ from diffusion_kit.sampling.loop import Run, sample
 
 from .arguments import bind, signature_of
 
+
 class ControlledPipeline(DiffusionPipeline):
     """A base family. Its subclass gives `Call`, the dataclass of its arguments, and `generate`.
 
@@ -154,10 +155,11 @@ class ControlledPipeline(DiffusionPipeline):
     def explain(self) -> str:
         """What runs where, in a few lines."""
         why = obstacle(self.unet)
+        runs = "executor: keys, values and embeddings made once" if why is None else f"its own forward: {why}"
         lines = [
             f"model      {self.config.get('_name_or_path') or type(self).__name__}",
             f"device     {self._execution_device}, {str(self.unet.dtype).removeprefix('torch.')}",
-            f"unet       {'executor: text keys/values and embeddings made once' if why is None else f'its own forward: {why}'}",
+            f"unet       {runs}",
             f"engine     {'compiled steps' if isinstance(self.engine, Compiled) else 'eager'}",
             f"scheduler  {type(self.scheduler).__name__}",
         ]

@@ -87,9 +87,7 @@ def make_canvas(
     height, width = picture.shape[-2] * scale, picture.shape[-1] * scale
     if mask is None:
         return Canvas(height, width, picture)
-    masks = VaeImageProcessor(
-        vae_scale_factor=factor, do_normalize=False, do_binarize=True, do_convert_grayscale=True
-    )
+    masks = VaeImageProcessor(vae_scale_factor=factor, do_normalize=False, do_binarize=True, do_convert_grayscale=True)
     values = masks.preprocess(_plain(mask), height=height, width=width, **options)
     return Canvas(height, width, picture, values, options.get("crops_coords"))
 

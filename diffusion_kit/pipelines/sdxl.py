@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -24,7 +22,7 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-from diffusion_kit.adapters.control import Control, Site
+from diffusion_kit.adapters.control import Site
 from diffusion_kit.models.denoiser import make_denoiser
 from diffusion_kit.models.text import Text, count_windows, encode_text, encode_weighted
 from diffusion_kit.models.vae import encode_picture, scale_factor
@@ -37,7 +35,6 @@ from .callbacks import Callbacks
 from .canvas import Canvas, make_canvas
 from .sdxl_call import SDXLCall
 from .starts import Batch, Start, from_masked_picture, from_noise, from_picture
-
 
 
 class SDXLPipeline(
@@ -362,7 +359,9 @@ class SDXLPipeline(
         states, pooled = spread_out(prompt_embeds, True), spread_out(pooled_prompt_embeds, False)
         return states, negative, pooled, negative_pooled  # type: ignore[return-value]
 
-    def _encode(self, texts: Sequence[Sequence[str]], skip: int, windows: int | None, length: int | None = None) -> Text:
+    def _encode(
+        self, texts: Sequence[Sequence[str]], skip: int, windows: int | None, length: int | None = None
+    ) -> Text:
         """Both encoders' states side by side and the second's pooled state; `texts` has the first's and the second's."""
         pairs = [(self.tokenizer, self.text_encoder), (self.tokenizer_2, self.text_encoder_2)]
         results = []
@@ -401,4 +400,3 @@ def _watermark(wanted: bool | None) -> Any:
     from diffusers.pipelines.stable_diffusion_xl.watermark import StableDiffusionXLWatermarker
 
     return StableDiffusionXLWatermarker()
-

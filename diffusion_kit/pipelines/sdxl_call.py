@@ -112,36 +112,58 @@ class SDXLCall:
 
     def check(self, tensors: Sequence[str]) -> None:
         """Raises one clear line for what cannot be right; `tensors` are those that callbacks may ask for."""
-        if self.ip_adapter_image is not None or self.ip_adapter_image_embeds is not None:
-            raise ValueError("ip_adapter_image is not supported yet: image prompts are no control of this version")
-        if self.image is None and self.mask_image is not None:
-            raise ValueError("mask_image needs an image to repaint")
-        if (self.prompt is None) == (self.prompt_embeds is None):
-            raise ValueError("give a prompt or prompt_embeds, one of the two")
-        texts = [self.prompt] if isinstance(self.prompt, str) else self.prompt
-        if self.prompt is not None and (not isinstance(texts, (list, tuple)) or not texts):
-            raise ValueError(f"prompt is {self.prompt!r}; it must be text or a list of texts")
-        if isinstance(self.controls, Control):
-            raise ValueError("controls is one Control; it must be a list of them")
-        if self.padding_mask_crop is not None and self.output_type != "pil":
-            raise ValueError("padding_mask_crop pastes into the picture: it needs output_type='pil'")
-        for name in ("prompt_embeds", "negative_prompt_embeds"):
-            pooled = name.replace("prompt", "pooled_prompt")
-            if getattr(self, name) is not None and getattr(self, pooled) is None:
-                raise ValueError(f"{name} need {pooled} from the same text encoder")
-        if self.negative_prompt is not None and self.negative_prompt_embeds is not None:
-            raise ValueError("give a negative_prompt or negative_prompt_embeds, one of the two")
+        for wrong, message in self._rules(tensors):
+            if wrong:
+                raise ValueError(message)
+
+    def _rules(self, tensors: Sequence[str]) -> list[tuple[bool, str]]:
+        """What is wrong, and the line that says so."""
+        is_text = isinstance(self.prompt, str) or (isinstance(self.prompt, (list, tuple)) and len(self.prompt) > 0)
+        ip_adapter = self.ip_adapter_image is not None or self.ip_adapter_image_embeds is not None
         low, high = self.guidance_interval
-        if not 0 <= low <= high <= 1:
-            raise ValueError(f"guidance_interval is {low} to {high}; it must be 0 <= start <= end <= 1")
-        if not isinstance(self.num_images_per_prompt, int) or self.num_images_per_prompt < 1:
-            raise ValueError(f"num_images_per_prompt is {self.num_images_per_prompt}; it must be 1 or more")
-        if self.prompt_syntax not in (None, "weighted"):
-            raise ValueError(f"prompt_syntax is {self.prompt_syntax!r}; it must be 'weighted' or None")
-        if not math.isfinite(self.guidance_scale):
-            raise ValueError(f"guidance_scale is {self.guidance_scale}; it must be a finite number")
-        if self.denoising_start is not None and (self.denoising_end or 1.0) <= self.denoising_start:
-            raise ValueError(f"denoising_start {self.denoising_start} must lie before denoising_end {self.denoising_end}")
-        unknown = set(self.callback_on_step_end_tensor_inputs) - set(tensors)
-        if unknown:
-            raise ValueError(f"callback tensors {sorted(unknown)} are unknown; there are {tensors}")
+        count, start, end = self.num_images_per_prompt, self.denoising_start, self.denoising_end
+        unknown = sorted(set(self.callback_on_step_end_tensor_inputs) - set(tensors))
+        return [
+            (ip_adapter, "ip_adapter_image is not supported yet: image prompts are no control of this version"),
+            (self.image is None and self.mask_image is not None, "mask_image needs an image to repaint"),
+            (
+                (self.prompt is None) == (self.prompt_embeds is None),
+                "give a prompt or prompt_embeds, one of the two",
+            ),
+            (
+                self.prompt is not None and not is_text,
+                f"prompt is {self.prompt!r}; it must be text or a list of texts",
+            ),
+            (isinstance(self.controls, Control), "controls is one Control; it must be a list of them"),
+            (
+                self.padding_mask_crop is not None and self.output_type != "pil",
+                "padding_mask_crop pastes into the picture: it needs output_type='pil'",
+            ),
+            (
+                self.prompt_embeds is not None and self.pooled_prompt_embeds is None,
+                "prompt_embeds need pooled_prompt_embeds from the same text encoder",
+            ),
+            (
+                self.negative_prompt_embeds is not None and self.negative_pooled_prompt_embeds is None,
+                "negative_prompt_embeds need negative_pooled_prompt_embeds from the same text encoder",
+            ),
+            (
+                self.negative_prompt is not None and self.negative_prompt_embeds is not None,
+                "give a negative_prompt or negative_prompt_embeds, one of the two",
+            ),
+            (not 0 <= low <= high <= 1, f"guidance_interval is {low} to {high}; it must be 0 <= start <= end <= 1"),
+            (not isinstance(count, int) or count < 1, f"num_images_per_prompt is {count}; it must be 1 or more"),
+            (
+                self.prompt_syntax not in (None, "weighted"),
+                f"prompt_syntax is {self.prompt_syntax!r}; it must be 'weighted' or None",
+            ),
+            (
+                not math.isfinite(self.guidance_scale),
+                f"guidance_scale is {self.guidance_scale}; it must be a finite number",
+            ),
+            (
+                start is not None and (end or 1.0) <= start,
+                f"denoising_start {start} must lie before denoising_end {end}",
+            ),
+            (bool(unknown), f"callback tensors {unknown} are unknown; there are {list(tensors)}"),
+        ]

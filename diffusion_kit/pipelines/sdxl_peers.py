@@ -56,7 +56,9 @@ def with_adapter(names: str, several: type) -> Callable[..., None]:
 
     init.__signature__ = signature  # type: ignore[attr-defined]
     # diffusers reads the components' types from here; strings would be looked up among this module's names.
-    init.__annotations__ = {name: hint for name, hint in get_type_hints(SDXLPipeline.__init__).items() if name in signature.parameters}
+    init.__annotations__ = {
+        name: hint for name, hint in get_type_hints(SDXLPipeline.__init__).items() if name in signature.parameters
+    }
     return init
 
 
@@ -102,9 +104,7 @@ class StableDiffusionXLAdapterPipeline(SDXLPipeline):
         "adapter_conditioning_scale adapter_conditioning_factor clip_skip"
     )
     defaults: ClassVar = {"adapter_conditioning_scale": 1.0, "adapter_conditioning_factor": 1.0}
-    __init__ = with_adapter(
-        f"{_COMPONENTS} adapter scheduler force_zeros_for_empty_prompt {_OTHERS}", MultiAdapter
-    )
+    __init__ = with_adapter(f"{_COMPONENTS} adapter scheduler force_zeros_for_empty_prompt {_OTHERS}", MultiAdapter)
 
     def translate(self, values: dict[str, Any]) -> dict[str, Any]:
         """The factor of the peer is `end`: the adapter acts in the first int(n x factor) of n steps."""
@@ -147,9 +147,7 @@ class _ControlNetPipeline(SDXLPipeline):
             for net, picture, own_scale, own_start, own_end in zip(nets, images, *columns, strict=True):
                 window = _window(own_start, own_end, schedule)
                 if window is not None:
-                    result.append(
-                        Control(net, picture, scale=own_scale, start=window[0], end=window[1], mode=mode)
-                    )
+                    result.append(Control(net, picture, scale=own_scale, start=window[0], end=window[1], mode=mode))
             return result
 
         return _with_controls(values, controls)
@@ -174,7 +172,6 @@ class StableDiffusionXLControlNetPipeline(_ControlNetPipeline):
     )
 
 
-
 class StableDiffusionXLControlNetImg2ImgPipeline(_ControlNetPipeline):
     peer_name = "StableDiffusionXLControlNetImg2ImgPipeline"
     arguments = (
@@ -191,7 +188,6 @@ class StableDiffusionXLControlNetImg2ImgPipeline(_ControlNetPipeline):
         f"{_OTHERS}",
         MultiControlNetModel,
     )
-
 
 
 class StableDiffusionXLControlNetInpaintPipeline(StableDiffusionXLControlNetImg2ImgPipeline):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -97,7 +98,9 @@ def from_masked_picture(
     channels = batch.shape[0]
     blends, sees = unet_channels == channels, unet_channels == 2 * channels + 1
     if not blends and not sees:
-        raise ValueError(f"inpainting needs a UNet of {channels} or {2 * channels + 1} input channels, not {unet_channels}")
+        raise ValueError(
+            f"inpainting needs a UNet of {channels} or {2 * channels + 1} input channels, not {unet_channels}"
+        )
     whole = strength == 1.0
     image = None
     if blends or (latents is None and not whole) or not add_noise:

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import base
 import cv2
+import latents
+import loop
 import numpy as np
+import tokenizer
 import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler, T2IAdapter
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-
-import base
-import data
-import latents
-import loop
-import tokenizer
 
 
 def build() -> T2IAdapter:
@@ -75,9 +73,7 @@ def batches(plan: loop.Plan) -> Iterator[Batch]:
         yield clean, ids, zero, to_condition(lines)
 
 
-def objective(
-    scheduler: DDIMScheduler, frozen: nn.ModuleDict, adapter: nn.Module, batch: Batch
-) -> Tensor:
+def objective(scheduler: DDIMScheduler, frozen: nn.ModuleDict, adapter: nn.Module, batch: Batch) -> Tensor:
     clean, ids, zero, edges = batch
     # Shapes are decided early in sampling: t = (1 - u^3) T is mostly large.
     t = ((1 - torch.rand(len(clean)) ** 3) * base.STEPS).long().clamp(0, base.STEPS - 1)
@@ -99,6 +95,4 @@ if __name__ == "__main__":
     cv2.setNumThreads(0)
     plan = loop.arguments("adapter", minutes=14, batch=24, rate=1e-3)
     scheduler, frozen = DDIMScheduler(**base.SCHEDULE), loop.averaged("base", base.build())
-    loop.train(
-        plan, build(), batches(plan), lambda net, batch: objective(scheduler, frozen, net, batch)
-    )
+    loop.train(plan, build(), batches(plan), lambda net, batch: objective(scheduler, frozen, net, batch))

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import cv2
+import data
+import loop
 import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
-
-import data
-import loop
 
 FOLDER = loop.WORK / "vae"
 
@@ -119,6 +118,6 @@ if __name__ == "__main__":
     loop.train(plan, build(), batches(plan), loss)
     vae = loop.averaged("autoencoder", build())
     print(f"held out: {decibels(vae, held_out_pictures()):.2f} dB")
-    normalise(vae, torch.cat([batch for _, batch in zip(range(32), batches(plan))]))
+    normalise(vae, torch.cat([batch for _, batch in zip(range(32), batches(plan), strict=False)]))
     vae.save_pretrained(FOLDER)
     print(f"normalised: {decibels(vae, held_out_pictures()):.2f} dB")

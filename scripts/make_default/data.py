@@ -74,9 +74,10 @@ def slugs_to_render(emojis: list[dict]) -> list[str]:
 
 def render(packages: Path) -> None:
     """Render all sets from an npm `node_modules` folder into `icons.npz`."""
+    from io import BytesIO
+
     import resvg_py
     from PIL import Image
-    from io import BytesIO
 
     emojis = json.loads((packages / "emojibase-data" / "en" / "data.json").read_text())
     wanted, rows, names, styles = slugs_to_render(emojis), [], [], []
@@ -184,20 +185,20 @@ class Sample:
     painted: bool
 
 
-def compose(icons: Icons, index: int, rng: np.random.Generator, flip: float = 0.2) -> Sample:
-    """One drawing on one named background, a little shifted, scaled and perhaps repainted."""
+def compose(icons: Icons, index: int, rng: np.random.Generator, flip: float = 0.2, moved: bool = True) -> Sample:
+    """One drawing on one named background, perhaps repainted, and a little shifted and scaled."""
     pixels, colour, painted = icons.pixels[index], icons.colours[index], False
     if colour is not None and rng.random() < 0.5:
         colour, painted = str(rng.choice(PAINTS)), True
         pixels = paint(pixels, colour)
-    if rng.random() < flip:
+    if moved and rng.random() < flip:
         pixels = pixels[:, ::-1]
     background = str(rng.choice(list(COLOURS))) if rng.random() < 0.75 else "white"
     while background == colour:
         background = str(rng.choice(list(COLOURS)))
     canvas = blank(background, rng)
-    size = int(rng.integers(48, 61))
-    left, top = (SIZE - size) // 2 + rng.integers(-3, 4, 2)
+    size = int(rng.integers(48, 61)) if moved else 54
+    left, top = (SIZE - size) // 2 + (rng.integers(-3, 4, 2) if moved else np.zeros(2))
     place(canvas, pixels, size, int(left), int(top))
     return Sample((canvas * 255 + 0.5).astype(np.uint8), index, background, colour, painted)
 

@@ -9,15 +9,14 @@ import json
 import shutil
 from pathlib import Path
 
-import torch
-from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline
-
 import adapter
 import autoencoder
 import base
 import loop
 import tokenizer
+import torch
 from data import MODEL, WORK
+from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline
 
 LARGEST = 28_000_000
 

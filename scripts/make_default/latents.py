@@ -1,7 +1,8 @@
 """Compose varied pictures of every drawing once and encode them, so that trainings need no encoder.
 
 `python scripts/make_default/latents.py` writes `pictures.npy`, `latents.npy` and `about.npz` into
-the work folder: 24 variants of each captioned drawing, 6 of each other one (for the adapter).
+the work folder: of each captioned drawing 24 variants moved about and 12 in the middle (these teach
+what a thing looks like), of each other one 6 (for the adapter).
 """
 
 from __future__ import annotations
@@ -9,15 +10,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import cv2
+import data
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
-
-import data
 from autoencoder import FOLDER, to_tensor
 from data import WORK
+from diffusers import AutoencoderKL
 
-CAPTIONED, OTHERS = 24, 6
+MOVED, PLAIN, OTHERS = 24, 12, 6
 
 
 @dataclass(frozen=True)
@@ -56,24 +56,29 @@ def encode(vae: AutoencoderKL, pictures: np.ndarray) -> np.ndarray:
     return (latents.float() * vae.config.scaling_factor).half().numpy()
 
 
-def write() -> None:
-    icons, rng = data.load(), np.random.default_rng(0)
-    vae = AutoencoderKL.from_pretrained(FOLDER)
+def plan(icons: data.Icons) -> list[tuple[int, bool]]:
+    """The drawing of each row and whether it is moved about."""
     skipped = set(data.held_out(icons))
-    order = [
-        index
-        for index, word in enumerate(icons.words)
-        if index not in skipped
-        for _ in range(CAPTIONED if word else OTHERS)
-    ]
+    rows: list[tuple[int, bool]] = []
+    for index, word in enumerate(icons.words):
+        if word is not None:
+            rows += [(index, True)] * MOVED + [(index, False)] * PLAIN
+        elif index not in skipped:
+            rows += [(index, True)] * OTHERS
+    return rows
+
+
+def write(icons: data.Icons, rows: list[tuple[int, bool]]) -> None:
+    rng, vae = np.random.default_rng(0), AutoencoderKL.from_pretrained(FOLDER)
     samples: list[data.Sample] = []
     latents: list[np.ndarray] = []
-    for start in range(0, len(order), 64):
-        new = [data.compose(icons, index, rng) for index in order[start : start + 64]]
+    for start in range(0, len(rows), 64):
+        part = rows[start : start + 64]
+        new = [data.compose(icons, index, rng, moved=moved) for index, moved in part]
         latents.append(encode(vae, np.stack([sample.picture for sample in new])))
         samples += new
         if start % 6400 == 0:
-            print(f"{start} of {len(order)}", flush=True)
+            print(f"{start} of {len(rows)}", flush=True)
     np.save(WORK / "latents.npy", np.concatenate(latents))
     np.save(WORK / "pictures.npy", np.stack([sample.picture for sample in samples]))
     np.savez(
@@ -82,6 +87,7 @@ def write() -> None:
         background=[sample.background for sample in samples],
         colour=[sample.colour or "" for sample in samples],
         painted=[sample.painted for sample in samples],
+        moved=[moved for _, moved in rows],
     )
 
 
@@ -94,4 +100,5 @@ def load() -> Cache:
 if __name__ == "__main__":
     cv2.setNumThreads(0)
     torch.set_num_threads(2)
-    write()
+    drawings = data.load()
+    write(drawings, plan(drawings))

@@ -16,10 +16,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from data import WORK
 from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
-
-from data import WORK
 
 
 @dataclass
@@ -136,9 +135,7 @@ def train(plan: Plan, module: nn.Module, batches: Iterable, loss: Callable[..., 
         optimizer.step()
         if rank == 0:
             momentum = min(plan.average, (steps + 1) / (steps + 10))
-            torch._foreach_lerp_(
-                [m for m, _ in pairs], [p.detach() for _, p in pairs], 1 - momentum
-            )
+            torch._foreach_lerp_([m for m, _ in pairs], [p.detach() for _, p in pairs], 1 - momentum)
         steps, samples = steps + 1, samples + plan.batch * world
         now = time.monotonic()
         seconds, clock = seconds + now - clock, now

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import numpy as np
-import torch
-from PIL import Image
-from scipy.ndimage import binary_dilation
-
 import adapter
 import autoencoder
 import data
+import numpy as np
 import sheet
+import torch
+from PIL import Image
+from scipy.ndimage import binary_dilation
 
 
 def border_colour(picture: np.ndarray) -> str:
@@ -58,7 +57,7 @@ def edges(pipe, steered, count: int) -> None:
     for title, pool in (("captioned", icons.captioned()), ("held out", data.held_out(icons))):
         samples = [data.compose(icons, int(i), rng, flip=0.5) for i in rng.choice(pool, count)]
         words = [icons.words[s.index] or icons.slugs[s.index].replace("-", " ") for s in samples]
-        prompts = [f"a {w} on a {s.background} background" for w, s in zip(words, samples)]
+        prompts = [f"a {w} on a {s.background} background" for w, s in zip(words, samples, strict=False)]
         wanted = [adapter.canny(s.picture) for s in samples]
         plain, led = sheet.draw(pipe, prompts), sheet.draw(steered, prompts, wanted)
 

@@ -5,15 +5,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import adapter
+import data
 import numpy as np
 import torch
+from data import MODEL, ROOT
 from diffusers import StableDiffusionXLAdapterPipeline, StableDiffusionXLPipeline, T2IAdapter
 from PIL import Image, ImageDraw
 from skimage import data as photos
-
-import adapter
-import data
-from data import MODEL, ROOT
 
 STEPS, GUIDANCE, ZOOM, LINE = 20, 4.0, 4, 22
 PICTURES = ROOT / "docs" / "pictures"

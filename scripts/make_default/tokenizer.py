@@ -10,9 +10,8 @@ import json
 from importlib.util import find_spec
 from pathlib import Path
 
-from transformers import CLIPTokenizer
-
 from data import WORK
+from transformers import CLIPTokenizer
 
 TOKENS, LENGTH = 8192, 24
 START, END = "<|startoftext|>", "<|endoftext|>"
