@@ -1,4 +1,4 @@
-"""Train the edge adapter on the finished base. `python adapter.py --minutes 20`"""
+"""Train the edge adapter on the finished base. `torchrun --nproc_per_node 2 adapter.py`"""
 
 from __future__ import annotations
 
@@ -73,7 +73,9 @@ def batches(plan: loop.Plan) -> Iterator[Batch]:
         yield clean, ids, zero, to_condition(lines)
 
 
-def objective(scheduler: DDIMScheduler, frozen: nn.ModuleDict, adapter: nn.Module, batch: Batch) -> Tensor:
+def objective(
+    scheduler: DDIMScheduler, frozen: nn.ModuleDict, adapter: nn.Module, batch: Batch
+) -> Tensor:
     clean, ids, zero, edges = batch
     # Shapes are decided early in sampling: t = (1 - u^3) T is mostly large.
     t = ((1 - torch.rand(len(clean)) ** 3) * base.STEPS).long().clamp(0, base.STEPS - 1)
@@ -93,6 +95,9 @@ def objective(scheduler: DDIMScheduler, frozen: nn.ModuleDict, adapter: nn.Modul
 
 if __name__ == "__main__":
     cv2.setNumThreads(0)
-    plan = loop.arguments("adapter", minutes=14, batch=24, rate=1e-3)
+    plan = loop.arguments("adapter", minutes=8.5, batch=24, rate=1.5e-3)
+    plan.average, plan.warmup = 0.99, 50
     scheduler, frozen = DDIMScheduler(**base.SCHEDULE), loop.averaged("base", base.build())
-    loop.train(plan, build(), batches(plan), lambda net, batch: objective(scheduler, frozen, net, batch))
+    loop.train(
+        plan, build(), batches(plan), lambda net, batch: objective(scheduler, frozen, net, batch)
+    )

@@ -1,4 +1,4 @@
-"""Train the autoencoder: 64x64x3 pictures to 16x16x4 latents. `python autoencoder.py --minutes 30`"""
+"""Train the autoencoder: 64x64x3 pictures to 16x16x4 latents. `python autoencoder.py`"""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def build() -> AutoencoderKL:
         up_block_types=("UpDecoderBlock2D",) * 3,
         block_out_channels=(32, 64, 128),
         layers_per_block=1,
-        norm_num_groups=8,  # 32 would leave one channel a group: the norm would take the colours out
+        norm_num_groups=8,  # 32 leave one channel a group: the norm takes the colours out
         latent_channels=4,
         sample_size=data.SIZE,
         scaling_factor=1.0,
@@ -31,7 +31,7 @@ def build() -> AutoencoderKL:
 
 
 def normalise(vae: AutoencoderKL, pictures: Tensor) -> None:
-    """Fold mean and spread of the latents into the 1x1 convolutions: then they have mean 0, std 1."""
+    """Fold the latents' mean and spread into the 1x1 convolutions: mean 0, std 1 after it."""
     with torch.no_grad():
         means = vae.encode(pictures).latent_dist.mode()
         mean, std = means.mean((0, 2, 3)), means.std((0, 2, 3))  # (4,)

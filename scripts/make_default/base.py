@@ -1,4 +1,4 @@
-"""Train the UNet and both text encoders on the encoded pictures. `python base.py --minutes 75`"""
+"""Train the UNet and both text encoders. `torchrun --nproc_per_node 2 base.py`"""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def objective(scheduler: DDIMScheduler, base: nn.ModuleDict, batch: Batch) -> Te
 
 
 if __name__ == "__main__":
-    plan = loop.arguments("base", minutes=65, batch=24, rate=8e-4)
+    plan = loop.arguments("base", minutes=67, batch=24, rate=8e-4)
     plan.average = 0.996
     scheduler = DDIMScheduler(**SCHEDULE)
     loop.train(plan, build(), batches(plan), lambda base, batch: objective(scheduler, base, batch))

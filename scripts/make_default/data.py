@@ -185,7 +185,9 @@ class Sample:
     painted: bool
 
 
-def compose(icons: Icons, index: int, rng: np.random.Generator, flip: float = 0.2, moved: bool = True) -> Sample:
+def compose(
+    icons: Icons, index: int, rng: np.random.Generator, flip: float = 0.2, moved: bool = True
+) -> Sample:
     """One drawing on one named background, perhaps repainted, and a little shifted and scaled."""
     pixels, colour, painted = icons.pixels[index], icons.colours[index], False
     if colour is not None and rng.random() < 0.5:
@@ -224,7 +226,7 @@ def caption(icons: Icons, sample: Sample, rng: np.random.Generator) -> str:
 
 
 def scene(icons: Icons, pool: list[int], rng: np.random.Generator) -> np.ndarray:
-    """A harder picture for the autoencoder: any colours, gradients or noise behind 1 to 3 drawings."""
+    """For the autoencoder: gradients or noise behind 1 to 3 drawings of any size."""
     cells = int(rng.integers(1, 9))
     low = rng.random((cells, cells, 3)).astype(np.float32) * rng.random() + rng.random(3)
     low = low.astype(np.float32) / low.max()

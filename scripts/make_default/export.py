@@ -48,6 +48,7 @@ def tidy(folder: Path) -> None:
             path.write_text(json.dumps(content, indent=2) + "\n")
     sizes = {p: p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
     for path, size in sizes.items():
+        path.chmod(0o644)
         print(f"{size:>12,} {path.relative_to(folder)}")
         assert size <= LARGEST, path
     print(f"{sum(sizes.values()):>12,} in all")

@@ -93,60 +93,81 @@ def share(weights: list[nn.Parameter], seconds: float, world: int) -> float:
     return float(clock) / world
 
 
-def train(plan: Plan, module: nn.Module, batches: Iterable, loss: Callable[..., Tensor]) -> None:
-    """Run `loss(module, batch)` until the planned minutes are over, resuming where it stopped."""
-    rank, world = join()
-    average = copy.deepcopy(module).requires_grad_(False)
-    weights = [p for p in module.parameters() if p.requires_grad]
-    pairs = list(zip(module.parameters(), average.parameters(), strict=True))
-    pairs = [(mean, p) for p, mean in pairs if p.requires_grad]
-    optimizer = torch.optim.AdamW(weights, plan.rate, (0.9, 0.99), weight_decay=0.01, fused=True)
-    steps, samples, seconds = 0, 0, 0.0
-    if plan.path.exists():
-        state = torch.load(plan.path, map_location="cpu", weights_only=True)
-        module.load_state_dict(state["module"])
-        average.load_state_dict(state["average"])
-        optimizer.load_state_dict(state["optimizer"])
-        steps, samples, seconds = state["steps"], state["samples"], state["seconds"]
-    if world > 1:
-        for weight in weights:
-            dist.broadcast(weight.data, 0)
-    print(f"{plan.name}: {sum(p.numel() for p in weights):,} weights, from sample {samples:,}")
+class Run:
+    """The state of a training: weights, their average, the optimizer and the counters."""
 
-    def save() -> None:
-        if rank > 0:
+    def __init__(self, plan: Plan, module: nn.Module) -> None:
+        self.plan, self.module = plan, module
+        self.rank, self.world = join()
+        self.average = copy.deepcopy(module).requires_grad_(False)
+        pairs = zip(self.average.parameters(), module.parameters(), strict=True)
+        pairs = [(mean, p) for mean, p in pairs if p.requires_grad]
+        self.means, self.weights = [mean for mean, _ in pairs], [p for _, p in pairs]
+        self.optimizer = torch.optim.AdamW(
+            self.weights, plan.rate, (0.9, 0.99), weight_decay=0.01, fused=True
+        )
+        self.steps, self.samples, self.seconds = 0, 0, 0.0
+        if plan.path.exists():
+            self.load()
+        if self.world > 1:
+            for weight in self.weights:
+                dist.broadcast(weight.data, 0)
+
+    def load(self) -> None:
+        state = torch.load(self.plan.path, map_location="cpu", weights_only=True)
+        self.module.load_state_dict(state["module"])
+        self.average.load_state_dict(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.steps, self.samples = state["steps"], state["samples"]
+        self.seconds = state["seconds"]
+
+    def save(self) -> None:
+        if self.rank > 0:
             return
-        content = {"module": module.state_dict(), "average": average.state_dict()}
-        content |= {"optimizer": optimizer.state_dict()}
-        write(plan.path, content | {"steps": steps, "samples": samples, "seconds": seconds})
+        parts = {"module": self.module, "average": self.average, "optimizer": self.optimizer}
+        content: dict = {name: part.state_dict() for name, part in parts.items()}
+        content |= {"steps": self.steps, "samples": self.samples, "seconds": self.seconds}
+        write(self.plan.path, content)
 
-    clock = saved = time.monotonic()
-    total, count = 0.0, 0
-    for batch in batches:
-        if seconds >= plan.minutes * 60:
-            break
-        for group in optimizer.param_groups:
-            group["lr"] = rate_at(plan, steps, seconds)
-        value = loss(module, batch)
-        optimizer.zero_grad()
+    def step(self, value: Tensor) -> None:
+        """One step down the gradient of `value`; the average follows on the first process."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate_at(self.plan, self.steps, self.seconds)
+        self.optimizer.zero_grad()
         value.backward()
-        seconds = share(weights, seconds, world)
-        nn.utils.clip_grad_norm_(weights, 1.0)
-        optimizer.step()
-        if rank == 0:
-            momentum = min(plan.average, (steps + 1) / (steps + 10))
-            torch._foreach_lerp_([m for m, _ in pairs], [p.detach() for _, p in pairs], 1 - momentum)
-        steps, samples = steps + 1, samples + plan.batch * world
+        self.seconds = share(self.weights, self.seconds, self.world)
+        nn.utils.clip_grad_norm_(self.weights, 1.0)
+        self.optimizer.step()
+        if self.rank == 0:
+            momentum = min(self.plan.average, (self.steps + 1) / (self.steps + 10))
+            torch._foreach_lerp_(self.means, [p.detach() for p in self.weights], 1 - momentum)
+        self.steps += 1
+        self.samples += self.plan.batch * self.world
+
+
+def train(plan: Plan, module: nn.Module, batches: Iterable, loss: Callable[..., Tensor]) -> None:
+    """Step down `loss(module, batch)` until the planned minutes are over, resuming."""
+    run = Run(plan, module)
+    print(
+        f"{plan.name}: {sum(p.numel() for p in run.weights):,} weights, at {run.samples:,} samples"
+    )
+    clock = saved = time.monotonic()
+    recent: list[float] = []
+    for batch in batches:
+        if run.seconds >= plan.minutes * 60:
+            break
+        value = loss(module, batch)
+        run.step(value)
+        recent.append(value.item())
         now = time.monotonic()
-        seconds, clock = seconds + now - clock, now
-        total, count = total + value.item(), count + 1
-        if steps % 100 == 0 and rank == 0:
-            line = f"step {steps} samples {samples:,} minutes {seconds / 60:.1f}"
-            speed = samples / seconds
-            print(f"{line} loss {total / count:.4f} {speed:.1f}/s", flush=True)
-            total, count = 0.0, 0
+        run.seconds, clock = run.seconds + now - clock, now
+        if len(recent) == 100 and run.rank == 0:
+            line = f"step {run.steps} samples {run.samples:,} minutes {run.seconds / 60:.1f}"
+            speed = run.samples / run.seconds
+            print(f"{line} loss {sum(recent) / 100:.4f} {speed:.1f}/s", flush=True)
+        recent = recent if len(recent) < 100 else []
         if now - saved > plan.save_every:
-            save()
+            run.save()
             saved = now
-    save()
-    print(f"{plan.name}: done, {samples:,} samples in {seconds / 60:.1f} minutes", flush=True)
+    run.save()
+    print(f"{plan.name}: {run.samples:,} samples in {run.seconds / 60:.1f} minutes", flush=True)

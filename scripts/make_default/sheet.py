@@ -14,7 +14,7 @@ from diffusers import StableDiffusionXLAdapterPipeline, StableDiffusionXLPipelin
 from PIL import Image, ImageDraw
 from skimage import data as photos
 
-STEPS, GUIDANCE, ZOOM, LINE = 20, 4.0, 4, 22
+STEPS, GUIDANCE, BATCH, ZOOM, LINE = 20, 4.0, 16, 4, 22
 PICTURES = ROOT / "docs" / "pictures"
 
 PROMPTS = (
@@ -44,8 +44,15 @@ PROMPTS = (
     "a key on a red background",
 )
 
-# What the adapter is shown: held-out drawings, then photographs; with the prompt to draw.
-PHOTOS = {"coffee": (30, 90, 340), "chelsea": (10, 95, 240)}  # top, left, side of the crop
+# What the adapter is shown: held-out drawings and photographs, with the word to draw.
+DRAWINGS = {
+    "cat": "cat",
+    "dodo": "duck",
+    "trolleybus": "bus",
+    "stopwatch": "watch",
+    "lime": "lemon",
+}
+PHOTOS = {"coffee": (0, 110, 400), "chelsea": (0, 70, 300)}  # top, left, side of the crop
 
 
 def load() -> StableDiffusionXLPipeline:
@@ -71,15 +78,17 @@ def draw(
     edges: list[np.ndarray] | None = None,
     **call: object,
 ) -> list[Image.Image]:
-    """One picture for each prompt, with the edges (64, 64) beside it where they are given."""
+    """One picture for each prompt, picture k from seed k, guided by its edges (64, 64) if given."""
     made: list[Image.Image] = []
     settings = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE} | call
-    for k, prompt in enumerate(prompts):
-        control = {}
+    for start in range(0, len(prompts), BATCH):
+        part = prompts[start : start + BATCH]
+        control: dict[str, object] = {}
         if edges is not None:
-            control = {"image": Image.fromarray(edges[k]).convert("RGB")}
-        seed = torch.Generator().manual_seed(k)
-        out = pipe(prompt, height=64, width=64, generator=seed, **control, **settings)
+            shown = edges[start : start + BATCH]
+            control = {"image": [Image.fromarray(lines).convert("RGB") for lines in shown]}
+        seeds = [torch.Generator().manual_seed(start + k) for k in range(len(part))]
+        out = pipe(part, height=64, width=64, generator=seeds, **control, **settings)
         made += out.images
     return made
 
@@ -112,24 +121,23 @@ def captions(path: Path) -> None:
 
 
 def canny(path: Path) -> None:
-    """Rows of: source, its edges, the prompt without the adapter, then with it, two prompts."""
+    """Rows of: source, its edges, a prompt without the adapter, two with it, none with it."""
     icons, rng = data.load(), np.random.default_rng(5)
-    base, steered = load(), None
-    sources = {name: photo(name) for name in PHOTOS}
-    wanted = ("teapot", "wolf", "house-with-garden", "leopard", "gear", "wood")
-    chosen = [i for i in data.held_out(icons) if icons.styles[i] == "3d"]
-    chosen = [chosen[k] for k in np.linspace(0, len(chosen) - 1, len(wanted)).astype(int)]
-    sources |= {icons.slugs[i]: data.compose(icons, i, rng).picture for i in chosen}
+    base = load()
     steered = load_canny(load())
+    words = {"coffee": "cup of coffee", "chelsea": "cat"} | DRAWINGS
+    sources = {name: photo(name) for name in PHOTOS}
+    for i in data.held_out(icons):
+        if icons.styles[i] == "3d" and icons.slugs[i] in DRAWINGS:
+            sources[icons.slugs[i]] = data.compose(icons, i, rng).picture
     tiles: list[tuple[Image.Image, str]] = []
     for name, picture in sources.items():
         lines = adapter.canny(picture)
-        word = {"coffee": "cup of coffee", "chelsea": "cat"}.get(name, name.replace("-", " "))
-        prompts = [f"a {word} on a blue background", f"a {word} on an orange background"]
+        prompts = [f"a {words[name]} on a {c} background" for c in ("blue", "yellow")]
         tiles += [(Image.fromarray(picture), name), (Image.fromarray(lines), "its edges")]
         tiles += [(draw(base, prompts[:1])[0], f"without: {prompts[0]}")]
         drawn = draw(steered, [*prompts, ""], [lines] * 3)
-        tiles += list(zip(drawn, [*prompts, "with, no prompt"], strict=True))
+        tiles += list(zip(drawn, [*prompts, "no prompt"], strict=True))
     grid(tiles, 6, path)
 
 
