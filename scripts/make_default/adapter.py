@@ -73,9 +73,7 @@ def batches(plan: loop.Plan) -> Iterator[Batch]:
         yield clean, ids, zero, to_condition(lines)
 
 
-def objective(
-    scheduler: DDIMScheduler, frozen: nn.ModuleDict, adapter: nn.Module, batch: Batch
-) -> Tensor:
+def objective(scheduler: DDIMScheduler, frozen: nn.ModuleDict, adapter: nn.Module, batch: Batch) -> Tensor:
     clean, ids, zero, edges = batch
     # Shapes are decided early in sampling: t = (1 - u^3) T is mostly large.
     t = ((1 - torch.rand(len(clean)) ** 3) * base.STEPS).long().clamp(0, base.STEPS - 1)
@@ -98,6 +96,4 @@ if __name__ == "__main__":
     plan = loop.arguments("adapter", minutes=8.5, batch=24, rate=1.5e-3)
     plan.average, plan.warmup = 0.99, 50
     scheduler, frozen = DDIMScheduler(**base.SCHEDULE), loop.averaged("base", base.build())
-    loop.train(
-        plan, build(), batches(plan), lambda net, batch: objective(scheduler, frozen, net, batch)
-    )
+    loop.train(plan, build(), batches(plan), lambda net, batch: objective(scheduler, frozen, net, batch))

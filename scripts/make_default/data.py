@@ -185,9 +185,7 @@ class Sample:
     painted: bool
 
 
-def compose(
-    icons: Icons, index: int, rng: np.random.Generator, flip: float = 0.2, moved: bool = True
-) -> Sample:
+def compose(icons: Icons, index: int, rng: np.random.Generator, flip: float = 0.2, moved: bool = True) -> Sample:
     """One drawing on one named background, perhaps repainted, and a little shifted and scaled."""
     pixels, colour, painted = icons.pixels[index], icons.colours[index], False
     if colour is not None and rng.random() < 0.5:

@@ -103,9 +103,7 @@ class Run:
         pairs = zip(self.average.parameters(), module.parameters(), strict=True)
         pairs = [(mean, p) for mean, p in pairs if p.requires_grad]
         self.means, self.weights = [mean for mean, _ in pairs], [p for _, p in pairs]
-        self.optimizer = torch.optim.AdamW(
-            self.weights, plan.rate, (0.9, 0.99), weight_decay=0.01, fused=True
-        )
+        self.optimizer = torch.optim.AdamW(self.weights, plan.rate, (0.9, 0.99), weight_decay=0.01, fused=True)
         self.steps, self.samples, self.seconds = 0, 0, 0.0
         if plan.path.exists():
             self.load()
@@ -148,9 +146,7 @@ class Run:
 def train(plan: Plan, module: nn.Module, batches: Iterable, loss: Callable[..., Tensor]) -> None:
     """Step down `loss(module, batch)` until the planned minutes are over, resuming."""
     run = Run(plan, module)
-    print(
-        f"{plan.name}: {sum(p.numel() for p in run.weights):,} weights, at {run.samples:,} samples"
-    )
+    print(f"{plan.name}: {sum(p.numel() for p in run.weights):,} weights, at {run.samples:,} samples")
     clock = saved = time.monotonic()
     recent: list[float] = []
     for batch in batches:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+
 import adapter
 import autoencoder
 import data
-import sys
-
 import numpy as np
 import sheet
 import torch
@@ -54,9 +54,7 @@ def colours(pipe: StableDiffusionXLPipeline, count: int) -> None:
     print(f"object colour right: {right} of {len(pairs)}")
 
 
-def edges(
-    pipe: StableDiffusionXLPipeline, steered: StableDiffusionXLAdapterPipeline, count: int
-) -> None:
+def edges(pipe: StableDiffusionXLPipeline, steered: StableDiffusionXLAdapterPipeline, count: int) -> None:
     """Edge F1 without, with, against wrong edges: known drawings, then new ones unprompted."""
     icons, rng = data.load(), np.random.default_rng(4)
     for title, pool in (("captioned", icons.captioned()), ("held out", data.held_out(icons))):
