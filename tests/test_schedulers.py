@@ -45,7 +45,7 @@ FIRST_ORDER: dict[str, tuple[str, dict[str, Any]]] = {
         {"algorithm_type": "sde-dpmsolver++", "use_karras_sigmas": True},
     ),
     "unipc": ("UniPCMultistepScheduler", {}),
-    "unipc_beta": ("UniPCMultistepScheduler", {"solver_order": 3, "timestep_spacing": "trailing"}),
+    "unipc_beta": ("UniPCMultistepScheduler", {"solver_order": 3, "use_beta_sigmas": True}),
     "lcm": ("LCMScheduler", {"clip_sample": False}),
     "lms": ("LMSDiscreteScheduler", {}),
 }
