@@ -16,7 +16,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import diffusers
 import numpy as np
-import pytest
 import torch
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
@@ -179,8 +178,3 @@ def seeds(*numbers: int) -> Any:
 def distance(a: torch.Tensor, b: torch.Tensor) -> float:
     """Largest difference relative to the largest value of b."""
     return ((a - b).abs().max() / b.abs().max()).item()
-
-
-@pytest.fixture(autouse=True)
-def _quiet(recwarn: Any) -> None:
-    """Warnings of one test are not another's."""

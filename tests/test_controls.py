@@ -23,6 +23,7 @@ from PIL import Image
 
 import diffusion_kit
 from diffusion_kit import Control, SDXLPipeline
+from diffusion_kit.adapters.control import fading
 
 TASKS: dict[str, dict[str, Any]] = {
     "text": {},
@@ -125,10 +126,14 @@ def test_modes(kind: str, request: pytest.FixtureRequest) -> None:
     alone = {m: run([Control(net, lines(), mode=m)], guidance_scale=1.0) for m in ("balanced", "prompt", "control")}
     assert distance(alone["balanced"], alone["control"]) < SAME, "without guidance there is only one half"
     assert distance(alone["prompt"], alone["control"]) > 1e-3
-    if kind == "controlnet":
-        faded = [0.1 * 10 ** (k / 9) for k in range(10)]
-        assert faded[0] == pytest.approx(0.1)
-        assert faded[-1] == pytest.approx(1.0)
+
+
+def test_fading_of_the_prompt_mode_is_the_peers() -> None:
+    """Equal ratios from 0.1 at the shallowest to 1 at the middle, as ControlNetModel's guess mode scales its outputs."""
+    ratios = [b / a for a, b in zip(fading(10, "prompt"), fading(10, "prompt")[1:], strict=False)]
+    assert ratios == pytest.approx([10 ** (1 / 9)] * 9)
+    assert (fading(10, "prompt")[0], fading(10, "prompt")[-1]) == pytest.approx((0.1, 1.0))
+    assert set(fading(10, "balanced")) == set(fading(10, "control")) == {1.0}
 
 
 def test_scale_by_level(controlnet: Any, adapter: Any) -> None:
