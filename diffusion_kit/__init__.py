@@ -20,6 +20,16 @@ _NAMES = {
         "AutoPipelineForInpainting",
     ],
     "diffusion_kit.pipelines.sdxl": ["SDXLPipeline"],
+    "diffusion_kit.pipelines.sd15": ["SD15Pipeline"],
+    "diffusion_kit.pipelines.sd15_peers": [
+        "StableDiffusionPipeline",
+        "StableDiffusionImg2ImgPipeline",
+        "StableDiffusionInpaintPipeline",
+        "StableDiffusionAdapterPipeline",
+        "StableDiffusionControlNetPipeline",
+        "StableDiffusionControlNetImg2ImgPipeline",
+        "StableDiffusionControlNetInpaintPipeline",
+    ],
     "diffusion_kit.pipelines.sdxl_peers": [
         "StableDiffusionXLPipeline",
         "StableDiffusionXLImg2ImgPipeline",

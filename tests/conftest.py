@@ -30,7 +30,7 @@ SIZE = 64  # pixels; latents 16 x 16
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
-LOUD = {"attn2.to_out": 12.0, "controlnet_": 3.0, "adapter.": 2.0}
+LOUD = {"attn2.to_out": 12.0, "controlnet_": 3.0, "adapter.": 2.0, "condition_encoder": 4.0}
 
 
 def randomise(net: torch.nn.Module, seed: int) -> torch.nn.Module:
@@ -119,8 +119,8 @@ def make_adapter(seed: int = 3, kind: str = "full_adapter_xl", downscale: int = 
     return randomise(diffusers.T2IAdapter(3, channels, 1, downscale, kind), seed)
 
 
-def make_controlnet(seed: int = 4, **config: Any) -> diffusers.ControlNetModel:
-    net = diffusers.ControlNetModel.from_unet(unet(), conditioning_embedding_out_channels=(8, 16, 16))
+def make_controlnet(seed: int = 4, of: Any = None, **config: Any) -> diffusers.ControlNetModel:
+    net = diffusers.ControlNetModel.from_unet(of or unet(), conditioning_embedding_out_channels=(8, 16, 16))
     net.register_to_config(**config)
     return randomise(net, seed)
 
@@ -142,6 +142,43 @@ def components() -> dict[str, Any]:
         "unet": unet(),
         "scheduler": diffusers.EulerDiscreteScheduler(**SCHEDULE),
     }
+
+
+@cache
+def sd_components() -> dict[str, Any]:
+    """Components of Stable Diffusion 1.5: one text encoder, attention in the first levels, no added embeddings."""
+    return {
+        "vae": make_vae(),
+        "text_encoder": text_encoder(CLIPTextModel, CROSS, 5),
+        "tokenizer": tokenizer(),
+        "unet": make_sd_unet(),
+        "scheduler": diffusers.EulerDiscreteScheduler(**SCHEDULE),
+        "safety_checker": None,
+        "feature_extractor": None,
+    }
+
+
+def make_sd_unet(in_channels: int = 4, **more: Any) -> diffusers.UNet2DConditionModel:
+    return make_unet(
+        in_channels,
+        addition_embed_type=None,
+        projection_class_embeddings_input_dim=None,
+        transformer_layers_per_block=1,
+        use_linear_projection=False,
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        **more,
+    )
+
+
+def make_sd_controlnet(seed: int = 4, **config: Any) -> diffusers.ControlNetModel:
+    return make_controlnet(seed, of=sd_components()["unet"], **config)
+
+
+def sd_pipeline(cls: Any, **replaced: Any) -> Any:
+    pipe = cls(**{**sd_components(), "requires_safety_checker": False, **replaced})
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def pipeline(cls: Any, **replaced: Any) -> Any:

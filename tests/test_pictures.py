@@ -86,7 +86,7 @@ def test_canny() -> None:
     assert set(np.unique(edges)) == {0, 255}
     assert edges[32, 14:18].any()
     assert not edges[24:40, 24:40].any()
-    with pytest.raises(ValueError, match="no detector 'cany'; there are canny"):
+    with pytest.raises(ValueError, match="no detector 'cany'; did you mean 'canny'"):
         detect("cany", square)
 
 

@@ -7,7 +7,7 @@ import torch
 from conftest import components, distance, pipeline, seeds
 
 from diffusion_kit import Control, SDXLPipeline
-from diffusion_kit.models.text import encode_text, encode_weighted, parse_weights
+from diffusion_kit.models.text import Layer, encode_text, encode_weighted, parse_weights
 
 
 @pytest.mark.parametrize(
@@ -34,7 +34,7 @@ def test_parse_weights(prompt: str, pieces: list[tuple[str, float]]) -> None:
 
 def test_weights_of_one_are_the_plain_encoding() -> None:
     parts = components()
-    pair = (parts["tokenizer"], parts["text_encoder_2"])
+    pair = (parts["tokenizer"], parts["text_encoder_2"], Layer(1, normed=False))
     plain, weighted = encode_text(["a red fox", ""], *pair), encode_weighted(["a red fox", ""], *pair)
     assert distance(weighted.states, plain.states) < 1e-6
     assert distance(weighted.pooled, plain.pooled) < 1e-6
@@ -42,7 +42,7 @@ def test_weights_of_one_are_the_plain_encoding() -> None:
 
 def test_a_weight_moves_its_words_away_from_the_empty_prompt() -> None:
     parts = components()
-    pair = (parts["tokenizer"], parts["text_encoder"])
+    pair = (parts["tokenizer"], parts["text_encoder"], Layer(0, normed=True))
     empty, plain = encode_text([""], *pair).states, encode_text(["fox"], *pair).states
     double = encode_weighted(["(fox:2)"], *pair).states
     torch.testing.assert_close(double[:, 1:4], (2 * plain - empty)[:, 1:4], rtol=1e-4, atol=1e-5)
@@ -82,7 +82,7 @@ def test_a_cut_prompt_is_said() -> None:
         ({"prompt_embeds": torch.zeros(1, 77, 48)}, "need pooled_prompt_embeds"),
         ({"prompt": ["a", "b"], "negative_prompt": ["c"]}, "1 negative prompts for 2 prompts"),
         ({"prompt": "a", "mask_image": torch.zeros(1, 1, 8, 8)}, "needs an image"),
-        ({"prompt": "a", "height": 63}, "multiples of 4, not 64 x 63; nearest 64 x 64"),
+        ({"prompt": "a", "fit": "squeeze"}, "fit is 'squeeze'; it must be one of cover, contain, stretch"),
         ({"prompt": "a", "ip_adapter_image": 1}, "ip_adapter_image is not supported yet"),
         ({"prompt": "a", "guidance_scale": float("nan")}, "finite"),
         ({"prompt": "a", "guidance_interval": (0.7, 0.2)}, "guidance_interval is 0.7 to 0.2"),

@@ -205,6 +205,12 @@ def load_control_model(source: str | Path, **kwargs: Any) -> Any:
     return load_component(classes[name], source, **kwargs)
 
 
+def granularity(factor: int, controls: Sequence[Control]) -> int:
+    """What the output's sides must be multiples of: for an autoencoder that scales down by `factor`, and all controls."""
+    nets = [control.model for control in controls if isinstance(control, Control)]
+    return math.lcm(factor, *(kind.multiple(net) for net in nets if hasattr(kind := kind_of(net), "multiple")))
+
+
 @cache
 def kinds() -> tuple[ModuleType, ...]:
     """The modules of this package that define a kind of control."""

@@ -17,6 +17,7 @@ from diffusion_kit.sampling.doors import spread
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 MEGAPIXELS = 64
+FITS = ("cover", "contain", "stretch")
 
 Picture = Image.Image | np.ndarray | Tensor
 Pictures = Picture | Sequence[Picture]
@@ -77,6 +78,59 @@ def eight_bit(picture: Image.Image) -> Image.Image:
     if picture.mode.startswith("I"):
         picture = Image.fromarray((np.asarray(picture) // 257).astype(np.uint8))
     return picture.convert("RGB")
+
+
+def resize(
+    picture: Image.Image,
+    size: tuple[int, int],
+    resample: Image.Resampling = Image.Resampling.LANCZOS,
+    box: tuple[float, float, float, float] | None = None,
+) -> Image.Image:
+    """The picture, or the part of it in `box`, at `size` (width, height), stretched; sixteen bits of grey stay sixteen."""
+    if picture.size == size and (box is None or box == (0, 0, *size)):
+        return picture
+    if not picture.mode.startswith("I;16"):
+        return picture.resize(size, resample, box)
+    values = np.asarray(picture.convert("F").resize(size, resample, box))
+    return Image.fromarray(values.round().clip(0, 65535).astype(np.uint16))
+
+
+def fit_image(picture: Image.Image, width: int, height: int, fit: str = "cover") -> Image.Image:
+    """The picture at width x height.
+
+    Args:
+        fit: "cover" cuts evenly what is over after scaling it to cover the area; "contain" scales it to be inside, with
+            black bars; "stretch" scales each side by itself.
+
+    Raises:
+        ValueError: another `fit`.
+    """
+    if fit not in FITS:
+        raise ValueError(f"fit is {fit!r}; it must be one of {', '.join(FITS)}")
+    scales = width / picture.width, height / picture.height
+    if fit == "cover":
+        w, h = width / max(scales), height / max(scales)  # of the part that is kept
+        left, top = (picture.width - w) / 2, (picture.height - h) / 2
+        return resize(picture, (width, height), box=(left, top, left + w, top + h))
+    if fit == "contain":
+        w, h = (max(1, round(side * min(scales))) for side in picture.size)
+        canvas = Image.new(picture.mode, (width, height))
+        canvas.paste(resize(picture, (w, h)), ((width - w) // 2, (height - h) // 2))
+        return canvas
+    return resize(picture, (width, height))
+
+
+def fitted(pictures: Any, width: int, height: int, fit: str) -> Any:
+    """Every PIL picture of a list at width x height.
+
+    Raises:
+        ValueError: something else than a PIL picture.
+    """
+    if isinstance(pictures, (list, tuple)):
+        return [fitted(picture, width, height, fit) for picture in pictures]
+    if not isinstance(pictures, Image.Image):
+        raise ValueError(f"fit={fit!r} needs PIL pictures, not {type(pictures).__name__}")
+    return fit_image(pictures, width, height, fit)
 
 
 def as_list(pictures: Any) -> list[Any]:

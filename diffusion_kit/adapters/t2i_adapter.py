@@ -3,6 +3,7 @@ level of the UNet, once for the whole run."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -50,6 +51,12 @@ def encode(control: Control, site: Site) -> EncodedControl:
     weighted = [(w * f).to(site.unet.dtype) for w, f in zip(weights, features, strict=True)]
     spreads = tuple(spread(f, site.prompts, site.per_prompt, "a control's image") for f in weighted)
     return EncodedFeatures(AddFeatures(), (control.start, control.end), features=spreads, mode=control.mode)
+
+
+def multiple(model: Net) -> int:
+    """What the output's sides must be multiples of."""
+    nets = model.adapters if isinstance(model, MultiAdapter) else [model]
+    return math.lcm(*(net.downscale_factor for net in nets))
 
 
 def _nets(control: Control) -> tuple[list[T2IAdapter], list, list[float]]:

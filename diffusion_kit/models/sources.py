@@ -32,9 +32,8 @@ def locate(source: str | Path) -> Path | str:
         return path
     if path.suffix in PICKLES:
         raise ValueError(
-            f"{path} is a pickle, which can run any code when opened; convert it once, on a machine you can lose: "
-            "python -c \"import torch, safetensors.torch as s; d = torch.load('%s', weights_only=True); "
-            "s.save_file(d.get('state_dict', d), '%s')\"" % (path.name, path.with_suffix(".safetensors").name)
+            f"{path} is a pickle, which can run any code when opened; convert it once: "
+            f"diffusion-kit models --convert {path}"
         )
     if path.is_file():
         if path.suffix != ".safetensors":
@@ -46,6 +45,33 @@ def locate(source: str | Path) -> Path | str:
             f"no model {text!r}: no folder or file {path.absolute()}, and it is no hub id (owner/name)"
         )
     return text
+
+
+def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors in a safetensors file; the weights are not read.
+
+    Raises:
+        ValueError: it is cut short, or no safetensors file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, "pt") as weights:
+            return {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} is cut short, or no safetensors file ({error})") from None
+
+
+def checkpoint_kind(file: Path) -> str:
+    """What a single safetensors file is, by its keys, under diffusers' names of the kinds ("v1", "xl_base", "controlnet",
+    ...); "unknown" for a file of none."""
+    import torch
+    from diffusers.loaders.single_file_utils import infer_diffusers_model_type
+
+    checkpoint = {name: torch.empty(shape, device="meta") for name, shape in tensor_shapes(file).items()}
+    kind = str(infer_diffusers_model_type(checkpoint))
+    plain = any(name.startswith("model.diffusion_model.") for name in checkpoint)
+    return kind if kind != "v1" or plain else "unknown"  # "v1" is also what is said of a file with no known key
 
 
 def read_json(file: Path, what: str) -> dict[str, Any]:
@@ -79,6 +105,8 @@ def check_folder(folder: Path, passed: set[str]) -> None:
                 f"{folder} has no {name!r}: its model_index.json names it, the folder {component} is missing"
             )
         _check_links(component, root)
+        for file in component.glob("*.safetensors"):
+            tensor_shapes(file)
     if (folder / "controls").exists():
         _check_links(folder / "controls", root)
 
@@ -122,6 +150,7 @@ def component_class(source: str | Path) -> str | None:
     """Name of a network's class in its config.json; None for a single file, which has no config."""
     place = locate(source)
     if isinstance(place, Path) and place.is_file():
+        tensor_shapes(place)
         return None
     if isinstance(place, Path):
         return str(read_json(place / "config.json", "network").get("_class_name"))
@@ -139,4 +168,6 @@ def load_component(cls: Any, source: str | Path, **kwargs: Any) -> Any:
             return cls.from_single_file(str(place), **kwargs)
         if isinstance(place, Path):
             read_json(place / "config.json", cls.__name__)
+            for file in place.glob("*.safetensors"):
+                tensor_shapes(file)
         return cls.from_pretrained(str(place), use_safetensors=True, **kwargs)

@@ -31,27 +31,47 @@ class Text(NamedTuple):
     pooled: Tensor | None
 
 
-def encode_text(
-    prompts: Sequence[str], tokenizer: Any, encoder: Any, *, skip: int = 0, length: int | None = None
+class Layer(NamedTuple):
+    """Whose states are taken: the layer `back` from the end (0 is the last), through the encoder's last norm or not."""
+
+    back: int
+    normed: bool
+
+
+def encode_prompts(
+    prompts: Sequence[str],
+    tokenizer: Any,
+    encoder: Any,
+    layer: Layer,
+    *,
+    windows: int | None = None,
+    length: int | None = None,
 ) -> Text:
-    """States of the layer before the last (SDXL, arXiv 2307.01952), or `skip` layers further down."""
+    """Prompts with weights in `windows` windows; or, where that is None, as they are, cut to `length` tokens."""
+    if windows is None:
+        return encode_text(prompts, tokenizer, encoder, layer, length=length)
+    return encode_weighted(prompts, tokenizer, encoder, layer, windows=windows)
+
+
+def encode_text(
+    prompts: Sequence[str], tokenizer: Any, encoder: Any, layer: Layer, *, length: int | None = None
+) -> Text:
     length = length or tokenizer.model_max_length
-    ids = tokenizer(
-        list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-    ).input_ids
-    _warn_of_cut(prompts, tokenizer, ids)
-    return _encode(ids, encoder, skip)
+    tokens = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+    _warn_of_cut(prompts, tokenizer, tokens.input_ids)
+    sees_mask = getattr(encoder.config, "use_attention_mask", False)
+    return _encode(tokens.input_ids, encoder, layer, tokens.attention_mask if sees_mask else None)
 
 
 def encode_weighted(
-    prompts: Sequence[str], tokenizer: Any, encoder: Any, *, skip: int = 0, windows: int | None = None
+    prompts: Sequence[str], tokenizer: Any, encoder: Any, layer: Layer, *, windows: int | None = None
 ) -> Text:
     """States of prompts of any length with weights; see the module's text. `windows` is the least number of windows."""
     room = tokenizer.model_max_length - 2
     tokens = [_weighted_tokens(prompt, tokenizer) for prompt in prompts]
     n = max([windows or 1, *(-(-len(own) // room) for own in tokens)])
     empty = tokenizer("", padding="max_length", max_length=room + 2, return_tensors="pt").input_ids
-    neutral = _encode(empty, encoder, skip).states
+    neutral = _encode(empty, encoder, layer).states
     rows, pooled = [], []
     for own in tokens:
         parts = []
@@ -62,7 +82,7 @@ def encode_weighted(
             if len(part) < room + 1:
                 ids[0, 1 + len(part)] = tokenizer.eos_token_id
             weights[1 : 1 + len(part)] = torch.tensor([weight for _, weight in part])
-            text = _encode(ids, encoder, skip)
+            text = _encode(ids, encoder, layer)
             parts.append(neutral + weights.to(neutral)[None, :, None] * (text.states - neutral))
             if k == 0:
                 pooled.append(text.pooled)
@@ -76,9 +96,13 @@ def count_windows(prompts: Sequence[str], tokenizer: Any) -> int:
     return max(1, *(-(-len(_weighted_tokens(prompt, tokenizer)) // room) for prompt in prompts))
 
 
-def _encode(ids: Tensor, encoder: Any, skip: int) -> Text:
-    out = encoder(ids.to(get_module_execution_device(encoder)), output_hidden_states=True)
-    return Text(out.hidden_states[-(skip + 2)], out[0] if out[0].ndim == 2 else None)
+def _encode(ids: Tensor, encoder: Any, layer: Layer, mask: Tensor | None = None) -> Text:
+    device = get_module_execution_device(encoder)
+    out = encoder(ids.to(device), None if mask is None else mask.to(device), output_hidden_states=True)
+    states = out.hidden_states[-(layer.back + 1)]
+    if layer.normed:
+        states = getattr(encoder, "text_model", encoder).final_layer_norm(states)
+    return Text(states, out[0] if out[0].ndim == 2 else None)
 
 
 def _warn_of_cut(prompts: Sequence[str], tokenizer: Any, ids: Tensor) -> None:

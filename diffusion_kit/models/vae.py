@@ -35,8 +35,11 @@ def encode_picture(vae: Any, pixels: Tensor, generator: Generators, dtype: torch
 
 
 @torch.no_grad()
-def decode_latents(vae: Any, latents: Tensor) -> Tensor:
+def decode_latents(vae: Any, latents: Tensor, **beside: Tensor) -> Tensor:
     """Pictures (N, 3, H, W), about [-1, 1], of latents.
+
+    Args:
+        beside: what an AsymmetricAutoencoderKL sees as well: `image` (N, 3, H, W) in [-1, 1], `mask` (N, 1, H, W).
 
     Raises:
         RuntimeError: the decoder overflowed (float16), or the latents are not finite: both would be a black picture.
@@ -46,7 +49,8 @@ def decode_latents(vae: Any, latents: Tensor) -> Tensor:
     with _upcast(vae):
         latents = latents.to(vae.dtype)
         shift, std = _statistics(vae, latents)
-        pixels = vae.decode(latents * (std / vae.config.scaling_factor) + shift, return_dict=False)[0]
+        beside = {name: value.to(latents) for name, value in beside.items()}
+        pixels = vae.decode(latents * (std / vae.config.scaling_factor) + shift, return_dict=False, **beside)[0]
     if not torch.isfinite(pixels).all():
         raise RuntimeError(
             f"the VAE overflowed in {str(vae.dtype).removeprefix('torch.')}: use pipe.vae.to(torch.float32), "

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 # Accepted by every class, whether its signature lists them or not: the peer's old callback, and what the kit adds.
-EVERYWHERE = ("callback", "callback_steps", "controls", "guidance_interval", "prompt_syntax")
+EVERYWHERE = ("callback", "callback_steps", "controls", "fit", "guidance_interval", "prompt_syntax")
 
 
 def signature_of(call: type, names: Sequence[str], defaults: Mapping[str, Any]) -> inspect.Signature:

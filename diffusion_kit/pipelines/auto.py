@@ -3,26 +3,44 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import ModuleType
 from typing import Any, ClassVar
 
 from diffusers import DiffusionPipeline
 
-from diffusion_kit.models.sources import locate, one_line, read_json
+from diffusion_kit.models.sources import checkpoint_kind, locate, one_line, read_json
 
-from . import sdxl, sdxl_peers
+from . import sd15, sd15_peers, sdxl, sdxl_peers
 from .base import ControlledPipeline
 
 # Family of each class name that a model_index.json may hold, and its peer-named classes by (adapter, task).
+PEERS: dict[type[ControlledPipeline], ModuleType] = {sdxl.SDXLPipeline: sdxl_peers, sd15.SD15Pipeline: sd15_peers}
 FAMILIES: dict[str, type[ControlledPipeline]] = {
-    name: sdxl.SDXLPipeline
-    for name in vars(sdxl_peers)
-    if name.startswith("StableDiffusionXL") and name.endswith("Pipeline")
+    name: family
+    for family, module in PEERS.items()
+    for name, cls in vars(module).items()
+    if isinstance(cls, type) and issubclass(cls, family)
 }
 WITH_ADAPTER: dict[tuple[type, str, str], type[ControlledPipeline]] = {
-    (sdxl.SDXLPipeline, "adapter", "text"): sdxl_peers.StableDiffusionXLAdapterPipeline,
-    (sdxl.SDXLPipeline, "controlnet", "text"): sdxl_peers.StableDiffusionXLControlNetPipeline,
-    (sdxl.SDXLPipeline, "controlnet", "image"): sdxl_peers.StableDiffusionXLControlNetImg2ImgPipeline,
-    (sdxl.SDXLPipeline, "controlnet", "inpaint"): sdxl_peers.StableDiffusionXLControlNetInpaintPipeline,
+    (family, adapter, task): getattr(PEERS[family], f"{prefix}{name}Pipeline")
+    for family, prefix in ((sdxl.SDXLPipeline, "StableDiffusionXL"), (sd15.SD15Pipeline, "StableDiffusion"))
+    for adapter, task, name in (
+        ("adapter", "text", "Adapter"),
+        ("controlnet", "text", "ControlNet"),
+        ("controlnet", "image", "ControlNetImg2Img"),
+        ("controlnet", "inpaint", "ControlNetInpaint"),
+    )
+}
+# Pipeline of each kind of single file, under diffusers' names of the kinds.
+SINGLE_FILES = {
+    "xl_base": "StableDiffusionXLPipeline",
+    "xl_inpaint": "StableDiffusionXLPipeline",
+    "xl_refiner": "StableDiffusionXLImg2ImgPipeline",
+    "playground-v2-5": "StableDiffusionXLPipeline",
+    "v1": "StableDiffusionPipeline",
+    "v2": "StableDiffusionPipeline",
+    "inpainting": "StableDiffusionPipeline",
+    "inpainting_v2": "StableDiffusionPipeline",
 }
 
 
@@ -45,7 +63,7 @@ class _AutoPipeline:
         Raises:
             FileNotFoundError: no such model. ValueError: a family that the kit does not have.
         """
-        return cls._class(_class_name(source), kwargs, str(source)).from_pretrained(source, **kwargs)
+        return cls._class(class_name(source), kwargs, str(source)).from_pretrained(source, **kwargs)
 
     @classmethod
     def from_pipe(cls, pipe: DiffusionPipeline, **kwargs: Any) -> Any:
@@ -60,8 +78,7 @@ class _AutoPipeline:
     @classmethod
     def _class(cls, name: str, kwargs: dict[str, Any], source: str) -> type[ControlledPipeline]:
         if name not in FAMILIES:
-            known = ", ".join(sorted({family.__name__.removesuffix("Pipeline") for family in FAMILIES.values()}))
-            raise ValueError(f"{source} is a {name}; the families of this version are {known}")
+            raise ValueError(f"{source} is a {name}; the families of this version are {_known()}")
         family = FAMILIES[name]
         if "adapter" in kwargs and cls.task != "text":
             raise ValueError(f"{cls.__name__} takes no adapter=: pass controls=[Control(adapter, image)] to the call")
@@ -83,12 +100,23 @@ class AutoPipelineForInpainting(_AutoPipeline):
     task = "inpaint"
 
 
-def _class_name(source: str | Path) -> str:
-    """The class that a model's index names; SDXL for a single file, whose keys the loader checks."""
+def class_name(source: str | Path) -> str:
+    """The pipeline class that a model's index names, or that the keys of a single file show.
+
+    Raises:
+        FileNotFoundError: no such model. ValueError: a file of another kind, or cut short.
+    """
     place = locate(source)
     if isinstance(place, Path) and place.is_file():
-        return "StableDiffusionXLPipeline"
+        kind = checkpoint_kind(place)
+        if kind not in SINGLE_FILES:
+            raise ValueError(f"{place} is a checkpoint of kind {kind}; the families of this version are {_known()}")
+        return SINGLE_FILES[kind]
     if isinstance(place, Path):
         return str(read_json(place / "model_index.json", "model folder").get("_class_name"))
     with one_line(source, "model"):
         return str(DiffusionPipeline.load_config(place)["_class_name"])
+
+
+def _known() -> str:
+    return ", ".join(sorted({family.__name__.removesuffix("Pipeline") for family in FAMILIES.values()}))

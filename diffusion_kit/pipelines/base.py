@@ -14,14 +14,12 @@ from typing import Any, ClassVar
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils.peft_utils import scale_lora_layers, unscale_lora_layers
-from diffusers.utils.torch_utils import get_module_execution_device
 from torch import Tensor, nn
 
 from diffusion_kit.adapters.control import Control, EncodedControl, Site, encode_control, load_control_model
 from diffusion_kit.models.denoiser import UNetDenoiser
 from diffusion_kit.models.sources import check_folder, embedded, locate, one_line
 from diffusion_kit.models.unet import installed, obstacle
-from diffusion_kit.models.vae import decode_latents, preview, preview_matrix
 from diffusion_kit.sampling.engines import Compiled, Engine, eager
 from diffusion_kit.sampling.loop import Run, sample
 
@@ -208,19 +206,6 @@ class ControlledPipeline(DiffusionPipeline):
                 if getattr(net, "_hf_hook", None) is not None:
                     net._hf_hook.pre_forward(net)
             return sample(run, latents, counted)
-
-    def decode(self, latents: Tensor, output_type: str) -> Any:
-        """Pictures of the latents as "pil", "np" or "pt"; "latent" gives the latents."""
-        if output_type == "latent":
-            return latents
-        pixels = decode_latents(self.vae, latents.to(get_module_execution_device(self.vae)))
-        if getattr(self, "watermark", None) is not None:
-            pixels = self.watermark.apply_watermark(pixels)
-        return self.image_processor.postprocess(pixels, output_type=output_type)
-
-    def preview(self, latents: Tensor) -> Tensor:
-        """(B, 3, h, w) in [0, 1]: a picture of latents for the price of a matrix product."""
-        return preview(preview_matrix(self.vae), latents)
 
 
 @contextmanager

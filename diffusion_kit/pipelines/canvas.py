@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffusion_kit.adapters.control import Control
-from diffusion_kit.adapters.pictures import eight_bit
+from diffusion_kit.adapters.pictures import as_list, eight_bit, fitted
 
 Box = tuple[int, int, int, int]
 
@@ -23,6 +24,7 @@ class Canvas(NamedTuple):
     Attributes:
         picture: (N, 3, H, W) in [-1, 1], or latents (N, 4, h, w). mask: (N, 1, H, W) of 0 and 1.
         crop: box of the picture that `padding_mask_crop` works on.
+        fit: how pictures of another shape are brought to it.
     """
 
     height: int
@@ -30,22 +32,33 @@ class Canvas(NamedTuple):
     picture: Tensor | None = None
     mask: Tensor | None = None
     crop: Box | None = None
+    fit: str = "stretch"
 
     def latent_size(self, factor: int) -> tuple[int, int]:
         return self.height // factor, self.width // factor
 
-    def into_crop(self, control: Control, whole: Image.Image) -> Control:
-        """The control with its pictures and masks cut to the region that is worked on, as the picture `whole` is."""
+    def place(self, control: Control, whole: Image.Image) -> Control:
+        """The control with its pictures and masks brought to the canvas: cut to the region that is worked on, as the
+        picture `whole` is, or fitted to the result's shape.
 
-        def cut(pictures: Any) -> Any:
+        Raises:
+            ValueError: that is wanted of something other than PIL pictures.
+        """
+        if self.crop is None and self.fit == "stretch":
+            return control
+
+        def placed(pictures: Any) -> Any:
             if isinstance(pictures, (list, tuple)):
-                return [cut(picture) for picture in pictures]
+                return [placed(picture) for picture in pictures]
+            if self.crop is None:
+                return fitted(pictures, self.width, self.height, self.fit)
             if not isinstance(pictures, Image.Image):
                 raise ValueError("padding_mask_crop needs PIL pictures, in controls too")
             region = eight_bit(pictures).resize(whole.size, Image.Resampling.LANCZOS).crop(self.crop)
             return VaeImageProcessor()._resize_and_fill(region, self.width, self.height)
 
-        return replace(control, image=cut(control.image), mask=None if control.mask is None else cut(control.mask))
+        mask = None if control.mask is None else placed(control.mask)
+        return replace(control, image=placed(control.image), mask=mask)
 
 
 def make_canvas(
@@ -56,40 +69,55 @@ def make_canvas(
     width: int | None,
     padding: int | None,
     *,
-    native: int,
+    native: tuple[int, int],
     latent_channels: int,
+    multiple: int,
+    fit: str,
 ) -> Canvas:
     """The call's pictures, prepared by diffusers' image processor.
 
     Args:
         image, mask: PIL pictures, arrays or tensors, or lists of them; None without.
-        height, width: asked for; by default the picture's, rounded down to what the VAE divides.
+        height, width: asked for; by default the picture's. Rounded, with a warning, to what the networks divide.
         padding: margin around the mask of the region to work on, of size height x width, or None for the whole picture.
-        native: side of the pictures that the model was made for.
+        native: height and width of the pictures that the model was made for.
+        multiple: what every network of the run divides.
+        fit: how PIL pictures of another shape are brought to height x width: see `adapters.pictures.fit_image`.
 
     Raises:
-        ValueError: a size that the VAE does not divide, or `padding` without PIL pictures.
+        ValueError: a picture that is too small, or `padding` or `fit` without PIL pictures.
     """
-    factor = processor.config.vae_scale_factor
-    if height is not None or width is not None:
-        _check_size(height or native, width or native, factor)
+    cropped = padding is not None and mask is not None
+    if height is not None or width is not None or image is None or cropped:
+        height, width = _rounded("the size", height or native[0], width or native[1], multiple)
     if image is None:
-        return Canvas(height or native, width or native)
+        return Canvas(height or native[0], width or native[1], fit=fit)
     options: dict[str, Any] = {}
-    if padding is not None and mask is not None:
+    if cropped:
         if not isinstance(image, Image.Image) or not isinstance(mask, Image.Image):
             raise ValueError("padding_mask_crop needs one PIL image and one PIL mask")
-        height, width = height or native, width or native
         crop = processor.get_crop_region(mask, width, height, pad=padding)
         options = {"crops_coords": crop, "resize_mode": "fill"}
-    picture = processor.preprocess(_plain(image), height=height, width=width, **options)
-    scale = factor if picture.shape[1] == latent_channels else 1
+    first = as_list(image)[0]
+    if height is None and isinstance(first, Image.Image):
+        height, width = _rounded("the picture", first.height, first.width, multiple, down=True)
+
+    def own_shape(pictures: Any) -> Any:
+        return pictures if cropped or fit == "stretch" else fitted(pictures, width, height, fit)  # type: ignore[arg-type]
+
+    picture = processor.preprocess(_plain(own_shape(image)), height=height, width=width, **options)
+    scale = processor.config.vae_scale_factor if picture.shape[1] == latent_channels else 1
     height, width = picture.shape[-2] * scale, picture.shape[-1] * scale
     if mask is None:
-        return Canvas(height, width, picture)
-    masks = VaeImageProcessor(vae_scale_factor=factor, do_normalize=False, do_binarize=True, do_convert_grayscale=True)
-    values = masks.preprocess(_plain(mask), height=height, width=width, **options)
-    return Canvas(height, width, picture, values, options.get("crops_coords"))
+        return Canvas(height, width, picture, fit=fit)
+    masks = VaeImageProcessor(
+        vae_scale_factor=processor.config.vae_scale_factor,
+        do_normalize=False,
+        do_binarize=True,
+        do_convert_grayscale=True,
+    )
+    values = masks.preprocess(_plain(own_shape(mask)), height=height, width=width, **options)
+    return Canvas(height, width, picture, values, options.get("crops_coords"), fit)
 
 
 def _plain(picture: Any) -> Any:
@@ -102,9 +130,15 @@ def _plain(picture: Any) -> Any:
     return picture / np.float32(255) if bytes_of is not None and picture.dtype == bytes_of else picture
 
 
-def _check_size(height: int, width: int, factor: int) -> None:
-    if height % factor or width % factor or height < factor or width < factor:
-        near = [max(factor, round(side / factor) * factor) for side in (width, height)]
-        raise ValueError(
-            f"width and height must be multiples of {factor}, not {width} x {height}; nearest {near[0]} x {near[1]}"
+def _rounded(what: str, height: int, width: int, multiple: int, *, down: bool = False) -> tuple[int, int]:
+    """Sides that `multiple` divides: the nearest ones, or those below, with a warning where they are others."""
+    sides = [side // multiple * multiple if down else round(side / multiple) * multiple for side in (height, width)]
+    if down and not all(sides):
+        raise ValueError(f"{what} is {width} x {height} pixels; give height= and width=, multiples of {multiple}")
+    high, wide = (max(multiple, side) for side in sides)
+    if (high, wide) != (height, width):
+        warnings.warn(
+            f"{what} is {width} x {height}, sides must be multiples of {multiple}: the result is {wide} x {high}",
+            stacklevel=2,
         )
+    return high, wide

@@ -45,11 +45,14 @@ class Batch:
     def noise(self) -> Tensor:
         return draw((self.size, *self.shape), self.generator, self.device, self.dtype)
 
+    def spread(self, values: Tensor, what: str) -> Tensor:
+        return spread(values, self.prompts, self.per_prompt, what)
+
     def encode(self, pixels: Tensor, encoder: Callable[[Tensor, Generators], Tensor], what: str) -> Tensor:
         """Latents for every picture; with a generator each, every picture's own draw from the posterior."""
         if isinstance(self.generator, (list, tuple)):
-            return encoder(spread(pixels, self.prompts, self.per_prompt, what), self.generator)
-        return spread(encoder(pixels, self.generator), self.prompts, self.per_prompt, what)
+            return encoder(self.spread(pixels, what), self.generator)
+        return self.spread(encoder(pixels, self.generator), what)
 
 
 Encoder = Callable[[Tensor, Generators], Tensor]
@@ -113,7 +116,7 @@ def from_masked_picture(
     else:
         start = _noised(schedule, image, noise)  # type: ignore[arg-type]
     masked = _masked_latents(batch, picture, mask, encoder, masked_latents, needed=sees)
-    small = spread(F.interpolate(mask, batch.shape[1:]), batch.prompts, batch.per_prompt, "mask_image").to(batch.device)
+    small = batch.spread(F.interpolate(mask, batch.shape[1:]), "mask_image").to(batch.device)
     if sees:
         return Start(start, channels=torch.cat([small.to(masked), masked], 1))  # type: ignore[arg-type, list-item]
     tensors = {"image": image.float(), "noise": noise.float(), "mask": small.float()}  # type: ignore[union-attr]
@@ -126,7 +129,7 @@ def _masked_latents(
     """Latents of the picture without what the mask hides. Where nobody needs them the peer still draws their posterior, so
     the same numbers are drawn and thrown away."""
     if given is not None:
-        return spread(given.to(batch.device, batch.dtype), batch.prompts, batch.per_prompt, "masked_image_latents")
+        return batch.spread(given.to(batch.device, batch.dtype), "masked_image_latents")
     if picture.shape[1] == batch.shape[0]:
         return None
     if needed:
@@ -138,7 +141,7 @@ def _masked_latents(
 
 def _latents_of(batch: Batch, picture: Tensor, encoder: Encoder) -> Tensor:
     if picture.shape[1] == batch.shape[0]:  # latents already
-        return spread(picture.to(batch.device, batch.dtype), batch.prompts, batch.per_prompt, "image")
+        return batch.spread(picture.to(batch.device, batch.dtype), "image")
     return batch.encode(picture, encoder, "image")
 
 

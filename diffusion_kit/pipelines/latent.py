@@ -1,0 +1,219 @@
+"""What the families over a UNet and an autoencoder share: one call from arguments to pictures, whatever the task."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers import AsymmetricAutoencoderKL
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils.torch_utils import get_module_execution_device
+from torch import Tensor
+
+from diffusion_kit.adapters.control import Control, Site, granularity
+from diffusion_kit.models.denoiser import make_denoiser
+from diffusion_kit.models.vae import decode_latents, encode_picture, preview, preview_matrix, scale_factor
+from diffusion_kit.sampling.guidance import guidance_embedding
+from diffusion_kit.sampling.loop import Run
+from diffusion_kit.sampling.schedule import Schedule, make_schedule
+
+from .base import ControlledPipeline
+from .call import LatentCall
+from .callbacks import Callbacks
+from .canvas import Canvas, make_canvas
+from .starts import Batch, Start, from_masked_picture, from_noise, from_picture
+
+
+class LatentPipeline(ControlledPipeline):
+    """A family whose components hold a `vae`, a `unet` and a `scheduler`.
+
+    A family gives `conditioning`, the tensors that the UNet sees beside the latents, and `output`, the value that a call
+    returns; it may change `finish`, which is given the decoded pixels.
+    """
+
+    def _set_up(self) -> None:
+        """To be called when the components are registered."""
+        self.vae_scale_factor = scale_factor(self.vae) if self.vae is not None else 8
+        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+        self._guidance_scale, self._guidance_rescale = self.Call.guidance_scale, 0.0  # type: ignore[attr-defined]
+        self._clip_skip: int | None = None
+        self._interrupt, self._num_timesteps = False, 0
+        self._cross_attention_kwargs: dict[str, Any] | None = None
+        self._denoising_start: float | None = None
+        self._denoising_end: float | None = None
+
+    @property
+    def native_size(self) -> tuple[int, int]:
+        """Height and width in pixels for which the model was made."""
+        size = self.unet.config.sample_size
+        height, width = size if isinstance(size, (list, tuple)) else (size, size)
+        return height * self.vae_scale_factor, width * self.vae_scale_factor
+
+    @property
+    def clip_skip(self) -> int | None:
+        return self._clip_skip
+
+    @property
+    def denoising_end(self) -> float | None:
+        return self._denoising_end
+
+    @property
+    def denoising_start(self) -> float | None:
+        return self._denoising_start
+
+    # What a family gives
+
+    def conditioning(self, call: Any, canvas: Canvas, device: torch.device) -> dict[str, Tensor]:
+        """(unconditional, conditional) embeddings along the batch, or the conditional ones without guidance."""
+        raise TypeError(f"{type(self).__name__} has no conditioning")
+
+    def finish(self, pixels: Tensor) -> Tensor:
+        """The decoded pixels (B, 3, H, W) in [-1, 1], checked or marked."""
+        return pixels
+
+    def output(self, images: Any, return_dict: bool) -> Any:
+        raise TypeError(f"{type(self).__name__} has no output")
+
+    def decode(self, latents: Tensor, output_type: str, **beside: Tensor) -> Any:
+        """Pictures of the latents as "pil", "np" or "pt"; "latent" gives the latents."""
+        if output_type == "latent":
+            return latents
+        pixels = decode_latents(self.vae, latents.to(get_module_execution_device(self.vae)), **beside)
+        return self.image_processor.postprocess(self.finish(pixels), output_type=output_type)
+
+    def preview(self, latents: Tensor) -> Tensor:
+        """(B, 3, h, w) in [0, 1]: a picture of latents for the price of a matrix product."""
+        return preview(preview_matrix(self.vae), latents)
+
+    # The call
+
+    def generate(self, call: LatentCall) -> Any:
+        call.check(self._callback_tensor_inputs)
+        controls = call.controls if callable(call.controls) else [self.resolve_control(own) for own in call.controls]
+        canvas = self._canvas(call, () if callable(controls) else controls)
+        self._remember(call)
+        device = self._execution_device
+        conditioning = self.conditioning(call, canvas, device)
+        schedule = self._schedule(call, device)
+        batch = Batch(
+            call.prompts,
+            call.num_images_per_prompt,
+            (self.vae.config.latent_channels, *canvas.latent_size(self.vae_scale_factor)),
+            call.generator,
+            device,
+            self.unet.dtype,
+        )
+        start = self._start(call, batch, schedule, canvas)
+        site = Site(
+            self.unet,
+            canvas.height,
+            canvas.width,
+            batch.shape[1:],
+            batch.prompts,
+            batch.per_prompt,
+            schedule.timesteps,
+            device,
+        )
+        controls = controls(schedule) if callable(controls) else controls
+        controls = [canvas.place(control, call.image) for control in controls]
+        run = Run(
+            schedule=schedule,
+            denoiser=make_denoiser(self.unet, batch.shape[0], call.cross_attention_kwargs),
+            conditioning=conditioning,
+            controls=self.encode_controls(controls, site),
+            channels=start.channels,
+            rule=start.rule,
+            guidance_scale=self._guidance_scale if self.do_classifier_free_guidance else 1.0,
+            guidance_rescale=call.guidance_rescale,
+            guidance_interval=call.guidance_interval,
+            generator=call.generator,
+            engine=self.engine,
+            dtype=self.unet.dtype,
+        )
+        latents = self.denoise(run, start.latents, Callbacks(self, call, run)).to(self.unet.dtype)
+        images = self.decode(latents, call.output_type, **self._beside(canvas, batch))
+        if canvas.crop is not None:
+            overlay = self.image_processor.apply_overlay
+            images = [overlay(call.mask_image, call.image, image, canvas.crop) for image in images]
+        self.maybe_free_model_hooks()
+        return self.output(images, call.return_dict)
+
+    def _remember(self, call: LatentCall) -> None:
+        """What callbacks read and write on the pipeline."""
+        self._guidance_scale, self._guidance_rescale = call.guidance_scale, call.guidance_rescale
+        self._clip_skip, self._cross_attention_kwargs = call.clip_skip, call.cross_attention_kwargs
+        self._denoising_start, self._denoising_end = call.denoising_start, call.denoising_end
+        self._interrupt = False
+
+    def _schedule(self, call: LatentCall, device: torch.device) -> Schedule:
+        schedule = make_schedule(
+            self.scheduler,
+            call.num_inference_steps,
+            timesteps=call.timesteps,
+            sigmas=call.sigmas,
+            strength=None if call.image is None else call.share,
+            denoising_start=call.denoising_start,
+            denoising_end=call.denoising_end,
+            eta=call.eta,
+            device=device,
+        )
+        self._num_timesteps = schedule.calls
+        return schedule
+
+    def _canvas(self, call: LatentCall, controls: Sequence[Control]) -> Canvas:
+        return make_canvas(
+            self.image_processor,
+            call.image,
+            call.mask_image,
+            call.height,
+            call.width,
+            call.padding_mask_crop,
+            native=self.native_size,
+            latent_channels=self.vae.config.latent_channels,
+            multiple=granularity(self.vae_scale_factor, controls),
+            fit=call.fit,
+        )
+
+    def _start(self, call: LatentCall, batch: Batch, schedule: Schedule, canvas: Canvas) -> Start:
+        def encoder(pixels: Tensor, generator: Any) -> Tensor:
+            return encode_picture(self.vae, pixels.to(batch.device), generator, batch.dtype)
+
+        add_noise = call.denoising_start is None
+        if canvas.picture is None:
+            return from_noise(batch, schedule, call.latents)
+        if canvas.mask is None:
+            return from_picture(batch, schedule, canvas.picture, encoder, add_noise=add_noise, latents=call.latents)
+        return from_masked_picture(
+            batch,
+            schedule,
+            canvas.picture,
+            canvas.mask,
+            encoder,
+            unet_channels=self.unet.config.in_channels,
+            strength=call.share,
+            add_noise=add_noise,
+            latents=call.latents,
+            masked_latents=call.masked_image_latents,
+        )
+
+    def _beside(self, canvas: Canvas, batch: Batch) -> dict[str, Tensor]:
+        """What an autoencoder made for inpainting sees beside the latents: picture and mask, a row for each result."""
+        if canvas.picture is None or canvas.mask is None or not isinstance(self.vae, AsymmetricAutoencoderKL):
+            return {}
+        return {"image": batch.spread(canvas.picture, "image"), "mask": batch.spread(canvas.mask, "mask_image")}
+
+    def guidance_condition(self, rows: int, device: torch.device) -> dict[str, Tensor]:
+        """{"timestep_cond": (rows, E)} for UNets that are told the guidance scale; else nothing."""
+        width = self.unet.config.time_cond_proj_dim
+        if width is None:
+            return {}
+        return {"timestep_cond": guidance_embedding(self._guidance_scale, width, rows, device, self.unet.dtype)}
+
+
+def texts(prompt: Any, rows: int | None = None) -> list[str]:
+    """A list of texts; a single one stands for every row."""
+    own = [prompt] * (rows or 1) if isinstance(prompt, str) else list(prompt)
+    if rows is not None and len(own) != rows:
+        raise ValueError(f"{len(own)} negative prompts for {rows} prompts: give one, or one for each")
+    return own

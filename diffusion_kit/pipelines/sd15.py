@@ -1,0 +1,184 @@
+"""Stable Diffusion 1.x and 2.x (Rombach et al. 2022, arXiv 2112.10752): three tasks, any controls."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.loaders import FromSingleFileMixin, StableDiffusionLoraLoaderMixin, TextualInversionLoaderMixin
+from diffusers.pipelines.pipeline_utils import StableDiffusionMixin
+from diffusers.pipelines.stable_diffusion.pipeline_output import StableDiffusionPipelineOutput
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from diffusers.schedulers import KarrasDiffusionSchedulers
+from torch import Tensor
+from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
+
+from diffusion_kit.models.text import Layer, count_windows, encode_prompts
+
+from .base import loras_scaled
+from .call import LatentCall
+from .canvas import Canvas
+from .latent import LatentPipeline, texts
+
+
+@dataclass
+class SD15Call(LatentCall):
+    __doc__ = LatentCall.__doc__
+
+    strengths: ClassVar[tuple[float, float]] = (0.8, 1.0)
+
+
+class SD15Pipeline(
+    LatentPipeline,
+    StableDiffusionMixin,
+    FromSingleFileMixin,
+    StableDiffusionLoraLoaderMixin,
+    TextualInversionLoaderMixin,
+):
+    """The family of Stable Diffusion 1.x and 2.x: see `SD15Call` for its one call, and the peer for loading, LoRA,
+    offloading and saving. Pictures that the safety checker flags, where there is one, are black."""
+
+    Call = SD15Call
+    peer_name = "StableDiffusionPipeline"
+    model_cpu_offload_seq = "text_encoder->image_encoder->unet->vae"
+    _exclude_from_cpu_offload: ClassVar[list[str]] = ["safety_checker"]
+    _optional_components: ClassVar[list[str]] = ["safety_checker", "feature_extractor", "image_encoder"]
+    _callback_tensor_inputs: ClassVar[list[str]] = [
+        "latents",
+        "prompt_embeds",
+        "negative_prompt_embeds",
+        "image",
+        "control_image",
+        "mask",
+        "masked_image_latents",
+        "preview",
+    ]
+    # What old scheduler configurations say and the peer's class of this task sets right.
+    scheduler_settings: ClassVar[Mapping[str, Any]] = {"steps_offset": 1, "clip_sample": False}
+
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        text_encoder: CLIPTextModel,
+        tokenizer: CLIPTokenizer,
+        unet: UNet2DConditionModel,
+        scheduler: KarrasDiffusionSchedulers,
+        safety_checker: StableDiffusionSafetyChecker = None,
+        feature_extractor: CLIPImageProcessor = None,
+        image_encoder: CLIPVisionModelWithProjection = None,
+        requires_safety_checker: bool = True,
+    ):
+        super().__init__()
+        if safety_checker is not None and feature_extractor is None:
+            raise ValueError("a safety_checker needs a feature_extractor: give both, or safety_checker=None")
+        self._correct(scheduler)
+        self.register_modules(
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            unet=unet,
+            scheduler=scheduler,
+            safety_checker=safety_checker,
+            feature_extractor=feature_extractor,
+            image_encoder=image_encoder,
+        )
+        self.register_to_config(requires_safety_checker=requires_safety_checker)
+        self._set_up()
+        self._flagged: list[bool] | None = None
+
+    def _correct(self, scheduler: Any) -> None:
+        for name, value in self.scheduler_settings.items():
+            found = getattr(scheduler, "config", {}).get(name, value)
+            if found != value:
+                warnings.warn(
+                    f"{type(scheduler).__name__} has {name}={found}; Stable Diffusion needs {name}={value}, which is "
+                    "used: correct its configuration",
+                    stacklevel=4,
+                )
+                scheduler.register_to_config(**{name: value})
+
+    @property
+    def native_size(self) -> tuple[int, int]:
+        """Height and width in pixels for which the model was made."""
+        height, width = super().native_size
+        released = tuple(int(part) for part in str(self.unet.config.get("_diffusers_version", "1")).split(".")[:2])
+        least = 64 * self.vae_scale_factor if released < (0, 9) else 0  # first configurations say 32 and mean 64
+        return max(height, least), max(width, least)
+
+    def finish(self, pixels: Tensor) -> Tensor:
+        """Pictures that the safety checker flags are black."""
+        self._flagged = None
+        if self.safety_checker is None:
+            return pixels
+        shown = self.feature_extractor(self.image_processor.postprocess(pixels), return_tensors="pt").pixel_values
+        seen = shown.to(self.safety_checker.device, self.safety_checker.dtype)
+        _, self._flagged = self.safety_checker(images=pixels.clone(), clip_input=seen)
+        flagged = torch.tensor(self._flagged, device=pixels.device)
+        return torch.where(flagged[:, None, None, None], -torch.ones_like(pixels), pixels)
+
+    def output(self, images: Any, return_dict: bool) -> Any:
+        flagged, self._flagged = self._flagged, None
+        if not return_dict:
+            return images, flagged
+        return StableDiffusionPipelineOutput(images=images, nsfw_content_detected=flagged)
+
+    def conditioning(self, call: SD15Call, canvas: Canvas, device: torch.device) -> dict[str, Tensor]:
+        prompt, negative = self.encode_prompt(
+            call.prompt,
+            device,
+            call.num_images_per_prompt,
+            self.do_classifier_free_guidance,
+            call.negative_prompt,
+            prompt_embeds=call.prompt_embeds,
+            negative_prompt_embeds=call.negative_prompt_embeds,
+            lora_scale=(call.cross_attention_kwargs or {}).get("scale"),
+            clip_skip=call.clip_skip,
+            prompt_syntax=call.prompt_syntax,
+        )
+        states = prompt if negative is None else torch.cat([negative, prompt])
+        return {"prompt_embeds": states, **self.guidance_condition(len(prompt), device)}
+
+    @torch.no_grad()
+    def encode_prompt(
+        self,
+        prompt: str | Sequence[str] | None,
+        device: torch.device | None = None,
+        num_images_per_prompt: int = 1,
+        do_classifier_free_guidance: bool = True,
+        negative_prompt: str | Sequence[str] | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        lora_scale: float | None = None,
+        clip_skip: int | None = None,
+        prompt_syntax: str | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Text states (B, tokens, width): prompt, negative (None without guidance).
+
+        B is prompts x num_images_per_prompt. `clip_skip` leaves out that many layers for the prompt.
+        """
+        device = device or self._execution_device
+        windows = None
+        if prompt_syntax == "weighted" and prompt is not None:
+            windows = count_windows([*texts(prompt), *texts(negative_prompt or "")], self.tokenizer)
+
+        def encode(prompts: list[str], skip: int, length: int | None = None) -> Tensor:
+            own = [self.maybe_convert_prompt(text, self.tokenizer) for text in prompts]
+            layer = Layer(skip, normed=True)
+            return encode_prompts(own, self.tokenizer, self.text_encoder, layer, windows=windows, length=length).states
+
+        def spread_out(values: Tensor) -> Tensor:
+            dtype = self.unet.dtype if self.text_encoder is None else self.text_encoder.dtype
+            return values.to(device, dtype).repeat_interleave(num_images_per_prompt, 0)
+
+        with loras_scaled(lora_scale, *([] if self.text_encoder is None else [self.text_encoder])):
+            if prompt_embeds is None:
+                prompt_embeds = encode(texts(prompt), clip_skip or 0)
+            if do_classifier_free_guidance and negative_prompt_embeds is None:
+                negatives = texts(negative_prompt or "", len(prompt_embeds))
+                negative_prompt_embeds = encode(negatives, 0, prompt_embeds.shape[1])
+        states = spread_out(prompt_embeds)
+        return states, spread_out(negative_prompt_embeds) if do_classifier_free_guidance else None  # type: ignore[arg-type]
