@@ -25,6 +25,7 @@ from diffusion_kit.models.sources import component_class, load_component
 from diffusion_kit.models.unet import Net, layout
 from diffusion_kit.sampling.doors import Conditioning, Injection, Tree, inside
 
+from .maps import warn_of_polarity
 from .pictures import Pictures, mask_tensor
 
 Mode = Literal["balanced", "prompt", "control"]
@@ -181,6 +182,7 @@ def encode_control(control: Control, site: Site) -> EncodedControl | None:
     mask = site.mask(control)
     if not any(control.scales) or control.start == control.end or (mask is not None and not mask.any()):
         return None
+    warn_of_polarity(control.model, control.image)
     return kind.encode(control, site)
 
 

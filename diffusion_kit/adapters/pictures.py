@@ -24,34 +24,43 @@ Pictures = Picture | Sequence[Picture]
 
 
 def load_image(
-    source: str | Path | Image.Image, *, background: str = "white", megapixels: float = MEGAPIXELS
+    source: str | Path | bytes | Image.Image,
+    *,
+    background: str = "white",
+    megapixels: float = MEGAPIXELS,
+    name: str | None = None,
 ) -> Image.Image:
     """A picture from a PNG, JPEG or WEBP file: EXIF rotation applied, colour profile converted to sRGB, transparency laid
-    on `background`. 16-bit greyscale (depth maps) stays 16-bit, mode "I;16"; everything else is RGB.
+    on `background`. 16-bit greyscale (depth maps) stays 16-bit, mode "I;16"; everything else is RGB. Of an animation it is
+    the first frame.
+
+    Args:
+        source: path of a file, or its bytes.
+        name: of the picture in errors; by default the path.
 
     Raises:
         ValueError: no such file, another format, broken, or larger than `megapixels`.
     """
     if isinstance(source, Image.Image):
         return _upright(source, background)
-    path = Path(source)
-    if not path.is_file():
-        raise ValueError(f"no image file {path}")
+    name = name or ("the picture" if isinstance(source, bytes) else str(source))
+    if not isinstance(source, bytes) and not Path(source).is_file():
+        raise ValueError(f"no image file {name}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            picture = Image.open(path, formats=FORMATS)
+            picture = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
         width, height = picture.size
         if width * height > megapixels * 1e6:
-            raise ValueError(f"{path} has {width} x {height} pixels; at most {megapixels} megapixels are read")
+            raise ValueError(f"{name} has {width} x {height} pixels; at most {megapixels} megapixels are read")
         picture.load()
         return _upright(picture, background)
     except UnidentifiedImageError:
-        raise ValueError(f"{path} is not a PNG, JPEG or WEBP image") from None
+        raise ValueError(f"{name} is not a PNG, JPEG or WEBP image") from None
     except Image.DecompressionBombError:
-        raise ValueError(f"{path} has too many pixels; at most {megapixels} megapixels are read") from None
+        raise ValueError(f"{name} has too many pixels; at most {megapixels} megapixels are read") from None
     except (OSError, SyntaxError) as error:
-        raise ValueError(f"{path} cannot be read as an image: {error}") from None
+        raise ValueError(f"{name} cannot be read as an image: {error}") from None
 
 
 def _upright(picture: Image.Image, background: str) -> Image.Image:

@@ -123,6 +123,18 @@ class ControlledPipeline(DiffusionPipeline):
         found = folder.glob("controls/*/config.json") if folder.is_absolute() else ()
         return {path.parent.name: path.parent for path in found}
 
+    def control_source(self, name: str) -> Path | str:
+        """Where the control of that name is: in the base's model folder; else the name is a path or a hub id itself.
+
+        Raises:
+            ValueError: the base has none of that name; names those it has.
+        """
+        own = self._control_folders()
+        if name not in own and not re.search(r"[/\\.]", name):
+            has = f"it has {', '.join(sorted(own))}" if own else "it has none"
+            raise ValueError(f"no control {name!r} comes with the base ({has}); give a network or a path to one")
+        return own.get(name, name)
+
     def load_control(self, name: str) -> nn.Module:
         """The control of that name of the base's model folder, or of a folder, .safetensors file or hub id.
 
@@ -131,11 +143,7 @@ class ControlledPipeline(DiffusionPipeline):
         """
         loaded: dict[str, nn.Module] = self.__dict__.setdefault("_base_controls", {})
         if name not in loaded:
-            own = self._control_folders()
-            if name not in own and not re.search(r"[/\\.]", name):
-                has = f"it has {', '.join(sorted(own))}" if own else "it has none"
-                raise ValueError(f"no control {name!r} comes with the base ({has}); give a network or a path to one")
-            loaded[name] = load_control_model(own.get(name, name), torch_dtype=self.unet.dtype)
+            loaded[name] = load_control_model(self.control_source(name), torch_dtype=self.unet.dtype)
         return loaded[name]
 
     def encode_controls(self, controls: Sequence[Control], site: Site) -> list[EncodedControl]:

@@ -89,7 +89,7 @@ def make_canvas(
     """
     cropped = padding is not None and mask is not None
     if height is not None or width is not None or image is None or cropped:
-        height, width = _rounded("the size", height or native[0], width or native[1], multiple)
+        height, width = rounded("the size asked for", height or native[0], width or native[1], multiple)
     if image is None:
         return Canvas(height or native[0], width or native[1], fit=fit)
     options: dict[str, Any] = {}
@@ -100,7 +100,7 @@ def make_canvas(
         options = {"crops_coords": crop, "resize_mode": "fill"}
     first = as_list(image)[0]
     if height is None and isinstance(first, Image.Image):
-        height, width = _rounded("the picture", first.height, first.width, multiple, down=True)
+        height, width = rounded("the picture", first.height, first.width, multiple, down=True)
 
     def own_shape(pictures: Any) -> Any:
         return pictures if cropped or fit == "stretch" else fitted(pictures, width, height, fit)  # type: ignore[arg-type]
@@ -130,8 +130,10 @@ def _plain(picture: Any) -> Any:
     return picture / np.float32(255) if bytes_of is not None and picture.dtype == bytes_of else picture
 
 
-def _rounded(what: str, height: int, width: int, multiple: int, *, down: bool = False) -> tuple[int, int]:
-    """Sides that `multiple` divides: the nearest ones, or those below, with a warning where they are others."""
+def rounded(what: str, height: int, width: int, multiple: int, *, down: bool = False) -> tuple[int, int]:
+    """Height and width as multiples: the nearest ones, or those below, with a warning where they are others."""
+    if height < 1 or width < 1:
+        raise ValueError(f"{what} is {width} x {height} pixels; both sides must be 1 or more")
     sides = [side // multiple * multiple if down else round(side / multiple) * multiple for side in (height, width)]
     if down and not all(sides):
         raise ValueError(f"{what} is {width} x {height} pixels; give height= and width=, multiples of {multiple}")

@@ -1,0 +1,28 @@
+"""What a command says beside its result: one line each, on the error stream."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+PACKAGE = str(Path(__file__).parents[1])
+
+
+def note(text: str) -> None:
+    print(f"diffusion-kit: {' '.join(text.split())}", file=sys.stderr)
+
+
+def show_warnings(debug: bool) -> None:
+    """Warnings of the kit as notes; those of the libraries below only in `debug`."""
+
+    def show(message: Any, category: type[Warning], filename: str, *rest: Any) -> None:
+        if debug or (filename.startswith(PACKAGE) and category is UserWarning):
+            note(str(message))
+
+    warnings.showwarning = show  # type: ignore[assignment]
+    warnings.simplefilter("default")
+    if not debug:
+        logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)

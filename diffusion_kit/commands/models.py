@@ -1,0 +1,184 @@
+"""`diffusion-kit models`: what is embedded, what a folder or file is, and pickles made into safetensors."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+Rows = Iterator[tuple[str, str]]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model", metavar="MODEL", nargs="?", help="a folder, a file or a hub id; without, what is embedded"
+    )
+    parser.add_argument("--convert", metavar="FILE", help="write a pickle's tensors beside it, as .safetensors")
+
+
+def run(options: argparse.Namespace) -> None:
+    if options.convert:
+        print(convert(Path(options.convert)))
+        return
+    from diffusion_kit.models.sources import DEFAULT
+
+    for label, text in describe(options.model or DEFAULT):
+        print(f"{label:18}{text}")
+
+
+def describe(source: str) -> Rows:
+    """What a model is, in labelled lines.
+
+    Raises:
+        FileNotFoundError: nothing there. ValueError: no model, a pickle, or damaged.
+    """
+    from diffusion_kit.models.fingerprint import fingerprint
+    from diffusion_kit.models.sources import locate
+
+    place = locate(source)
+    if isinstance(place, str):
+        place = _in_cache(place)
+    yield "model", str(place)
+    if place.is_file():
+        yield from _file(place)
+    elif (place / "model_index.json").is_file():
+        yield from _pipeline(place)
+    else:
+        yield from _network(place)
+    yield "hash", fingerprint(source)
+
+
+def _in_cache(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, local_files_only=True))
+    except LocalEntryNotFoundError:
+        raise FileNotFoundError(
+            f"{name} is no folder or file here, and not in the hub's cache: `hf download {name}` fetches it"
+        ) from None
+
+
+def _pipeline(folder: Path) -> Rows:
+    from diffusion_kit.models.sources import check_folder, read_json
+    from diffusion_kit.pipelines.auto import FAMILIES
+
+    index = read_json(folder / "model_index.json", "model folder")
+    name = str(index.get("_class_name"))
+    family = FAMILIES[name].__name__ if name in FAMILIES else "of no family that this version has"
+    yield "pipeline", f"{name} ({family})"
+    check_folder(folder, passed=set())
+    for part, entry in index.items():
+        if isinstance(entry, list) and entry[0] is not None:
+            yield f"  {part}", f"{entry[1]}{_weights_in(folder / part)}"
+    for config in sorted(folder.glob("controls/*/config.json")):
+        name = config.parent.name
+        class_name = read_json(config, "control").get("_class_name")
+        yield f"  control {name}", f"{class_name}{_weights_in(config.parent)}{_expects(name)}"
+
+
+def _network(folder: Path) -> Rows:
+    from diffusion_kit.models.sources import read_json
+
+    config = read_json(folder / "config.json", "model: it has no model_index.json, and")
+    architectures = config.get("architectures") or ["a network"]
+    yield "network", f"{config.get('_class_name') or architectures[0]}{_weights_in(folder)}{_expects(folder.name)}"
+    for key in ("in_channels", "sample_size", "cross_attention_dim", "block_out_channels", "channels", "adapter_type"):
+        if key in config:
+            yield f"  {key}", str(config[key])
+
+
+def _file(file: Path) -> Rows:
+    from diffusion_kit.models.sources import checkpoint_kind, tensor_shapes
+    from diffusion_kit.pipelines.auto import SINGLE_FILES
+
+    shapes = tensor_shapes(file)
+    kind = checkpoint_kind(file)
+    if kind in SINGLE_FILES:
+        yield "checkpoint", f"{kind}, loaded as {SINGLE_FILES[kind]}"
+    elif kind.startswith("controlnet"):
+        yield "network", f"ControlNetModel ({kind}){_expects(file.stem)}"
+    else:
+        yield "file", _other(shapes) if kind == "unknown" else f"{kind}, which this version does not load"
+    yield "weights", _count(shapes, file.stat().st_size)
+
+
+PARTS = (  # what files hold that are no checkpoint, by a part of their keys
+    ("lora_", "a LoRA: pipe.load_lora_weights(file)"),
+    ("lora_A", "a LoRA: pipe.load_lora_weights(file)"),
+    ("ip_adapter", "an IP-Adapter, which this version does not load"),
+    ("emb_params", "a textual inversion: pipe.load_textual_inversion(file)"),
+    ("clip_l", "a textual inversion of SDXL: pipe.load_textual_inversion(file)"),
+    ("adapter.body", "a T2I-Adapter; it needs its folder with config.json"),
+    ("decoder.up_blocks", "an autoencoder; it needs its folder with config.json"),
+    ("up_blocks.", "a UNet; it needs its folder with config.json"),
+)
+
+
+def _other(shapes: Mapping[str, Any]) -> str:
+    found = (what for part, what in PARTS if any(part in name for name in shapes))
+    return next(found, f"tensors of no kind that is known, the first is {next(iter(shapes), 'none')}")
+
+
+def _weights_in(folder: Path) -> str:
+    """Parameters and size of a component's weights; of several variants, the first."""
+    from diffusion_kit.models.sources import tensor_shapes
+
+    files = sorted(folder.glob("*.safetensors"))
+    shards = [file for file in files if "-of-" in file.name] or files[:1]
+    if not shards:
+        pickles = [file.name for file in folder.iterdir() if file.suffix in (".bin", ".ckpt", ".pt", ".pth")]
+        return f", only as a pickle ({pickles[0]}), which is refused" if pickles else ""
+    shapes = {name: shape for file in shards for name, shape in tensor_shapes(file).items()}
+    return f", {_count(shapes, sum(file.stat().st_size for file in shards))}"
+
+
+def _count(shapes: Mapping[str, tuple[int, ...]], size: int) -> str:
+    return f"{sum(math.prod(shape) for shape in shapes.values()) / 1e6:.1f} M parameters, {size / 1e6:.1f} MB"
+
+
+def _expects(name: str) -> str:
+    from diffusion_kit.adapters.maps import expected_map
+
+    known = expected_map(name)
+    if known is None:
+        return ""
+    polarity = f", {known.polarity}" if known.polarity else ""
+    return f"; expects {known.shows}{polarity}" + (f" (detect {known.detector})" if known.detector != "none" else "")
+
+
+def convert(file: Path) -> Path:
+    """Writes the tensors of a pickle as safetensors beside it; only tensors and plain containers are unpickled.
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: it holds something else than tensors, or the result is there already.
+    """
+    import pickle
+
+    import torch
+    from safetensors.torch import save_file
+
+    if not file.is_file():
+        raise FileNotFoundError(f"no file {file}")
+    out = file.with_suffix(".safetensors")
+    if out.exists():
+        raise ValueError(f"{out} is there already")
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        raise ValueError(f"{file} holds more than tensors, or is damaged: {str(error).splitlines()[0]}") from None
+    for inner in ("state_dict", "model"):
+        content = content.get(inner, content) if isinstance(content, dict) else {}
+    tensors = {k: v.clone().contiguous() for k, v in content.items() if isinstance(v, torch.Tensor)}
+    if not tensors:
+        raise ValueError(f"{file} holds no tensors by name")
+    beside = out.with_name(f".{out.name}.part")
+    try:
+        save_file(tensors, beside)
+        beside.rename(out)
+    finally:
+        beside.unlink(missing_ok=True)
+    return out

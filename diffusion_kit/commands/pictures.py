@@ -1,0 +1,214 @@
+"""From recipes to pictures: loading what a recipe names and running it. The heavy half of `generate`."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import diffusers
+import torch
+import transformers
+from PIL import Image
+
+from diffusion_kit.adapters.control import Control, granularity
+from diffusion_kit.adapters.detectors import detect, detector, detectors
+from diffusion_kit.adapters.pictures import FITS, fit_image, load_image, resize
+from diffusion_kit.models.fingerprint import fingerprint
+from diffusion_kit.pipelines.auto import AutoPipelineForText2Image
+from diffusion_kit.pipelines.canvas import rounded
+from diffusion_kit.recipes import ControlRecipe, FileRef, Recipe
+
+from .jobs import AUTO, Job, without_auto
+
+if TYPE_CHECKING:
+    from .generate import Settings
+
+PACKAGES = ("diffusion_kit", "torch", "diffusers", "transformers")
+NARROWEST = 4  # sides of a result at most as 1 to 4, whatever the picture's shape
+
+
+def check(jobs: Sequence[Job], settings: Settings) -> None:
+    """What can be wrong before a model is loaded: pictures, windows and scales, names of detectors, fit, device."""
+    if settings.steps < 1:
+        raise ValueError(f"--steps is {settings.steps}; it must be 1 or more")
+    if settings.fit not in FITS:
+        raise ValueError(f"--fit is {settings.fit!r}; it must be one of {', '.join(FITS)}")
+    if settings.strength is not None and not 0 <= settings.strength <= 1:
+        raise ValueError(f"--strength is {settings.strength}; it must be between 0 and 1")
+    for job in jobs:
+        for ref in (job.image, job.mask, *(ref for c in job.controls for ref in (c.image, c.mask))):
+            if ref is not None:
+                opened(ref)
+        for control in job.controls:
+            Control(control.kind, None, scale=control.scale, start=control.start, end=control.end, mode=control.mode)  # type: ignore[arg-type]
+            if control.detect not in (AUTO, None, "none"):
+                detector(control.detect.partition(":")[0])
+    device_of(settings)
+
+
+def opened(ref: FileRef) -> Image.Image:
+    return load_image(ref.open(), name=ref.path)
+
+
+def device_of(settings: Settings) -> str:
+    device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        raise ValueError(f"no device {device!r} here; --device cpu always works") from None
+    return device
+
+
+def load_pipeline(settings: Settings, *, debug: bool) -> Any:
+    """The model on its device, quiet but for its progress bar."""
+    if not debug:
+        diffusers.utils.logging.set_verbosity_error()
+        diffusers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
+    scheduler = None if settings.scheduler is None else _scheduler(settings.scheduler)
+    if settings.model_hash is not None and (found := fingerprint(settings.model)) != settings.model_hash:
+        raise ValueError(
+            f"the picture was made with the model {settings.model} of {_short(settings.model_hash)}; "
+            f"what stands there now has {_short(found)}: give --model to use it all the same"
+        )
+    pipe = AutoPipelineForText2Image.from_pretrained(settings.model, torch_dtype=getattr(torch, settings.dtype))
+    if scheduler is not None:
+        pipe.scheduler = scheduler.from_config(settings.scheduler_config or pipe.scheduler.config)
+    return pipe.to(device_of(settings))
+
+
+def _short(digest: str) -> str:
+    return digest[:19]
+
+
+def _scheduler(name: str) -> Any:
+    import difflib
+
+    known = [other for other in dir(diffusers) if other.endswith("Scheduler") and not other.startswith("Flax")]
+    if name not in known:
+        near = difflib.get_close_matches(name, known, 1, 0.3)
+        raise ValueError(f"no scheduler {name!r}" + (f"; did you mean {near[0]}?" if near else ""))
+    return getattr(diffusers, name)
+
+
+def complete(pipe: Any, job: Job, settings: Settings, seed: int, hash_of: Callable[[Any], str]) -> Recipe:
+    """The whole recipe of one picture: what the model says is filled in, and the hashes of all networks."""
+    own = [name for name in pipe.control_names if name in detectors()]
+    controls = tuple(
+        _hashed(without_auto(control, own), hash_of(pipe.control_source(control.kind))) for control in job.controls
+    )
+    nets = [Control(pipe.load_control(control.kind), None) for control in controls]
+    multiple = granularity(pipe.vae_scale_factor, nets)
+    first = next((opened(ref) for ref in [job.image, *(c.image for c in controls)] if ref is not None), None)
+    width, height = settings.size or natural_size(pipe, first, multiple)
+    height, width = rounded("--size", height, width, multiple)
+    guidance = pipe.Call.guidance_scale if settings.guidance_scale is None else settings.guidance_scale
+    strength = pipe.Call.strengths[job.mask is not None] if settings.strength is None else settings.strength
+    return Recipe(
+        prompt=job.prompt,
+        negative_prompt=settings.negative_prompt,
+        seed=seed,
+        steps=settings.steps,
+        guidance_scale=guidance,
+        width=width,
+        height=height,
+        model=settings.model,
+        model_hash=hash_of(settings.model),
+        scheduler=type(pipe.scheduler).__name__,
+        scheduler_config=dict(pipe.scheduler.config),
+        strength=None if job.image is None else strength,
+        image=job.image,
+        mask=job.mask,
+        controls=controls,
+        fit=settings.fit,
+        dtype=settings.dtype,
+        device=str(pipe.device),
+        versions=versions(),
+    )
+
+
+def _hashed(control: ControlRecipe, found: str) -> ControlRecipe:
+    if control.hash is not None and control.hash != found:
+        raise ValueError(
+            f"the picture was made with the control {control.kind} of {_short(control.hash)}; what stands there now has "
+            f"{_short(found)}: give --control to use it all the same"
+        )
+    return replace(control, hash=found)
+
+
+def natural_size(pipe: Any, picture: Image.Image | None, multiple: int) -> tuple[int, int]:
+    """Width and height: the model's own area in the shape of the picture, in multiples that its networks divide."""
+    height, width = pipe.native_size
+    if picture is None:
+        return width, height
+    side = math.sqrt(width * height)
+    multiple = math.lcm(multiple, pipe.vae_scale_factor * max(1, round(side) // 128))
+    ratio = min(max(picture.width / picture.height, 1 / NARROWEST), NARROWEST) ** 0.5
+    wide, high = (max(multiple, round(side * f / multiple) * multiple) for f in (ratio, 1 / ratio))
+    return wide, high
+
+
+def make_picture(pipe: Any, recipe: Recipe) -> Image.Image:
+    """Runs a recipe; the result is a function of the recipe and of the files that it names."""
+    call: dict[str, Any] = {}
+    if recipe.image is not None:
+        call |= {"image": opened(recipe.image), "strength": recipe.strength}
+        call |= {"mask_image": opened(recipe.mask)} if recipe.mask is not None else {}
+    made = pipe(
+        recipe.prompt,
+        negative_prompt=recipe.negative_prompt,
+        controls=[make_control(pipe, control, recipe) for control in recipe.controls],
+        fit=recipe.fit,
+        num_inference_steps=recipe.steps,
+        guidance_scale=recipe.guidance_scale,
+        generator=torch.Generator("cpu").manual_seed(recipe.seed),
+        width=recipe.width,
+        height=recipe.height,
+        **call,
+    )
+    return made.images[0]
+
+
+def make_control(pipe: Any, control: ControlRecipe, recipe: Recipe) -> Control:
+    picture = opened(control.image)
+    if control.detect is not None:
+        name, _, model = control.detect.partition(":")
+        options: dict[str, Any] = {"model": model} if model else {}
+        picture = detect(name, _shaped(picture, recipe), **options)
+    return Control(
+        pipe.load_control(control.kind),
+        picture,
+        scale=control.scale,
+        start=control.start,
+        end=control.end,
+        mode=control.mode,  # type: ignore[arg-type]
+        mask=None if control.mask is None else opened(control.mask),
+    )
+
+
+def _shaped(picture: Image.Image, recipe: Recipe) -> Image.Image:
+    """The photo as a detector should see it: at the size at which its map is used, without the bars of "contain"."""
+    if recipe.fit != "contain":
+        return fit_image(picture, recipe.width, recipe.height, recipe.fit)
+    scale = min(recipe.width / picture.width, recipe.height / picture.height)
+    width, height = (max(1, round(side * scale)) for side in picture.size)
+    return resize(picture, (width, height))
+
+
+def grid_of(pictures: Sequence[Image.Image], columns: int | None = None) -> Image.Image:
+    """All pictures in rows of `columns` (by default nearly a square), in cells of the largest one's size."""
+    columns = columns or math.ceil(math.sqrt(len(pictures)))
+    rows = math.ceil(len(pictures) / columns)
+    width, height = max(p.width for p in pictures), max(p.height for p in pictures)
+    sheet = Image.new("RGB", (columns * width, rows * height))
+    for k, picture in enumerate(pictures):
+        sheet.paste(fit_image(picture, width, height, "contain"), (k % columns * width, k // columns * height))
+    return sheet
+
+
+def versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in PACKAGES}
