@@ -13,7 +13,8 @@ __version__ = "0.1.0"
 _NAMES = {
     "diffusion_kit.adapters.control": ["Control"],
     "diffusion_kit.adapters.detectors": ["detect"],
-    "diffusion_kit.adapters.pictures": ["load_image"],
+    "diffusion_kit.adapters.pictures": ["fit_image", "load_image"],
+    "diffusion_kit.utils": ["make_image_grid"],
     "diffusion_kit.pipelines.auto": [
         "AutoPipelineForText2Image",
         "AutoPipelineForImage2Image",

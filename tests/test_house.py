@@ -14,7 +14,15 @@ import pytest
 import diffusion_kit
 
 ROOT = Path(diffusion_kit.__file__).parent
-ORDER = ["cli", "commands", "pipelines", "adapters", "models", "sampling", "recipes"]  # a room imports from those after it
+ORDER = [
+    "cli",
+    "commands",
+    "pipelines",
+    "adapters",
+    "models",
+    "sampling",
+    "recipes",
+]  # a room imports from those after it
 PEER_NAMED = sorted(name for name in diffusion_kit.__all__ if name.startswith("StableDiffusion"))
 
 

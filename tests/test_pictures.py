@@ -66,6 +66,29 @@ def test_broken_files_are_one_clear_line(content: Any, message: str, tmp_path: P
     assert "\n" not in str(caught.value)
 
 
+def test_urls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import functools
+    import threading
+    from http.server import HTTPServer, SimpleHTTPRequestHandler
+
+    picture().save(tmp_path / "a.png")
+    monkeypatch.setattr(SimpleHTTPRequestHandler, "log_message", lambda *_: None)
+    server = HTTPServer(("127.0.0.1", 0), functools.partial(SimpleHTTPRequestHandler, directory=str(tmp_path)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        url = f"http://127.0.0.1:{server.server_port}"
+        assert np.array_equal(np.asarray(load_image(f"{url}/a.png")), np.asarray(picture()))
+        with pytest.raises(ValueError, match="/none.png cannot be fetched: HTTP Error 404"):
+            load_image(f"{url}/none.png")
+        monkeypatch.setattr("diffusion_kit.adapters.pictures.LARGEST", 1000)
+        with pytest.raises(ValueError, match="is larger than 0 MB"):
+            load_image(f"{url}/a.png")
+    finally:
+        server.shutdown()
+    with pytest.raises(ValueError, match="cannot be fetched"):
+        load_image("https://")
+
+
 def test_the_same_picture_in_every_form() -> None:
     array = np.asarray(picture())
     tensor = torch.from_numpy(array).permute(2, 0, 1) / 255

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import urllib.request
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from diffusion_kit.sampling.doors import spread
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 MEGAPIXELS = 64
+LARGEST = 100_000_000  # bytes that are fetched of a URL
 FITS = ("cover", "contain", "stretch")
 
 Picture = Image.Image | np.ndarray | Tensor
@@ -35,7 +37,7 @@ def load_image(
     the first frame.
 
     Args:
-        source: path of a file, or its bytes.
+        source: path of a file, its bytes, or a URL (http or https), which is fetched.
         name: of the picture in errors; by default the path.
 
     Raises:
@@ -44,6 +46,8 @@ def load_image(
     if isinstance(source, Image.Image):
         return _upright(source, background)
     name = name or ("the picture" if isinstance(source, bytes) else str(source))
+    if isinstance(source, str) and source.startswith(("http://", "https://")):
+        source = _fetched(source)
     if not isinstance(source, bytes) and not Path(source).is_file():
         raise ValueError(f"no image file {name}")
     try:
@@ -61,6 +65,18 @@ def load_image(
         raise ValueError(f"{name} has too many pixels; at most {megapixels} megapixels are read") from None
     except (OSError, SyntaxError) as error:
         raise ValueError(f"{name} cannot be read as an image: {error}") from None
+
+
+def _fetched(url: str) -> bytes:
+    request = urllib.request.Request(url, headers={"User-Agent": "diffusion_kit"})
+    try:
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            data = bytes(answer.read(LARGEST + 1))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{url} cannot be fetched: {error}") from None
+    if len(data) > LARGEST:
+        raise ValueError(f"{url} is larger than {LARGEST // 10**6} MB")
+    return data
 
 
 def _upright(picture: Image.Image, background: str) -> Image.Image:

@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from diffusion_kit.recipes import ForeignRecipe, Recipe, read, save
+from diffusion_kit.recipes import ForeignRecipe, Recipe, check, read, save
 
 from .console import note
 from .jobs import OPTIONS, Job, make_jobs
@@ -96,6 +96,7 @@ def run(options: argparse.Namespace) -> None:
     for number, file in enumerate(files):
         job, k = jobs[number // options.count], number % options.count
         recipe = pictures.complete(pipe, job, settings, settings.seed + k, hash_of)
+        check(file, recipe)
         picture = pictures.make_picture(pipe, recipe)
         save(picture, file, recipe)
         print(f"{file}  {recipe.width} x {recipe.height}, seed {recipe.seed}")

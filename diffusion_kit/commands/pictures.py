@@ -34,6 +34,10 @@ def check(jobs: Sequence[Job], settings: Settings) -> None:
     """What can be wrong before a model is loaded: pictures, windows and scales, names of detectors, fit, device."""
     if settings.steps < 1:
         raise ValueError(f"--steps is {settings.steps}; it must be 1 or more")
+    if not 0 <= settings.seed < 2**63:
+        raise ValueError(f"--seed is {settings.seed}; it must be 0 or more, and below 2^63")
+    if not math.isfinite(settings.guidance_scale or 0):
+        raise ValueError(f"--guidance-scale is {settings.guidance_scale}; it must be a finite number")
     if settings.fit not in FITS:
         raise ValueError(f"--fit is {settings.fit!r}; it must be one of {', '.join(FITS)}")
     if settings.strength is not None and not 0 <= settings.strength <= 1:

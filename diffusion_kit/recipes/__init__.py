@@ -3,8 +3,8 @@
 Imports nothing of the models: reading a recipe costs no more than opening the picture.
 """
 
-from .files import read, save
+from .files import check, read, save
 from .foreign import ForeignRecipe
 from .recipe import ControlRecipe, FileRef, Recipe
 
-__all__ = ["ControlRecipe", "FileRef", "ForeignRecipe", "Recipe", "read", "save"]
+__all__ = ["ControlRecipe", "FileRef", "ForeignRecipe", "Recipe", "check", "read", "save"]

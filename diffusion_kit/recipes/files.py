@@ -42,6 +42,15 @@ def save(picture: Image.Image, path: str | Path, recipe: Recipe | None = None) -
         beside.unlink(missing_ok=True)
 
 
+def check(path: str | Path, recipe: Recipe) -> None:
+    """What `save` would refuse, before there is a picture.
+
+    Raises:
+        ValueError: another suffix, or a recipe that does not fit the file.
+    """
+    _options(Path(path), recipe)
+
+
 def _options(path: Path, recipe: Recipe | None) -> dict[str, Any]:
     """What PIL is told about the file."""
     form = FORMATS.get(path.suffix.lower())
