@@ -262,3 +262,9 @@ def test_missing_weights_are_told_beforehand(name: str) -> None:
     reason = missing(name, "/no/such/folder")
     assert reason is not None
     assert "\n" not in reason
+
+
+def test_a_fraction_where_a_whole_number_belongs_names_the_option() -> None:
+    with pytest.raises(ValueError, match="colours is 8.5; it must be a whole number"):
+        detect("regions", Image.new("RGB", (8, 8)), colours=8.5)
+    detect("blur", Image.new("RGB", (8, 8)), radius=1.5)

@@ -114,7 +114,7 @@ def test_sizes_are_rounded_with_a_warning() -> None:
         ("TencentARC/t2i-adapter-depth-zoe-sdxl-1.0", "depth", None),
         ("TencentARC/t2i-adapter-openpose-sdxl-1.0", "openpose", None),
         ("TencentARC/t2iadapter_color_sd14v1", "palette", None),
-        ("TencentARC/t2iadapter_seg_sd14v1", "regions", None),
+        ("TencentARC/t2iadapter_seg_sd14v1", "none", None),
         ("lllyasviel/control_v11p_sd15_softedge", "hed", "white on black"),
         ("lllyasviel/control_v11p_sd15_scribble", "sketch", "white on black"),
         ("lllyasviel/control_v11p_sd15s2_lineart_anime", "lineart_anime", "white on black"),

@@ -93,12 +93,19 @@ def options_of(module: ModuleType) -> dict[str, inspect.Parameter]:
 
 
 def check_options(name: str, module: ModuleType, options: dict[str, Any]) -> None:
-    known = [*options_of(module), "detect_resolution", "image_resolution", "invert"]
-    for option in options:
+    """
+    Raises:
+        TypeError: an option that the detector does not take. ValueError: a fraction where a whole number belongs.
+    """
+    own = options_of(module)
+    known = [*own, "detect_resolution", "image_resolution", "invert"]
+    for option, value in options.items():
         if option not in known:
             near = difflib.get_close_matches(option, known, 1, 0.5)
             hint = f"; did you mean {near[0]!r}?" if near else f"; it takes {', '.join(known)}"
             raise TypeError(f"detector {name!r} takes no option {option!r}{hint}")
+        if option in own and own[option].annotation == "int" and isinstance(value, float):
+            raise ValueError(f"{option} is {value}; it must be a whole number")
 
 
 def inverted(picture: Image.Image) -> Image.Image:

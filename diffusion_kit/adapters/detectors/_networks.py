@@ -64,7 +64,7 @@ def find(name: str, published: str, model: Any, *, download: bool = True) -> Pat
     if model is None or str(model) == ANNOTATORS:
         raise FileNotFoundError(
             f"{needs}, which is published as a pickle only: hf download {ANNOTATORS} {published} --local-dir detectors "
-            f"&& diffusion-kit models --convert detectors/{published}, then model='detectors'"
+            f"&& diffusion-kit models --convert detectors/{published}, then model='detectors' (--model detectors)"
         )
     place = locate(model)
     if isinstance(place, str):
