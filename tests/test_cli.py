@@ -152,6 +152,27 @@ def test_another_model_under_the_same_name_is_told(model: Path, work: Path, caps
     assert not Path("b.png").exists()
 
 
+def test_a_control_is_fetched_before_it_is_hashed_and_never_for_an_old_recipe(
+    model: Path, work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hub id is not in the cache before its first use; a picture from elsewhere must not fetch what it names."""
+    from diffusion_kit.models import fingerprint as module
+    from diffusion_kit.pipelines.base import ControlledPipeline
+
+    events: list[str] = []
+    load, digest = ControlledPipeline.load_control, module.fingerprint
+    monkeypatch.setattr(
+        ControlledPipeline, "load_control", lambda self, name: (events.append("load"), load(self, name))[1]
+    )
+    monkeypatch.setattr(module, "fingerprint", lambda source: (events.append(f"hash {source}"), digest(source))[1])
+    net = str(model / "more" / "net")
+    assert run(model, "--control", f"{net}=lines.png", "--out", "a.png") == 0
+    assert events.index("load") < events.index(f"hash {net}")
+    events.clear()
+    assert main(["generate", "--again", "a.png", "--out", "b.png"]) == 0
+    assert events.index("load") > events.index(f"hash {net}")
+
+
 def test_show(model: Path, work: Path, capsys: Any) -> None:
     assert run(model, "--control", "canny=photo.png,scale=0.25", "--out", "a.png") == 0
     capsys.readouterr()
@@ -407,6 +428,7 @@ BAD: dict[str, tuple[list[str], str]] = {
     "guidance": (["--guidance-scale", "nan"], "--guidance-scale is nan; it must be a finite number"),
     "fit": (["--fit", "squeeze"], "--fit is 'squeeze'; it must be one of cover, contain, stretch"),
     "size": (["--size", "big"], "--size is 'big'"),
+    "large_size": (["--size", "100000x100000"], "at most 64 megapixels are made"),
     "no_size": (["--size", "0x64"], "--size is 0 x 64 pixels"),
     "count": (["--count", "0"], "--count is 0"),
     "seed": (["--seed", "-1"], "--seed is -1; it must be 0 or more"),

@@ -15,7 +15,7 @@ from PIL import Image
 
 from diffusion_kit.adapters.control import Control, granularity
 from diffusion_kit.adapters.detectors import detect, detector, detectors
-from diffusion_kit.adapters.pictures import FITS, fit_image, load_image, resize
+from diffusion_kit.adapters.pictures import FITS, MEGAPIXELS, fit_image, load_image, resize
 from diffusion_kit.models.fingerprint import fingerprint
 from diffusion_kit.pipelines.auto import AutoPipelineForText2Image
 from diffusion_kit.pipelines.canvas import rounded
@@ -102,14 +102,14 @@ def _scheduler(name: str) -> Any:
 def complete(pipe: Any, job: Job, settings: Settings, seed: int, hash_of: Callable[[Any], str]) -> Recipe:
     """The whole recipe of one picture: what the model says is filled in, and the hashes of all networks."""
     own = [name for name in pipe.control_names if name in detectors()]
-    controls = tuple(
-        _hashed(without_auto(control, own), hash_of(pipe.control_source(control.kind))) for control in job.controls
-    )
+    controls = tuple(_hashed(pipe, without_auto(control, own), hash_of) for control in job.controls)
     nets = [Control(pipe.load_control(control.kind), None) for control in controls]
     multiple = granularity(pipe.vae_scale_factor, nets)
     first = next((opened(ref) for ref in [job.image, *(c.image for c in controls)] if ref is not None), None)
     width, height = settings.size or natural_size(pipe, first, multiple)
     height, width = rounded("--size", height, width, multiple)
+    if width * height > MEGAPIXELS * 1e6:
+        raise ValueError(f"--size is {width} x {height}; at most {MEGAPIXELS} megapixels are made")
     guidance = pipe.Call.guidance_scale if settings.guidance_scale is None else settings.guidance_scale
     strength = pipe.Call.strengths[job.mask is not None] if settings.strength is None else settings.strength
     return Recipe(
@@ -135,7 +135,11 @@ def complete(pipe: Any, job: Job, settings: Settings, seed: int, hash_of: Callab
     )
 
 
-def _hashed(control: ControlRecipe, found: str) -> ControlRecipe:
+def _hashed(pipe: Any, control: ControlRecipe, hash_of: Callable[[Any], str]) -> ControlRecipe:
+    """The control with its network's hash, which has to be that of an old recipe: nothing is fetched for one."""
+    if control.hash is None:
+        pipe.load_control(control.kind)  # a hub id has no hash before it is in the cache
+    found = hash_of(pipe.control_source(control.kind))
     if control.hash is not None and control.hash != found:
         raise ValueError(
             f"the picture was made with the control {control.kind} of {_short(control.hash)}; what stands there now has "
