@@ -173,6 +173,79 @@ def test_a_control_is_fetched_before_it_is_hashed_and_never_for_an_old_recipe(
     assert events.index("load") > events.index(f"hash {net}")
 
 
+def hostile(source: str, **changes: Any) -> str:
+    """A picture with the recipe of another, changed."""
+    from PIL.PngImagePlugin import PngInfo
+
+    recipe = read(source)
+    assert isinstance(recipe, Recipe)
+    info = PngInfo()
+    info.add_itxt("diffusion_kit", json.dumps({**json.loads(recipe.to_json()), **changes}))
+    picture().save("hostile.png", pnginfo=info)
+    return "hostile.png"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dtype": "load"}, "--dtype is 'load'; it must be one of float32"),
+        ({"device": "meta"}, "no device 'meta'"),
+        ({"steps": 10**9}, "--steps is 1000000000"),
+        ({"model": "/usr"}, "/usr is no model: it has no model_index.json and no config.json"),
+        ({"model": "owner/name"}, "owner/name is not in the hub's cache"),
+        ({"scheduler": "AutoModel"}, "no scheduler 'AutoModel'"),
+        ({"width": 10**6, "height": 10**6}, "at most 64 megapixels are made"),
+        ({"image": {"path": "x" * 5000, "sha256": "0"}, "strength": 1.0}, "cannot be read (File name too long)"),
+        ({"versions": {"\x1b]0;title\x07": "1"}, "steps": 0}, "--steps is 0"),
+    ],
+)
+def test_a_hostile_recipe_is_one_line(changes: dict, message: str, model: Path, work: Path, capsys: Any) -> None:
+    assert run(model, "--out", "a.png") == 0
+    file = hostile("a.png", **changes)
+    capsys.readouterr()
+    assert main(["generate", "--again", file, "--out", "b.png"]) == 2
+    assert_one_line(capsys, message)
+    assert not Path("b.png").exists()
+
+
+def test_what_a_recipe_says_cannot_move_the_terminal(model: Path, work: Path, capsys: Any) -> None:
+    assert run(model, "--out", "a.png") == 0
+    assert main(["generate", "--again", hostile("a.png", versions={"\x1b]0;title\x07": "1"}), "--out", "b.png"]) == 0
+    said = capsys.readouterr().err
+    assert "title" in said
+    assert "\x1b]0" not in said
+
+
+def test_a_moved_model_keeps_the_recipes_scheduler(model: Path, sd_model: Path, work: Path, capsys: Any) -> None:
+    assert run(model, "--scheduler", "DDIMScheduler", "--out", "a.png") == 0
+    moved = shutil.copytree(model, work / "moved")
+    assert main(["generate", "--again", "a.png", "--model", str(moved), "--out", "b.png"]) == 0
+    assert np.array_equal(pixels("a.png"), pixels("b.png"))
+    capsys.readouterr()
+    assert main(["generate", "--again", "a.png", "--model", str(sd_model), "--out", "c.png"]) == 0
+    assert "its own scheduler is used" in capsys.readouterr().err
+    assert read("c.png").scheduler == "EulerDiscreteScheduler"
+
+
+def test_nothing_that_was_there_or_just_made_is_written_over(model: Path, work: Path) -> None:
+    (work / "photos").mkdir()
+    picture(1).save("photos/a.png")
+    picture(2).save("photos/a.jpg")
+    before = Path("photos/a.png").read_bytes()
+    assert main(["detect", "canny", "photos", "-o", "photos"]) == 0
+    assert Path("photos/a.png").read_bytes() == before
+    assert len(list(Path("photos").iterdir())) == 4
+    (work / "prompts").mkdir()
+    for name in ("a", "a_2"):
+        (work / "prompts" / f"{name}.txt").write_text(name)
+    (work / "made").mkdir()
+    (work / "made" / "a.png").write_text("mine")
+    given = ["--prompts", "prompts", "--model", str(model), "--steps", "1", "--out", "made", "--grid", "made"]
+    assert main(["generate", *given]) == 0
+    assert Path("made/a.png").read_text() == "mine"
+    assert len(list(Path("made").iterdir())) == 4, "mine, two pictures and the grid"
+
+
 def test_show(model: Path, work: Path, capsys: Any) -> None:
     assert run(model, "--control", "canny=photo.png,scale=0.25", "--out", "a.png") == 0
     capsys.readouterr()
@@ -424,8 +497,11 @@ BAD: dict[str, tuple[list[str], str]] = {
     "control_detector": (["--control", "canny=photo.png,detect=magic"], "no detector 'magic'"),
     "control_weights": (["--control", "canny=photo.png,detect=hed"], "ControlNetHED"),
     "control_folder": (["--control", "./none=photo.png"], "no model './none'"),
-    "steps": (["--steps", "0"], "--steps is 0; it must be 1 or more"),
+    "steps": (["--steps", "0"], "--steps is 0; it must be 1 to 10000"),
     "guidance": (["--guidance-scale", "nan"], "--guidance-scale is nan; it must be a finite number"),
+    "many_steps": (["--steps", "100000"], "--steps is 100000"),
+    "device_without_numbers": (["--device", "meta"], "no device 'meta'"),
+    "grid_over_picture": (["--out", "a.png", "--grid", "a.png"], "a.png is a file that this command reads, or writes"),
     "fit": (["--fit", "squeeze"], "--fit is 'squeeze'; it must be one of cover, contain, stretch"),
     "size": (["--size", "big"], "--size is 'big'"),
     "large_size": (["--size", "100000x100000"], "at most 64 megapixels are made"),
@@ -556,6 +632,8 @@ def test_debug_shows_the_traceback(model: Path, work: Path, capsys: Any) -> None
         (["detect", "canny", "photo.png", "--option", "low=much"], "low='much' must be a number"),
         (["detect", "canny", "photo.png", "--resolution", "0"], "image_resolution is 0"),
         (["detect", "canny", "photo.png", "-o", "none/a.png"], "no folder none"),
+        (["detect", "canny", "photo.png", "-o", "photo.png"], "photo.png is a file that this command reads"),
+        (["detect", "canny", "photo.png", "lines.png", "-o", "a.png"], "a.png is the name of a picture"),
     ],
 )
 def test_other_commands_say_what_is_wrong(arguments: list[str], message: str, work: Path, capsys: Any) -> None:

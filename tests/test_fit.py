@@ -26,6 +26,13 @@ def wide(mode: str = "RGB") -> Image.Image:
     return strip.convert(mode)
 
 
+def test_bars_are_black_and_colours_kept_in_every_mode() -> None:
+    for source in (wide().convert("P"), wide().convert("CMYK"), wide().convert("RGBA")):
+        result = np.asarray(fit_image(source, 40, 40, "contain"))
+        assert not result[2].any()
+        assert tuple(result[20, 15]) == (255, 0, 0)
+
+
 @pytest.mark.parametrize("mode", ["RGB", "L", "I;16"])
 @pytest.mark.parametrize("size", [(40, 40), (33, 70), (200, 10), (80, 20), (1, 1)])
 def test_every_fit_gives_the_size_and_keeps_the_mode(mode: str, size: tuple[int, int]) -> None:
@@ -134,6 +141,7 @@ def test_what_an_adapter_expects_is_known_by_its_name(name: str, detector: str, 
 
 
 def test_names_that_say_nothing() -> None:
+    assert expected_map("finished-textile") is None
     assert expected_map("my-adapter") is None
     assert expected_map("canny-folder/net") is None, "only the last part is the adapter's name"
 

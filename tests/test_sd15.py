@@ -320,6 +320,51 @@ def test_lora_beside_the_peer(tmp_path: Path) -> None:
     assert distance(plain, results[1]) > 1e-2
 
 
+@pytest.mark.parametrize(
+    ("name", "given", "message"),
+    [
+        (CONTROL_IMAGE, {}, "needs image="),
+        (CONTROL_INPAINT, {"image": picture()}, "needs mask_image="),
+        (CONTROL_INPAINT, {"mask_image": half_mask()}, "needs image="),
+    ],
+)
+def test_what_a_peers_class_needs(name: str, given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        run(diffusion_kit, name, {"control_image": lines(), **given}, {"controlnet": make_sd_controlnet}, "latent")
+
+
+@pytest.mark.parametrize("name", [CONTROL, ADAPTER])
+def test_arrays_have_their_height_first(name: str) -> None:
+    array = np.asarray(picture(size=96).crop((0, 0, 64, 96)))
+    parts = {"controlnet": make_sd_controlnet} if name == CONTROL else {"adapter": full}
+    assert run(diffusion_kit, name, {"image": [array]}, parts, "pt").shape[-2:] == (96, 64)
+
+
+def test_an_adapter_class_rounds_to_what_its_adapter_divides() -> None:
+    parts = {"adapter": lambda: make_adapter(kind="full_adapter", channels=(32, 64, 64), downscale=8)}
+    pipe = sd_pipeline(diffusion_kit.StableDiffusionAdapterPipeline, adapter=parts["adapter"]())
+    with pytest.warns(UserWarning, match="multiples of 8"), pytest.raises(ValueError, match="does not fit the base"):
+        pipe("a fox", image=lines(), width=60, height=64)
+
+
+def test_long_embeddings_have_a_negative_of_their_length() -> None:
+    pipe = sd_pipeline(SD15Pipeline)
+    states, _ = pipe.encode_prompt("a fox jumps over " * 12, prompt_syntax="weighted")
+    assert states.shape[1] > 77
+    _, negative = pipe.encode_prompt(None, prompt_embeds=states)
+    assert negative.shape == states.shape
+
+
+def test_float16_decodes_in_float16() -> None:
+    """Configurations leave force_upcast at True; with it the decoder would run in float32, at twice the memory."""
+    pipe = sd_pipeline(SD15Pipeline, vae=copy.deepcopy(sd_components()["vae"]).half())
+    pipe.vae.register_to_config(force_upcast=True)
+    seen: list[torch.dtype] = []
+    pipe.vae.decoder.conv_in.register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
+    pipe.decode(torch.randn(1, 4, 16, 16), "pt")
+    assert seen == [torch.float16]
+
+
 def test_folders_both_ways_and_factories(tmp_path: Path) -> None:
     sd_pipeline(SD15Pipeline).save_pretrained(tmp_path / "ours")
     theirs = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "ours", use_safetensors=True)

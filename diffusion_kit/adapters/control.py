@@ -207,9 +207,8 @@ def load_control_model(source: str | Path, **kwargs: Any) -> Any:
     return load_component(classes[name], source, **kwargs)
 
 
-def granularity(factor: int, controls: Sequence[Control]) -> int:
-    """What the output's sides must be multiples of: for an autoencoder that scales down by `factor`, and all controls."""
-    nets = [control.model for control in controls if isinstance(control, Control)]
+def granularity(factor: int, nets: Sequence[Any]) -> int:
+    """What the output's sides must be multiples of: for an autoencoder that scales down by `factor`, and controls' nets."""
     return math.lcm(factor, *(kind.multiple(net) for net in nets if hasattr(kind := kind_of(net), "multiple")))
 
 

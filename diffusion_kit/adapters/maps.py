@@ -43,7 +43,7 @@ KNOWN: tuple[tuple[str, ControlMap], ...] = (
     (r"scribble|sketch", ControlMap("sketch", LINES, "strokes")),
     (r"line.?art.?anime|anime.?line", ControlMap("lineart_anime", LINES, "lines of a drawing")),
     (r"line.?art|misto.?line|anyline", ControlMap("lineart", LINES, "lines")),
-    (r"soft.?edge|hed(?![a-z])", ControlMap("hed", LINES, "soft edges")),
+    (r"soft.?edge|(?<![a-z])hed(?![a-z])", ControlMap("hed", LINES, "soft edges")),
     (r"pidi", ControlMap("pidinet", LINES, "soft edges")),
     (r"mlsd", ControlMap("mlsd", LINES, "straight lines")),
     (
@@ -52,7 +52,7 @@ KNOWN: tuple[tuple[str, ControlMap], ...] = (
     ),
     (r"depth|zoe|midas", ControlMap("depth", None, "depth, near is white")),
     (r"normal", ControlMap("normal", None, "normals")),
-    (r"tile", ControlMap("tile", None, "the picture, coarse")),
+    (r"(?<![a-z])tile", ControlMap("tile", None, "the picture, coarse")),
     (r"blur", ControlMap("blur", None, "the picture, blurred")),
     (r"recolou?r|gr[ae]y", ControlMap("greyscale", None, "the picture in grey")),
     (r"shuffle", ControlMap("shuffle", None, "the picture's colours, warped")),

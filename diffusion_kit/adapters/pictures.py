@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 import urllib.request
 import warnings
 from collections.abc import Sequence
@@ -63,7 +64,7 @@ def load_image(
         raise ValueError(f"{name} is not a PNG, JPEG or WEBP image") from None
     except Image.DecompressionBombError:
         raise ValueError(f"{name} has too many pixels; at most {megapixels} megapixels are read") from None
-    except (OSError, SyntaxError) as error:
+    except (OSError, SyntaxError, TypeError, LookupError, struct.error) as error:  # PIL's, of damaged headers and EXIF
         raise ValueError(f"{name} cannot be read as an image: {error}") from None
 
 
@@ -132,6 +133,8 @@ def fit_image(picture: Image.Image, width: int, height: int, fit: str = "cover")
     """
     if fit not in FITS:
         raise ValueError(f"fit is {fit!r}; it must be one of {', '.join(FITS)}")
+    if picture.mode not in ("RGB", "L", "I;16"):  # others have no black that is 0
+        picture = picture.convert("RGB")
     scales = width / picture.width, height / picture.height
     if fit == "cover":
         w, h = width / max(scales), height / max(scales)  # of the part that is kept
@@ -177,7 +180,7 @@ def picture_tensor(pictures: Pictures, height: int, width: int, *, channels: int
     if stack.shape[1] == 1:
         return stack.expand(-1, channels, -1, -1)
     if stack.shape[1] == 3 and channels == 1:
-        weights = torch.tensor([0.299, 0.587, 0.114])  # ITU-R BT.601 luma, as PIL's "L"
+        weights = stack.new_tensor([0.299, 0.587, 0.114])  # ITU-R BT.601 luma, as PIL's "L"
         return (stack * weights[None, :, None, None]).sum(1, keepdim=True)
     raise ValueError(f"a picture of {stack.shape[1]} channels where {channels} are needed")
 

@@ -8,11 +8,13 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from diffusion_kit.recipes.recipe import printable
+
 PACKAGE = str(Path(__file__).parents[1])
 
 
 def note(text: str) -> None:
-    print(f"diffusion-kit: {' '.join(text.split())}", file=sys.stderr)
+    print(f"diffusion-kit: {printable(' '.join(text.split()))}", file=sys.stderr)
 
 
 def show_warnings(debug: bool) -> None:

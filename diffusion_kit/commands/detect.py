@@ -10,7 +10,7 @@ from typing import Any
 from diffusion_kit.recipes import save
 
 from .console import note
-from .outputs import SUFFIXES, output_files, output_folder, writable
+from .outputs import SUFFIXES, free_files, output_files, output_folder, writable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -122,11 +122,11 @@ def images_of(given: Sequence[str]) -> list[Path]:
 
 def _outs(options: argparse.Namespace, files: Sequence[Path]) -> list[Path]:
     if len(files) == 1 and not Path(options.images[0]).is_dir():
-        return output_files(options.out, [""], stem=f"{files[0].stem}-{options.name}")
+        return output_files(options.out, [""], stem=f"{files[0].stem}-{options.name}", taken=files)
     folder = output_folder(options.out or options.name)
-    outs = [folder / f"{file.stem}.png" for file in files]
-    if len(set(outs)) < len(outs):
-        raise ValueError("two images have the same name: their control images would be one file")
+    outs: list[Path] = []
+    for file in files:
+        outs += free_files(folder / f"{file.stem}.png", [""], outs)
     return writable(outs)
 
 

@@ -15,6 +15,8 @@ from .console import note
 from .jobs import OPTIONS, Job, make_jobs
 from .outputs import free_files, output_files, output_folder, writable
 
+DTYPES = ("float32", "float16", "bfloat16")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
@@ -48,12 +50,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--embed-controls", action="store_true", help="keep the pictures given in the recipe, not only their hashes")
     add("--scheduler", metavar="CLASS", help="a diffusers scheduler, for example EulerAncestralDiscreteScheduler")
     add("--device", help="cpu, cuda, cuda:1, mps; by default cuda where there is one")
-    add("--dtype", choices=("float32", "float16", "bfloat16"), help="by default float32")
+    add("--dtype", choices=DTYPES, help="by default float32")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is the same for all pictures of a call: given, or of the recipe, or by default; None where the model says."""
+    """What is the same for all pictures of a call: given, or of the recipe, or by default; None where the model says.
+
+    Attributes:
+        old: the recipe of --again. other_model: a model was given, which may be another than the recipe's.
+    """
 
     model: str
     negative_prompt: str | None
@@ -66,8 +72,8 @@ class Settings:
     dtype: str
     device: str | None
     scheduler: str | None
-    scheduler_config: dict[str, Any] | None
-    model_hash: str | None
+    old: Recipe | None
+    other_model: bool
 
 
 def run(options: argparse.Namespace) -> None:
@@ -81,14 +87,13 @@ def run(options: argparse.Namespace) -> None:
     own = old if isinstance(old, Recipe) else None
     prompt = options.prompt if options.prompt is not None or old is None else old.prompt
     jobs = make_jobs(options, own, prompt)
-    files = _files(options, jobs)
-    grid = output_files(options.grid, [""]) if options.grid else []
-
     from diffusion_kit.models.fingerprint import fingerprint
 
     from . import pictures
 
-    pictures.check(jobs, settings)
+    pictures.check(jobs, settings, options.count)
+    files = _files(options, jobs)
+    grid = output_files(options.grid, [""], taken=files) if options.grid else []
     pipe = pictures.load_pipeline(settings, debug=options.debug)
     if own is not None:
         _note_of_versions(own)
@@ -117,7 +122,6 @@ def settle(options: argparse.Namespace, old: Recipe | ForeignRecipe | None) -> S
     size = parse_size(options.size) if options.size else None
     if size is None and old is not None and old.width and old.height:
         size = old.width, old.height
-    same_model = own is not None and options.model in (None, own.model)
     return Settings(
         model=options.model or (own.model if own else "default"),
         negative_prompt=first(options.negative_prompt, "negative_prompt"),
@@ -129,9 +133,9 @@ def settle(options: argparse.Namespace, old: Recipe | ForeignRecipe | None) -> S
         fit=first(options.fit, "fit", "cover"),
         dtype=first(options.dtype, "dtype", "float32"),
         device=first(options.device, "device"),
-        scheduler=options.scheduler or (own.scheduler if own and same_model else None),
-        scheduler_config=dict(own.scheduler_config) if own and same_model else None,
-        model_hash=own.model_hash if own and options.model is None else None,
+        scheduler=options.scheduler,
+        old=own,
+        other_model=options.model is not None,
     )
 
 
@@ -148,7 +152,10 @@ def _files(options: argparse.Namespace, jobs: list[Job]) -> list[Path]:
     if not jobs[0].name:
         return output_files(options.out, ends)
     folder = output_folder(options.out)
-    return writable([file for job in jobs for file in free_files(folder / f"{job.name}.png", ends)])
+    files: list[Path] = []
+    for job in jobs:
+        files += free_files(folder / f"{job.name}.png", ends, files)
+    return writable(files)
 
 
 def _note_of_foreign(old: ForeignRecipe, options: argparse.Namespace) -> None:

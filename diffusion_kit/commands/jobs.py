@@ -127,15 +127,12 @@ def _files(label: str, path: str) -> dict[str, str]:
     """Name -> path of a picture, or text of a prompt."""
     place = Path(path)
     if label == "--prompts" and place.is_file():
-        try:
-            lines = [line.strip() for line in place.read_text().splitlines() if line.strip()]
-        except UnicodeDecodeError:
-            raise ValueError(f"--prompts {path} is no text file") from None
+        lines = [line.strip() for line in _text(place).splitlines() if line.strip()]
         found = {f"{k:0{len(str(len(lines)))}}": line for k, line in enumerate(lines, 1)}
     elif place.is_dir():
         suffixes = (".txt",) if label == "--prompts" else SUFFIXES
         files = [file for file in sorted(place.iterdir()) if file.suffix.lower() in suffixes and file.is_file()]
-        found = {file.stem: file.read_text().strip() if label == "--prompts" else str(file) for file in files}
+        found = {file.stem: _text(file).strip() if label == "--prompts" else str(file) for file in files}
         if len(found) < len(files):
             raise ValueError(f"{path} has two files of one name and different endings")
     else:
@@ -143,6 +140,13 @@ def _files(label: str, path: str) -> dict[str, str]:
     if not found:
         raise ValueError(f"{path} has no {'prompts' if label == '--prompts' else 'pictures'}")
     return found
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"{file} is no text file in UTF-8") from None
 
 
 def without_auto(control: ControlRecipe, own_detectors: list[str]) -> ControlRecipe:

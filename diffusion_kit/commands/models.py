@@ -125,12 +125,12 @@ def _other(shapes: Mapping[str, Any]) -> str:
 
 def _weights_in(folder: Path) -> str:
     """Parameters and size of a component's weights; of several variants, the first."""
-    from diffusion_kit.models.sources import tensor_shapes
+    from diffusion_kit.models.sources import PICKLES, tensor_shapes
 
     files = sorted(folder.glob("*.safetensors"))
     shards = [file for file in files if "-of-" in file.name] or files[:1]
     if not shards:
-        pickles = [file.name for file in folder.iterdir() if file.suffix in (".bin", ".ckpt", ".pt", ".pth")]
+        pickles = [file.name for file in folder.iterdir() if file.suffix in PICKLES]
         return f", only as a pickle ({pickles[0]}), which is refused" if pickles else ""
     shapes = {name: shape for file in shards for name, shape in tensor_shapes(file).items()}
     return f", {_count(shapes, sum(file.stat().st_size for file in shards))}"
@@ -171,8 +171,9 @@ def convert(file: Path) -> Path:
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         raise ValueError(f"{file} holds more than tensors, or is damaged: {str(error).splitlines()[0]}") from None
     for inner in ("state_dict", "model"):
-        content = content.get(inner, content) if isinstance(content, dict) else {}
-    tensors = {k: v.clone().contiguous() for k, v in content.items() if isinstance(v, torch.Tensor)}
+        content = content.get(inner, content) if isinstance(content, dict) else content
+    named = content.items() if isinstance(content, dict) else ()
+    tensors = {k: v.clone().contiguous() for k, v in named if isinstance(v, torch.Tensor)}
     if not tensors:
         raise ValueError(f"{file} holds no tensors by name")
     beside = out.with_name(f".{out.name}.part")

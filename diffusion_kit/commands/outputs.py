@@ -3,28 +3,36 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from pathlib import Path
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
-def output_files(out: str | None, names: list[str], *, stem: str = "picture") -> list[Path]:
+def output_files(
+    out: str | None, names: list[str], *, stem: str = "picture", taken: Collection[Path] = ()
+) -> list[Path]:
     """One file for each name.
 
     Args:
         out: a file, of which a name that is not empty becomes the end ("fox.png", "1" -> "fox-1.png"); or a folder, in
             which every name gets a file of its own; or None for this folder.
         names: ends of the file names; one empty name is a single file.
+        taken: files that are spoken for: those that the command reads, or writes otherwise.
 
     Raises:
-        ValueError: no such folder, a format that is not written, a place that cannot be written.
+        ValueError: a file that is taken, no such folder, a format that is not written, a place that cannot be written.
     """
     path = Path(out) if out else Path(f"{stem}.png")
     if out is None or path.is_dir():
-        return writable(free_files(path / f"{stem}.png" if path.is_dir() else path, names))
+        return writable(free_files(path / f"{stem}.png" if path.is_dir() else path, names, taken))
     if path.suffix.lower() not in SUFFIXES:
         raise ValueError(f"--out {path} must end in .png, .jpg or .webp, or be a folder")
-    return writable([_named(path, name) for name in names])
+    files = [_named(path, name) for name in names]
+    spoken_for = {file.resolve() for file in taken}
+    if met := next((file for file in files if file.resolve() in spoken_for), None):
+        raise ValueError(f"--out {met} is a file that this command reads, or writes otherwise: give another name")
+    return writable(files)
 
 
 def output_folder(out: str | None) -> Path:
@@ -34,6 +42,8 @@ def output_folder(out: str | None) -> Path:
         ValueError: it is a file, or cannot be made.
     """
     folder = Path(out or ".")
+    if not folder.exists() and folder.suffix.lower() in SUFFIXES:
+        raise ValueError(f"--out {folder} is the name of a picture; of several pictures it must be a folder")
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--out {folder} is a file; of several pictures it must be a folder")
     try:
@@ -47,10 +57,10 @@ def _named(path: Path, name: str) -> Path:
     return path.with_stem(f"{path.stem}-{name}") if name else path
 
 
-def free_files(path: Path, names: list[str]) -> list[Path]:
+def free_files(path: Path, names: list[str], taken: Collection[Path] = ()) -> list[Path]:
     """A file for each name, with the first number behind the path's own name under which none of them stands yet."""
     attempt, number = path, 1
-    while any(file.exists() for file in [attempt, *(_named(attempt, name) for name in names)]):
+    while any(file.exists() or file in taken for file in [attempt, *(_named(attempt, name) for name in names)]):
         number += 1
         attempt = path.with_stem(f"{path.stem}_{number}")
     return [_named(attempt, name) for name in names]

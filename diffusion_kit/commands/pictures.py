@@ -6,7 +6,7 @@ import importlib.metadata
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import diffusers
 import torch
@@ -21,21 +21,23 @@ from diffusion_kit.pipelines.auto import AutoPipelineForText2Image
 from diffusion_kit.pipelines.canvas import rounded
 from diffusion_kit.recipes import ControlRecipe, FileRef, Recipe
 
+from .console import note
+from .generate import DTYPES, Settings
 from .jobs import AUTO, Job, without_auto
 
-if TYPE_CHECKING:
-    from .generate import Settings
-
 PACKAGES = ("diffusion_kit", "torch", "diffusers", "transformers")
+MOST_STEPS = 10_000
 NARROWEST = 4  # sides of a result at most as 1 to 4, whatever the picture's shape
 
 
-def check(jobs: Sequence[Job], settings: Settings) -> None:
+def check(jobs: Sequence[Job], settings: Settings, count: int) -> None:
     """What can be wrong before a model is loaded: pictures, windows and scales, names of detectors, fit, device."""
-    if settings.steps < 1:
-        raise ValueError(f"--steps is {settings.steps}; it must be 1 or more")
-    if not 0 <= settings.seed < 2**63:
-        raise ValueError(f"--seed is {settings.seed}; it must be 0 or more, and below 2^63")
+    if not 1 <= settings.steps <= MOST_STEPS:
+        raise ValueError(f"--steps is {settings.steps}; it must be 1 to {MOST_STEPS}")
+    if not 0 <= settings.seed <= 2**63 - count:
+        raise ValueError(f"--seed is {settings.seed}; it must be 0 or more, and below 2^63 for every picture")
+    if settings.dtype not in DTYPES:
+        raise ValueError(f"--dtype is {settings.dtype!r}; it must be one of {', '.join(DTYPES)}")
     if not math.isfinite(settings.guidance_scale or 0):
         raise ValueError(f"--guidance-scale is {settings.guidance_scale}; it must be a finite number")
     if settings.fit not in FITS:
@@ -60,8 +62,8 @@ def opened(ref: FileRef) -> Image.Image:
 def device_of(settings: Settings) -> str:
     device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError):
+        torch.zeros(1, device=device).item()  # "meta" has no numbers
+    except (RuntimeError, AssertionError, NotImplementedError):
         raise ValueError(f"no device {device!r} here; --device cpu always works") from None
     return device
 
@@ -73,16 +75,43 @@ def load_pipeline(settings: Settings, *, debug: bool) -> Any:
         diffusers.utils.logging.disable_progress_bar()
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
-    scheduler = None if settings.scheduler is None else _scheduler(settings.scheduler)
-    if settings.model_hash is not None and (found := fingerprint(settings.model)) != settings.model_hash:
-        raise ValueError(
-            f"the picture was made with the model {settings.model} of {_short(settings.model_hash)}; "
-            f"what stands there now has {_short(found)}: give --model to use it all the same"
-        )
-    pipe = AutoPipelineForText2Image.from_pretrained(settings.model, torch_dtype=getattr(torch, settings.dtype))
+    same = _same_model(settings)
+    old = settings.old if same else None
+    name = settings.scheduler or (old.scheduler if old else None)
+    scheduler = None if name is None else _scheduler(name)
+    commit = (old.model_hash or "").partition("commit:")[2] if old else ""
+    more = {"revision": commit} if commit else {}  # what was compared is what is loaded
+    dtype = getattr(torch, settings.dtype)
+    pipe = AutoPipelineForText2Image.from_pretrained(settings.model, torch_dtype=dtype, **more)
     if scheduler is not None:
-        pipe.scheduler = scheduler.from_config(settings.scheduler_config or pipe.scheduler.config)
+        pipe.scheduler = scheduler.from_config(old.scheduler_config if old else pipe.scheduler.config)
     return pipe.to(device_of(settings))
+
+
+def _same_model(settings: Settings) -> bool:
+    """Whether the model is that of an old recipe. Nothing is fetched from the hub for an old recipe's own model.
+
+    Raises:
+        ValueError: it is not, and no other was asked for. FileNotFoundError: it is not here.
+    """
+    old = settings.old
+    if old is None or old.model_hash is None:
+        return False
+    try:
+        found = fingerprint(settings.model)
+    except FileNotFoundError as error:
+        if settings.other_model:  # of the hub, and not here yet
+            return False
+        raise FileNotFoundError(f"{error}: give --model {settings.model} to look for it elsewhere") from None
+    if found == old.model_hash:
+        return True
+    if settings.other_model:
+        note("another model than the recipe's: its own scheduler is used unless --scheduler says otherwise")
+        return False
+    raise ValueError(
+        f"the picture was made with the model {settings.model} of {_short(old.model_hash)}; "
+        f"what stands there now has {_short(found)}: give --model to use it all the same"
+    )
 
 
 def _short(digest: str) -> str:
@@ -103,7 +132,7 @@ def complete(pipe: Any, job: Job, settings: Settings, seed: int, hash_of: Callab
     """The whole recipe of one picture: what the model says is filled in, and the hashes of all networks."""
     own = [name for name in pipe.control_names if name in detectors()]
     controls = tuple(_hashed(pipe, without_auto(control, own), hash_of) for control in job.controls)
-    nets = [Control(pipe.load_control(control.kind), None) for control in controls]
+    nets = [pipe.load_control(control.kind) for control in controls]
     multiple = granularity(pipe.vae_scale_factor, nets)
     first = next((opened(ref) for ref in [job.image, *(c.image for c in controls)] if ref is not None), None)
     width, height = settings.size or natural_size(pipe, first, multiple)

@@ -31,7 +31,10 @@ def fingerprint(source: str | Path) -> str:
             raise FileNotFoundError(f"{place} is not in the hub's cache") from None
     if place.is_file():
         return f"sha256:{_hash_of(place)}"
-    files = sorted(file for pattern in ("*.safetensors", "*.json", "*.txt") for file in place.rglob(pattern))
+    if not any((place / name).is_file() for name in ("model_index.json", "config.json")):
+        raise FileNotFoundError(f"{place} is no model: it has no model_index.json and no config.json")
+    found = (file for pattern in ("*.safetensors", "*.json", "*.txt") for file in place.rglob(pattern))
+    files = sorted(file for file in found if file.is_file())
     own = [(file.relative_to(place).as_posix(), file) for file in files]
     lines = [f"{name} {_hash_of(file)}\n" for name, file in own if not name.startswith("controls/")]
     return f"sha256:{hashlib.sha256(''.join(lines).encode()).hexdigest()}"

@@ -18,12 +18,14 @@ def scale_factor(vae: Any) -> int:
 
 
 @torch.no_grad()
-def encode_picture(vae: Any, pixels: Tensor, generator: Generators, dtype: torch.dtype) -> Tensor:
+def encode_picture(
+    vae: Any, pixels: Tensor, generator: Generators, dtype: torch.dtype, *, upcast: bool = True
+) -> Tensor:
     """Latents (N, C, h, w) of pictures (N, 3, H, W) in [-1, 1], sampled from the encoder's posterior.
 
     With a list of generators picture k is drawn from generator k.
     """
-    with _upcast(vae):
+    with _upcast(vae, upcast):
         pixels = pixels.to(vae.dtype)
         if isinstance(generator, (list, tuple)):
             rows = [_posterior(vae, pixels[k : k + 1], own) for k, own in enumerate(generator)]
@@ -35,10 +37,11 @@ def encode_picture(vae: Any, pixels: Tensor, generator: Generators, dtype: torch
 
 
 @torch.no_grad()
-def decode_latents(vae: Any, latents: Tensor, **beside: Tensor) -> Tensor:
+def decode_latents(vae: Any, latents: Tensor, *, upcast: bool = True, **beside: Tensor) -> Tensor:
     """Pictures (N, 3, H, W), about [-1, 1], of latents.
 
     Args:
+        upcast: run in float32 where the configuration says that float16 overflows.
         beside: what an AsymmetricAutoencoderKL sees as well: `image` (N, 3, H, W) in [-1, 1], `mask` (N, 1, H, W).
 
     Raises:
@@ -46,7 +49,7 @@ def decode_latents(vae: Any, latents: Tensor, **beside: Tensor) -> Tensor:
     """
     if not torch.isfinite(latents).all():
         raise RuntimeError("the latents are not finite: the UNet overflowed, or the scheduler diverged")
-    with _upcast(vae):
+    with _upcast(vae, upcast):
         latents = latents.to(vae.dtype)
         shift, std = _statistics(vae, latents)
         beside = {name: value.to(latents) for name, value in beside.items()}
@@ -60,10 +63,10 @@ def decode_latents(vae: Any, latents: Tensor, **beside: Tensor) -> Tensor:
 
 
 @contextmanager
-def _upcast(vae: Any) -> Iterator[None]:
+def _upcast(vae: Any, wanted: bool) -> Iterator[None]:
     """float32 inside the block for a VAE that says it overflows in float16."""
     dtype = vae.dtype
-    if dtype != torch.float16 or not vae.config.get("force_upcast"):
+    if not wanted or dtype != torch.float16 or not vae.config.get("force_upcast"):
         yield
         return
     vae.to(dtype=torch.float32)

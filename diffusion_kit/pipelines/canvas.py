@@ -44,7 +44,7 @@ class Canvas(NamedTuple):
         Raises:
             ValueError: that is wanted of something other than PIL pictures.
         """
-        if self.crop is None and self.fit == "stretch":
+        if (self.crop is None and self.fit == "stretch") or not isinstance(control, Control):
             return control
 
         def placed(pictures: Any) -> Any:

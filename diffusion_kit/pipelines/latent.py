@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import AsymmetricAutoencoderKL
@@ -62,7 +62,13 @@ class LatentPipeline(ControlledPipeline):
     def denoising_start(self) -> float | None:
         return self._denoising_start
 
-    # What a family gives
+    # What a family, or a class with an adapter, gives
+
+    upcasts: ClassVar[bool] = True  # a float16 autoencoder whose configuration says force_upcast runs in float32
+
+    def own_adapters(self) -> Sequence[Any]:
+        """Networks of controls that are components of the pipeline."""
+        return ()
 
     def conditioning(self, call: Any, canvas: Canvas, device: torch.device) -> dict[str, Tensor]:
         """(unconditional, conditional) embeddings along the batch, or the conditional ones without guidance."""
@@ -79,7 +85,8 @@ class LatentPipeline(ControlledPipeline):
         """Pictures of the latents as "pil", "np" or "pt"; "latent" gives the latents."""
         if output_type == "latent":
             return latents
-        pixels = decode_latents(self.vae, latents.to(get_module_execution_device(self.vae)), **beside)
+        device = get_module_execution_device(self.vae)
+        pixels = decode_latents(self.vae, latents.to(device), upcast=self.upcasts, **beside)
         return self.image_processor.postprocess(self.finish(pixels), output_type=output_type)
 
     def preview(self, latents: Tensor) -> Tensor:
@@ -91,7 +98,7 @@ class LatentPipeline(ControlledPipeline):
     def generate(self, call: LatentCall) -> Any:
         call.check(self._callback_tensor_inputs)
         controls = call.controls if callable(call.controls) else [self.resolve_control(own) for own in call.controls]
-        canvas = self._canvas(call, () if callable(controls) else controls)
+        canvas = self._canvas(call, controls)
         self._remember(call)
         device = self._execution_device
         conditioning = self.conditioning(call, canvas, device)
@@ -161,7 +168,9 @@ class LatentPipeline(ControlledPipeline):
         self._num_timesteps = schedule.calls
         return schedule
 
-    def _canvas(self, call: LatentCall, controls: Sequence[Control]) -> Canvas:
+    def _canvas(self, call: LatentCall, controls: Any) -> Canvas:
+        listed = () if callable(controls) else controls
+        nets = [control.model for control in listed if isinstance(control, Control)]
         return make_canvas(
             self.image_processor,
             call.image,
@@ -171,13 +180,13 @@ class LatentPipeline(ControlledPipeline):
             call.padding_mask_crop,
             native=self.native_size,
             latent_channels=self.vae.config.latent_channels,
-            multiple=granularity(self.vae_scale_factor, controls),
+            multiple=granularity(self.vae_scale_factor, [*self.own_adapters(), *nets]),
             fit=call.fit,
         )
 
     def _start(self, call: LatentCall, batch: Batch, schedule: Schedule, canvas: Canvas) -> Start:
         def encoder(pixels: Tensor, generator: Any) -> Tensor:
-            return encode_picture(self.vae, pixels.to(batch.device), generator, batch.dtype)
+            return encode_picture(self.vae, pixels.to(batch.device), generator, batch.dtype, upcast=self.upcasts)
 
         add_noise = call.denoising_start is None
         if canvas.picture is None:

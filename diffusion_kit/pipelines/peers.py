@@ -12,6 +12,7 @@ from typing import Any, ClassVar, get_type_hints
 
 from diffusers import MultiAdapter, MultiControlNetModel
 from PIL import Image
+from torch import Tensor
 
 from diffusion_kit.adapters.control import Control, Mode
 from diffusion_kit.adapters.pictures import as_list
@@ -78,6 +79,9 @@ class InpaintArguments(LatentPipeline):
 class AdapterArguments(LatentPipeline):
     """The peer's T2I-Adapter classes."""
 
+    def own_adapters(self) -> Sequence[Any]:
+        return (self.adapter,)
+
     def translate(self, values: dict[str, Any]) -> dict[str, Any]:
         """The factor of the peer is `end`: the adapter acts in the first int(n x factor) of n steps."""
         need(values, type(self).__name__, "image")
@@ -98,9 +102,10 @@ class ControlNetArguments(LatentPipeline):
     """The peer's ControlNet classes: the networks of the pipeline, with their images, scales and windows."""
 
     image_argument: ClassVar[str] = "control_image"
+    needs: ClassVar[tuple[str, ...]] = ()  # beside it
 
     def translate(self, values: dict[str, Any]) -> dict[str, Any]:
-        need(values, type(self).__name__, self.image_argument)
+        need(values, type(self).__name__, *self.needs, self.image_argument)
         names = (self.image_argument, *CONTROLNET.split())
         image, scale, guess, start, end = (values.pop(name) for name in names)
         many = isinstance(self.controlnet, MultiControlNetModel)
@@ -142,7 +147,7 @@ def _default_size(pipe: LatentPipeline, values: dict[str, Any], picture: Any, mu
     if isinstance(picture, Image.Image):
         width, height = picture.size
     else:
-        height, width = picture.shape[-2:] if hasattr(picture, "device") else picture.shape[:2]
+        height, width = picture.shape[-2:] if isinstance(picture, Tensor) or picture.ndim == 2 else picture.shape[-3:-1]
     values["height"] = values["height"] or height // multiple * multiple
     values["width"] = values["width"] or width // multiple * multiple
 

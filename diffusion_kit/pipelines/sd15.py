@@ -109,9 +109,14 @@ class SD15Pipeline(
         least = 64 * self.vae_scale_factor if released < (0, 9) else 0  # first configurations say 32 and mean 64
         return max(height, least), max(width, least)
 
+    upcasts = False  # the configurations of its autoencoders leave it at True, and float16 is enough for them
+
+    def decode(self, latents: Tensor, output_type: str, **beside: Tensor) -> Any:
+        self._flagged = None
+        return super().decode(latents, output_type, **beside)
+
     def finish(self, pixels: Tensor) -> Tensor:
         """Pictures that the safety checker flags are black."""
-        self._flagged = None
         if self.safety_checker is None:
             return pixels
         shown = self.feature_extractor(self.image_processor.postprocess(pixels), return_tensors="pt").pixel_values
@@ -164,6 +169,8 @@ class SD15Pipeline(
         windows = None
         if prompt_syntax == "weighted" and prompt is not None:
             windows = count_windows([*texts(prompt), *texts(negative_prompt or "")], self.tokenizer)
+        if prompt_embeds is not None and prompt_embeds.shape[1] > self.tokenizer.model_max_length:
+            windows = prompt_embeds.shape[1] // self.tokenizer.model_max_length
 
         def encode(prompts: list[str], skip: int, length: int | None = None) -> Tensor:
             own = [self.maybe_convert_prompt(text, self.tokenizer) for text in prompts]

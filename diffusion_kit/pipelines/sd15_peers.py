@@ -84,6 +84,7 @@ class StableDiffusionControlNetPipeline(ControlNetArguments, SD15Pipeline):
 
 class StableDiffusionControlNetImg2ImgPipeline(StableDiffusionControlNetPipeline):
     peer_name = "StableDiffusionControlNetImg2ImgPipeline"
+    needs: ClassVar[tuple[str, ...]] = ("image",)
     image_argument = "control_image"
     arguments = (
         f"prompt image control_image height width strength num_inference_steps guidance_scale {_NEGATIVES} latents "
@@ -94,6 +95,7 @@ class StableDiffusionControlNetImg2ImgPipeline(StableDiffusionControlNetPipeline
 
 class StableDiffusionControlNetInpaintPipeline(StableDiffusionControlNetImg2ImgPipeline):
     peer_name = "StableDiffusionControlNetInpaintPipeline"
+    needs = ("image", "mask_image")
     arguments = (
         "prompt image mask_image control_image height width padding_mask_crop strength num_inference_steps guidance_scale "
         f"{_NEGATIVES} latents {_EMBEDS} {_IP} {_OUTPUT} cross_attention_kwargs {CONTROLNET} {_CALLBACK}"

@@ -200,6 +200,12 @@ class SDXLPipeline(
         windows = (
             count_windows([text for own in every for text in texts(own or "")], self.tokenizer_2) if weighted else None
         )
+        if (
+            prompt_embeds is not None
+            and self.tokenizer_2
+            and prompt_embeds.shape[1] > self.tokenizer_2.model_max_length
+        ):
+            windows = prompt_embeds.shape[1] // self.tokenizer_2.model_max_length
         with loras_scaled(lora_scale, *encoders):
             if prompt_embeds is None:
                 pair = (prompt, prompt_2 or prompt)

@@ -86,6 +86,7 @@ class StableDiffusionXLControlNetPipeline(ControlNetArguments, SDXLPipeline):
 
 class StableDiffusionXLControlNetImg2ImgPipeline(ControlNetArguments, SDXLPipeline):
     peer_name = "StableDiffusionXLControlNetImg2ImgPipeline"
+    needs: ClassVar[tuple[str, ...]] = ("image",)
     arguments = (
         f"prompt prompt_2 image control_image height width strength num_inference_steps guidance_scale {_NEGATIVES} "
         f"{_EMBEDS} {_IP} {_OUTPUT} cross_attention_kwargs {CONTROLNET} {_SIZES} {_NEGATIVE_SIZES} {_SCORES} {_CALLBACK}"
@@ -105,6 +106,7 @@ class StableDiffusionXLControlNetImg2ImgPipeline(ControlNetArguments, SDXLPipeli
 
 class StableDiffusionXLControlNetInpaintPipeline(StableDiffusionXLControlNetImg2ImgPipeline):
     peer_name = "StableDiffusionXLControlNetInpaintPipeline"
+    needs = ("image", "mask_image")
     arguments = (
         "prompt prompt_2 image mask_image control_image height width padding_mask_crop strength num_inference_steps "
         f"denoising_start denoising_end guidance_scale {_NEGATIVES} prompt_embeds negative_prompt_embeds {_IP} "

@@ -18,6 +18,7 @@ from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 FORMAT = 1
+LARGEST = 1_000_000_000  # bytes of a picture's file
 
 
 @dataclass(frozen=True)
@@ -60,9 +61,11 @@ class FileRef:
         """
         if self.data is not None:
             return self.data
-        if not Path(self.path).is_file():
-            raise self._lost("is not there any more")
         try:
+            if not Path(self.path).is_file():
+                raise self._lost("is not there any more")
+            if Path(self.path).stat().st_size > LARGEST:
+                raise self._lost(f"is larger than a picture may be ({LARGEST // 10**6} MB)")
             data = Path(self.path).read_bytes()
         except OSError as error:
             raise self._lost(f"cannot be read ({error.strerror})") from None
