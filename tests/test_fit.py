@@ -152,6 +152,27 @@ def test_detectors_that_are_named_are_there() -> None:
     assert {known.detector for _, known in KNOWN} <= {"none", *detectors()}
 
 
+@pytest.mark.parametrize(
+    "image",
+    [
+        np.asarray(lines()).astype(float),
+        np.asarray(lines()).astype(int),
+        torch.full((3, 8, 8), -1.0),
+        torch.ones(8, 8) * 3,
+    ],
+)
+def test_values_out_of_range_are_an_error(image: Any) -> None:
+    with pytest.raises(ValueError, match="give bytes, or values in"):
+        run(controls=[Control(make_adapter(), image)])
+
+
+def test_scales_are_numbers() -> None:
+    for wrong in ([], True, [1.0, True], "1"):
+        with pytest.raises(ValueError, match="it must be a finite number, or a list of them"):
+            Control("canny", lines(), scale=wrong)  # type: ignore[arg-type]
+    assert Control("canny", lines(), scale=np.float32(0.5)).scales == (0.5,)
+
+
 def named(name: str, seed: int = 3) -> Any:
     net = make_adapter(seed)
     net.register_to_config(_name_or_path=name)

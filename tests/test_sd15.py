@@ -347,6 +347,11 @@ def test_an_adapter_class_rounds_to_what_its_adapter_divides() -> None:
         pipe("a fox", image=lines(), width=60, height=64)
 
 
+def test_a_folder_of_sdxl_is_told() -> None:
+    with pytest.raises(ValueError, match="this UNet is SDXL's, which StableDiffusionPipeline is not made for"):
+        diffusion_kit.StableDiffusionPipeline.from_pretrained("default")
+
+
 def test_long_embeddings_have_a_negative_of_their_length() -> None:
     pipe = sd_pipeline(SD15Pipeline)
     states, _ = pipe.encode_prompt("a fox jumps over " * 12, prompt_syntax="weighted")

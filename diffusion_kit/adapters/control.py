@@ -13,6 +13,7 @@ import pkgutil
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from functools import cache
+from numbers import Real
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
@@ -62,7 +63,8 @@ class Control:
     mode: Mode = "balanced"
 
     def __post_init__(self) -> None:
-        if not all(isinstance(s, (int, float)) and math.isfinite(s) for s in self.scales):
+        numbers = all(isinstance(s, Real) and not isinstance(s, bool) and math.isfinite(s) for s in self.scales)
+        if not numbers or not self.scales:
             raise ValueError(f"Control scale is {self.scale!r}; it must be a finite number, or a list of them")
         if not 0 <= self.start <= self.end <= 1:
             raise ValueError(f"Control window is {self.start} to {self.end}; it must be 0 <= start <= end <= 1")

@@ -204,12 +204,27 @@ def _tensor(picture: Picture, height: int, width: int, channels: int | None) -> 
         values = values[None] if values.ndim == 3 else values
         tensor = torch.from_numpy(np.ascontiguousarray(values)).permute(0, 3, 1, 2)
         tensor = tensor.float() / 255 if values.dtype == np.uint8 else tensor.float()
+        _check_range(torch.from_numpy(np.ascontiguousarray(picture)))
     elif isinstance(picture, Tensor):
         tensor = picture if picture.ndim == 4 else picture[None] if picture.ndim == 3 else picture[None, None]
         tensor = tensor.float() / (255 if picture.dtype == torch.uint8 else 1)
+        _check_range(picture)
     else:
         raise ValueError(f"{type(picture).__name__} is not a picture: give a PIL image, an array or a tensor")
     return tensor if tensor.shape[-2:] == (height, width) else torch.nn.functional.interpolate(tensor, (height, width))
+
+
+def _check_range(values: Tensor) -> None:
+    """
+    Raises:
+        ValueError: numbers that are neither bytes, truth values, nor fractions in [0, 1].
+    """
+    if values.dtype in (torch.uint8, torch.bool):
+        return
+    low, high = values.min().item(), values.max().item()
+    if not (low >= -1e-3 and high <= 1 + 1e-3):
+        kind = str(values.dtype).removeprefix("torch.")
+        raise ValueError(f"a picture of {kind} values from {low:.4g} to {high:.4g}: give bytes, or values in [0, 1]")
 
 
 def mask_tensor(mask: Pictures, height: int, width: int, prompts: int, per_prompt: int, what: str) -> Tensor:

@@ -35,7 +35,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "IMAGE may be a folder",
     )
     add("--image", metavar="FILE", help="picture to start from, or a folder of them")
-    add("--strength", type=float, help="share of the steps that --image leaves to the model, 0 to 1")
+    add(
+        "--strength",
+        type=float,
+        help="share of the steps that --image leaves to the model, 0 to 1; by default 0.3 for SDXL, 0.8 for Stable "
+        "Diffusion, and all of them with --mask",
+    )
     add("--mask", metavar="FILE", help="greyscale, white is repainted; or a folder of masks")
     add(
         "--fit", help="how pictures of another shape are brought to the output's: cover (the default), contain, stretch"
@@ -150,7 +155,8 @@ def _files(options: argparse.Namespace, jobs: list[Job]) -> list[Path]:
     """A file for each picture: jobs after one another, in each the counted ones."""
     ends = [""] if options.count == 1 else [str(k) for k in range(1, options.count + 1)]
     if not jobs[0].name:
-        return output_files(options.out, ends)
+        refs = [jobs[0].image, jobs[0].mask, *(ref for c in jobs[0].controls for ref in (c.image, c.mask))]
+        return output_files(options.out, ends, taken=[Path(ref.path) for ref in refs if ref is not None])
     folder = output_folder(options.out)
     files: list[Path] = []
     for job in jobs:

@@ -25,7 +25,7 @@ def run(options: argparse.Namespace) -> None:
     from diffusion_kit.models.sources import DEFAULT
 
     for label, text in describe(options.model or DEFAULT):
-        print(f"{label:18}{text}")
+        print(f"{label:24}{text}")
 
 
 def describe(source: str) -> Rows:
@@ -83,7 +83,7 @@ def _pipeline(folder: Path) -> Rows:
 def _network(folder: Path) -> Rows:
     from diffusion_kit.models.sources import read_json
 
-    config = read_json(folder / "config.json", "model: it has no model_index.json, and")
+    config = read_json(folder / "config.json", "model, nor one with a model_index.json")
     architectures = config.get("architectures") or ["a network"]
     yield "network", f"{config.get('_class_name') or architectures[0]}{_weights_in(folder)}{_expects(folder.name)}"
     for key in ("in_channels", "sample_size", "cross_attention_dim", "block_out_channels", "channels", "adapter_type"):
@@ -168,8 +168,8 @@ def convert(file: Path) -> Path:
         raise ValueError(f"{out} is there already")
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise ValueError(f"{file} holds more than tensors, or is damaged: {str(error).splitlines()[0]}") from None
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError):
+        raise ValueError(f"{file} holds more than tensors, which is refused, or is no pickle at all") from None
     for inner in ("state_dict", "model"):
         content = content.get(inner, content) if isinstance(content, dict) else content
     named = content.items() if isinstance(content, dict) else ()

@@ -125,7 +125,10 @@ def _scheduler(name: str) -> Any:
     if name not in known:
         near = difflib.get_close_matches(name, known, 1, 0.3)
         raise ValueError(f"no scheduler {name!r}" + (f"; did you mean {near[0]}?" if near else ""))
-    return getattr(diffusers, name)
+    scheduler = getattr(diffusers, name)
+    if not hasattr(scheduler, "scale_model_input"):
+        raise ValueError(f"{name} is made for models of another kind (flow matching), which this version does not have")
+    return scheduler
 
 
 def complete(pipe: Any, job: Job, settings: Settings, seed: int, hash_of: Callable[[Any], str]) -> Recipe:

@@ -73,6 +73,8 @@ class SD15Pipeline(
         requires_safety_checker: bool = True,
     ):
         super().__init__()
+        if unet is not None and unet.config.get("addition_embed_type") == "text_time":
+            raise ValueError(f"this UNet is SDXL's, which {type(self).__name__} is not made for: use SDXLPipeline")
         if safety_checker is not None and feature_extractor is None:
             raise ValueError("a safety_checker needs a feature_extractor: give both, or safety_checker=None")
         self._correct(scheduler)

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from diffusion_kit.adapters.pictures import eight_bit, load_image, resize
+from diffusion_kit.adapters.pictures import MEGAPIXELS, eight_bit, load_image, resize
 
 LONGEST = 4  # longer side over shorter side, at most, of what a network looks at
 
@@ -56,11 +56,15 @@ def detect(
         if side is not None and side < 1:
             raise ValueError(f"{what} is {side}; it must be 1 or more")
     photo = load_image(image)
+    size = photo.size if image_resolution is None else _scaled(photo.size, image_resolution / min(photo.size))
+    if size[0] * size[1] > MEGAPIXELS * 1e6:
+        raise ValueError(
+            f"the result would have {size[0]} x {size[1]} pixels; at most {MEGAPIXELS} megapixels are made"
+        )
     seen = _seen_size(
         photo.size, detect_resolution or getattr(module, "RESOLUTION", None), getattr(module, "MULTIPLE", 1)
     )
     result = module.detect(resize(eight_bit(photo), seen), **options)
-    size = photo.size if image_resolution is None else _scaled(photo.size, image_resolution / min(photo.size))
     result = resize(result, size, getattr(module, "RESAMPLE", Image.Resampling.LANCZOS))
     return inverted(result) if invert else result
 
