@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import resource
 import shutil
@@ -173,6 +175,12 @@ def test_a_control_is_fetched_before_it_is_hashed_and_never_for_an_old_recipe(
     assert events.index("load") > events.index(f"hash {net}")
 
 
+def embedded_pixel() -> str:
+    stream = io.BytesIO()
+    Image.new("RGB", (1, 1)).save(stream, "PNG")
+    return base64.b64encode(stream.getvalue()).decode()
+
+
 def hostile(source: str, **changes: Any) -> str:
     """A picture with the recipe of another, changed."""
     from PIL.PngImagePlugin import PngInfo
@@ -193,6 +201,11 @@ def hostile(source: str, **changes: Any) -> str:
         ({"steps": 10**9}, "--steps is 1000000000"),
         ({"model": "/usr"}, "/usr is no model: it has no model_index.json and no config.json"),
         ({"model": "owner/name"}, "owner/name is not in the hub's cache"),
+        ({"model": "owner/name", "model_hash": None}, "the recipe has no hash of its model owner/name"),
+        (
+            {"controls": [{"kind": "owner/name", "image": {"path": "x", "sha256": "x", "data": embedded_pixel()}}]},
+            "the recipe has no hash of its control owner/name",
+        ),
         ({"scheduler": "AutoModel"}, "no scheduler 'AutoModel'"),
         ({"width": 10**6, "height": 10**6}, "at most 64 megapixels are made"),
         ({"image": {"path": "x" * 5000, "sha256": "0"}, "strength": 1.0}, "cannot be read (File name too long)"),

@@ -45,14 +45,20 @@ def check(jobs: Sequence[Job], settings: Settings, count: int) -> None:
     if settings.strength is not None and not 0 <= settings.strength <= 1:
         raise ValueError(f"--strength is {settings.strength}; it must be between 0 and 1")
     for job in jobs:
-        for ref in (job.image, job.mask, *(ref for c in job.controls for ref in (c.image, c.mask))):
-            if ref is not None:
-                opened(ref)
-        for control in job.controls:
-            Control(control.kind, None, scale=control.scale, start=control.start, end=control.end, mode=control.mode)  # type: ignore[arg-type]
-            if control.detect not in (AUTO, None, "none"):
-                detector(control.detect.partition(":")[0])
+        _check_job(job, settings.old)
     device_of(settings)
+
+
+def _check_job(job: Job, old: Recipe | None) -> None:
+    for ref in (job.image, job.mask, *(ref for c in job.controls for ref in (c.image, c.mask))):
+        if ref is not None:
+            opened(ref)
+    for control in job.controls:
+        if old is not None and control in old.controls and control.hash is None:
+            raise ValueError(f"the recipe has no hash of its control {control.kind}: give --control to use it")
+        Control(control.kind, None, scale=control.scale, start=control.start, end=control.end, mode=control.mode)  # type: ignore[arg-type]
+        if control.detect not in (AUTO, None, "none"):
+            detector(control.detect.partition(":")[0])
 
 
 def opened(ref: FileRef) -> Image.Image:
@@ -95,8 +101,10 @@ def _same_model(settings: Settings) -> bool:
         ValueError: it is not, and no other was asked for. FileNotFoundError: it is not here.
     """
     old = settings.old
-    if old is None or old.model_hash is None:
+    if old is None:
         return False
+    if old.model_hash is None and not settings.other_model:
+        raise ValueError(f"the recipe has no hash of its model {settings.model}: give --model to use it all the same")
     try:
         found = fingerprint(settings.model)
     except FileNotFoundError as error:
@@ -109,7 +117,7 @@ def _same_model(settings: Settings) -> bool:
         note("another model than the recipe's: its own scheduler is used unless --scheduler says otherwise")
         return False
     raise ValueError(
-        f"the picture was made with the model {settings.model} of {_short(old.model_hash)}; "
+        f"the picture was made with the model {settings.model} of {_short(str(old.model_hash))}; "
         f"what stands there now has {_short(found)}: give --model to use it all the same"
     )
 
