@@ -108,7 +108,7 @@ def test_region_mask_leaves_the_residuals_outside_untouched(adapter: Any, contro
     site = Site(unet(), 64, 64, (16, 16), 1, 1, torch.tensor([500.0]), torch.device("cpu"))
     encoded = encode_control(Control(adapter, lines(), mask=half_mask()), site)
     plain = encode_control(Control(adapter, lines()), site)
-    for masked, feature in zip(encoded.tensors({}, False), plain.tensors({}, False), strict=True):
+    for masked, feature in zip(encoded.tensors({}, 1), plain.tensors({}, 1), strict=True):
         w = feature.shape[-1]
         assert torch.equal(masked[..., : w // 2], feature[..., : w // 2])
         assert not masked[..., w // 2 :].any()

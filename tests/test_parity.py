@@ -338,7 +338,7 @@ def test_executor_beside_the_networks_own_forward(net: str) -> None:
     from diffusion_kit.adapters.controlnet import RunControlNet, embed
     from diffusion_kit.models.denoiser import PeerDenoiser, UNetDenoiser, prepare_embeddings
     from diffusion_kit.models.unet import installed
-    from diffusion_kit.sampling.doors import Residuals
+    from diffusion_kit.sampling.doors import Answer
 
     x, image = torch.randn(2, 4, 16, 16), torch.rand(2, 3, 64, 64)
     conditioning = {
@@ -359,11 +359,11 @@ def test_executor_beside_the_networks_own_forward(net: str) -> None:
         pairs = list(zip((*fast.skips, fast.mid), (*slow.skips, slow.mid), strict=True))
     else:
         adapter, controlnet = make_adapter(), make_controlnet()
-        residuals = Residuals(intra=tuple(adapter(image)))
+        residuals = Answer(intra=tuple(adapter(image)))
         extra = controlnet(x, times[1], conditioning["prompt_embeds"], image, added_cond_kwargs=_added(conditioning))
-        both = Residuals(residuals.intra, tuple(extra.down_block_res_samples), extra.mid_block_res_sample)
+        both = Answer(residuals.intra, tuple(extra.down_block_res_samples), extra.mid_block_res_sample)
         pairs = []
-        for given in (Residuals(), residuals, both):
+        for given in (Answer(), residuals, both):
             with installed(own):
                 fast = UNetDenoiser(own, 4)(prepared, x, call, given)[0]
             pairs.append((fast, PeerDenoiser(own, 4)({**conditioning, "timesteps": times}, x, call, given)[0]))

@@ -11,7 +11,7 @@ import torch
 from conftest import SCHEDULE, distance, lines, make_adapter, picture, pipeline, seeds, unet
 
 import diffusion_kit
-from diffusion_kit.sampling.doors import Residuals
+from diffusion_kit.sampling.doors import Answer
 from diffusion_kit.sampling.loop import Run, sample
 from diffusion_kit.sampling.schedule import make_schedule
 
@@ -184,7 +184,7 @@ def test_learned_variance(kind: str, clip: bool) -> None:
         def prepare(self, timesteps: Any, conditioning: Any) -> Any:
             return None
 
-        def __call__(self, tensors: Any, x: Any, call: Any, residuals: Residuals) -> Any:
+        def __call__(self, tensors: Any, x: Any, call: Any, answer: Answer) -> Any:
             out = torch.einsum("oc,bchw->bohw", weight, x)
             variance = out[:, 4:].tanh() if kind == "learned_range" else out[:, 4:].square() * 0.01
             return out[:, :4], variance
@@ -194,7 +194,7 @@ def test_learned_variance(kind: str, clip: bool) -> None:
     scheduler.set_timesteps(10)
     generator, x = seeds(5), start
     for t in scheduler.timesteps:
-        x = scheduler.step(torch.cat(Linear()(None, x, None, Residuals()), 1), t, x, generator=generator).prev_sample
+        x = scheduler.step(torch.cat(Linear()(None, x, None, Answer()), 1), t, x, generator=generator).prev_sample
     assert distance(ours, x) < 1e-5
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from diffusion_kit.models.sources import component_class, load_component
 from diffusion_kit.models.unet import Net, layout
-from diffusion_kit.sampling.doors import Conditioning, Injection, Tree, inside
+from diffusion_kit.sampling.doors import Conditioning, Injection, Tree, in_every, inside
 
 from .maps import warn_of_polarity
 from .pictures import Pictures, mask_tensor
@@ -146,16 +146,18 @@ class EncodedControl:
 
     Attributes:
         nets: the networks that the executor runs for it.
+        guidance: scale of a guidance of its own, or None.
     """
 
     injection: Injection
     window: tuple[float, float]
     nets: list[Net] = field(default_factory=list)
+    guidance: float | None = None
 
     def active(self, step: int, steps: int) -> bool:
         return inside(step, steps, self.window)
 
-    def tensors(self, conditioning: Conditioning, guided: bool) -> Tree:
+    def tensors(self, conditioning: Conditioning, branches: int) -> Tree:
         raise TypeError(f"{type(self).__name__} answers nothing")
 
 
@@ -164,11 +166,11 @@ def fading(n: int, mode: Mode) -> list[float]:
     return torch.logspace(-1, 0, n).tolist() if mode == "prompt" else [1.0] * n
 
 
-def both_halves(values: Tensor, mode: Mode, guided: bool) -> Tensor:
-    """Residuals (B, ...) for the batch of the step: on both halves, or zero on the unconditional one."""
-    if not guided:
-        return values
-    return torch.cat([values if mode == "balanced" else torch.zeros_like(values), values])
+def in_branches(values: Tensor, mode: Mode, branches: int) -> Tensor:
+    """Rows (B, ...) for the batch of the step: in every branch, or zero in all but the conditional one."""
+    if mode == "balanced":
+        return in_every(values, branches)
+    return torch.cat([torch.zeros_like(values)] * (branches - 1) + [values])
 
 
 def encode_control(control: Control, site: Site) -> EncodedControl | None:

@@ -10,10 +10,10 @@ import torch
 from diffusers import ControlNetModel
 from torch import Tensor
 
-from diffusion_kit.models.denoiser import added_conditions, prepare_embeddings
+from diffusion_kit.models.denoiser import added_conditions, prepare_embeddings, text_states
 from diffusion_kit.models.unet import Net, layout, obstacle
 from diffusion_kit.models.unet import encode as encode_unet
-from diffusion_kit.sampling.doors import Conditioning, Residuals, Tree, conditional, pick, spread
+from diffusion_kit.sampling.doors import Answer, Conditioning, Tree, conditional, in_every, pick, spread
 
 from .control import Control, EncodedControl, Site, fading
 from .pictures import picture_tensor
@@ -26,7 +26,7 @@ class RunControlNet:
     """Residuals of one ControlNet in one step.
 
     Attributes:
-        half: the network sees, and its residuals reach, the conditional half only.
+        half: the network sees, and its residuals reach, the conditional branch only.
         own_forward: the network runs through its own forward (see `models.unet.obstacle`).
     """
 
@@ -34,16 +34,16 @@ class RunControlNet:
     half: bool
     own_forward: bool
 
-    def __call__(self, tensors: Tree, x: Tensor, call: Tensor, guided: bool) -> Residuals:
-        only_half = guided and self.half
-        x = x.chunk(2)[1] if only_half else x
+    def __call__(self, tensors: Tree, x: Tensor, call: Tensor, branches: int) -> Answer:
+        only_half = branches > 1 and self.half
+        x = x.chunk(branches)[-1] if only_half else x
         outputs = self._peer(tensors, x, call) if self.own_forward else self._executor(tensors, x, call)
         if self.net.config.global_pool_conditions:
             outputs = [output.mean((2, 3), keepdim=True) for output in outputs]
         outputs = [(weight * output).to(x) for weight, output in zip(tensors["weights"], outputs, strict=True)]
         if only_half:
-            outputs = [torch.cat([torch.zeros_like(output), output]) for output in outputs]
-        return Residuals(skips=tuple(outputs[:-1]), mid=outputs[-1])
+            outputs = [torch.cat([torch.zeros_like(output)] * (branches - 1) + [output]) for output in outputs]
+        return Answer(skips=tuple(outputs[:-1]), mid=outputs[-1])
 
     def _executor(self, tensors: Tree, x: Tensor, call: Tensor) -> list[Tensor]:
         emb = pick(tensors["emb"], call)[0]
@@ -57,7 +57,7 @@ class RunControlNet:
             pick(tensors["timesteps"], call),
             encoder_hidden_states=tensors["prompt_embeds"],
             controlnet_cond=tensors["image"],
-            added_cond_kwargs=added_conditions(tensors),
+            added_cond_kwargs=added_conditions(tensors) or None,
             return_dict=False,
         )
         return [*skips, mid]
@@ -65,9 +65,11 @@ class RunControlNet:
 
 @dataclass
 class EncodedControlNet(EncodedControl):
-    """`image` and `hint` have a row for each picture; `hint` is the control image's embedding inside the network."""
+    """`image` and `hint` have a row for each picture; `hint` is the control image's embedding inside the network. `base` is
+    the UNet, whose text the network sees."""
 
     injection: RunControlNet
+    base: Net = None
     timesteps: Tensor = field(default_factory=lambda: torch.empty(0))
     image: Tensor = field(default_factory=lambda: torch.empty(0))
     hint: Tensor | None = None
@@ -79,19 +81,18 @@ class EncodedControlNet(EncodedControl):
         if self.hint is not None:
             self.hint = embed(self.injection.net, self.image)
 
-    def tensors(self, conditioning: Conditioning, guided: bool) -> Tree:
-        half = self.injection.half
-        double = guided and not half
-        if guided and half:
-            conditioning = conditional(conditioning, len(self.image))
-        weights = tuple(_twice(weight) if double and len(weight) > 1 else weight for weight in self.weights)
+    def tensors(self, conditioning: Conditioning, branches: int) -> Tree:
+        if self.injection.half:
+            conditioning, branches = conditional(conditioning, len(self.image)), 1
+        conditioning = {**conditioning, "prompt_embeds": text_states(self.base, conditioning)}
+        weights = tuple(in_every(weight, branches) if len(weight) > 1 else weight for weight in self.weights)
         if self.hint is not None:
             prepared = prepare_embeddings(self.injection.net, self.timesteps, conditioning)
-            return {**prepared, "hint": _twice(self.hint) if double else self.hint, "weights": weights}
+            return {**prepared, "hint": in_every(self.hint, branches), "weights": weights}
         states: dict[str, Any] = {
             k: v.to(self.image.dtype) if k == "prompt_embeds" else v for k, v in conditioning.items()
         }
-        image = _twice(self.image) if double else self.image
+        image = in_every(self.image, branches)
         return {**states, "timesteps": self.timesteps, "image": image, "weights": weights}
 
 
@@ -113,6 +114,7 @@ def encode(control: Control, site: Site) -> EncodedControl:
         injection=RunControlNet(net, pooled or control.mode != "balanced", own_forward),
         window=(control.start, control.end),
         nets=[] if own_forward else [net],
+        base=site.unet,
         timesteps=site.timesteps,
         image=image,
         hint=hint,
@@ -144,7 +146,3 @@ def _check_fit(net: Net, site: Site) -> None:
             f"this ControlNet does not fit the base: it scales its image down by {downscale}, "
             f"the base {site.height} x {site.width} pixels to {site.latent_size[0]} x {site.latent_size[1]}"
         )
-
-
-def _twice(values: Tensor) -> Tensor:
-    return torch.cat([values, values])

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from diffusion_kit.models.denoiser import residual_fit
 from diffusion_kit.models.unet import Net, layout
-from diffusion_kit.sampling.doors import Conditioning, Residuals, Tree, spread
+from diffusion_kit.sampling.doors import Answer, Conditioning, Tree, spread
 
-from .control import Control, EncodedControl, Mode, Site, both_halves, fading
+from .control import Control, EncodedControl, Mode, Site, fading, in_branches
 from .pictures import as_list, picture_tensor
 
 MODELS = (T2IAdapter, MultiAdapter)
@@ -24,8 +24,8 @@ MODELS = (T2IAdapter, MultiAdapter)
 class AddFeatures:
     """The same residuals in every step."""
 
-    def __call__(self, tensors: Tree, x: Tensor, call: Tensor, guided: bool) -> Residuals:
-        return Residuals(intra=tensors)
+    def __call__(self, tensors: Tree, x: Tensor, call: Tensor, branches: int) -> Answer:
+        return Answer(intra=tensors)
 
 
 @dataclass
@@ -33,8 +33,8 @@ class EncodedFeatures(EncodedControl):
     features: tuple[Tensor, ...] = ()
     mode: Mode = "balanced"
 
-    def tensors(self, conditioning: Conditioning, guided: bool) -> Tree:
-        return tuple(both_halves(feature, self.mode, guided) for feature in self.features)
+    def tensors(self, conditioning: Conditioning, branches: int) -> Tree:
+        return tuple(in_branches(feature, self.mode, branches) for feature in self.features)
 
 
 def encode(control: Control, site: Site) -> EncodedControl:

@@ -5,11 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from diffusion_kit.sampling.doors import Conditioning, Residuals, Tree, pick
+from diffusion_kit.sampling.doors import Answer, Conditioning, Tree, pick
 
-from .unet import Net, decode, embeddings, encode, layout, obstacle, text_keys_values
+from .unet import Net, decode, embeddings, encode, layout, obstacle, text_tokens
+
+# The conditioning's names, and the peer's for the same.
+ADDED = {"add_text_embeds": "text_embeds", "add_time_ids": "time_ids", "image_embeds": "image_embeds"}
 
 
 @dataclass(frozen=True)
@@ -17,49 +22,66 @@ class UNetDenoiser:
     """Runs a UNet through the executor (encode, decode).
 
     The conditioning holds `prompt_embeds` (rows, tokens, width) and, where the network takes them, `add_text_embeds`
-    (rows, P), `add_time_ids` (rows, k) and `timestep_cond` (rows, E). `channels` is the number of latent channels: what
-    the network gives beyond them is a variance.
+    (rows, P), `add_time_ids` (rows, k), `image_embeds` (rows, D) and `timestep_cond` (rows, E). `channels` is the number
+    of latent channels: what the network gives beyond them is a variance. `more` channels are a control's; they are zero
+    where it answers nothing.
     """
 
     net: Net
     channels: int
+    more: int = 0
+
+    @property
+    def executed(self) -> tuple[Net, ...]:
+        return (self.net,)
 
     def prepare(self, timesteps: Tensor, conditioning: Conditioning) -> Tree:
         return prepare_embeddings(self.net, timesteps, conditioning)
 
-    def __call__(self, tensors: Tree, x: Tensor, call: Tensor, residuals: Residuals) -> tuple[Tensor, Tensor | None]:
+    def __call__(self, tensors: Tree, x: Tensor, call: Tensor, answer: Answer) -> tuple[Tensor, Tensor | None]:
         emb = pick(tensors["emb"], call)[0]
-        h, skips = encode(self.net, x, emb, tensors["context"], intra=residuals.intra)
-        skips = [skip + r for skip, r in zip(skips, residuals.skips, strict=True)] if residuals.skips else skips
-        if residuals.mid is not None:
-            h = h + residuals.mid
-        return split_variance(decode(self.net, h, skips, emb, tensors["context"]), self.channels)
+        context = {name: (*own, *answer.tokens.get(name, ())) for name, own in tensors["context"].items()}
+        h, skips = encode(self.net, widened(x, answer.channels, self.more), emb, context, intra=answer.intra)
+        skips = [skip + r for skip, r in zip(skips, answer.skips, strict=True)] if answer.skips else skips
+        if answer.mid is not None:
+            h = h + answer.mid
+        return split_variance(decode(self.net, h, skips, emb, context), self.channels)
 
 
 @dataclass(frozen=True)
 class PeerDenoiser:
     """Runs any UNet of diffusers' signature through its own forward.
 
-    `kwargs` are passed on with every call (cross_attention_kwargs).
+    `kwargs` are passed on with every call (cross_attention_kwargs). The others are as in `UNetDenoiser`.
     """
 
     net: Net
     channels: int
+    more: int = 0
     kwargs: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def executed(self) -> tuple[Net, ...]:
+        return ()
 
     def prepare(self, timesteps: Tensor, conditioning: Conditioning) -> Tree:
         return {"timesteps": timesteps, **conditioning}
 
-    def __call__(self, tensors: Tree, x: Tensor, call: Tensor, residuals: Residuals) -> tuple[Tensor, Tensor | None]:
+    def __call__(self, tensors: Tree, x: Tensor, call: Tensor, answer: Answer) -> tuple[Tensor, Tensor | None]:
+        added = added_conditions(tensors)
+        if takes_hint(self.net):
+            added["hint"] = answer.channels
+        else:
+            x = widened(x, answer.channels, self.more)
         out = self.net(
             x,
             pick(tensors["timesteps"], call),
-            encoder_hidden_states=tensors["prompt_embeds"],
+            encoder_hidden_states=tensors.get("prompt_embeds"),
             timestep_cond=tensors.get("timestep_cond"),
-            added_cond_kwargs=added_conditions(tensors),
-            down_intrablock_additional_residuals=list(residuals.intra) or None,
-            down_block_additional_residuals=residuals.skips or None,
-            mid_block_additional_residual=residuals.mid,
+            added_cond_kwargs=added or None,
+            down_intrablock_additional_residuals=list(answer.intra) or None,
+            down_block_additional_residuals=answer.skips or None,
+            mid_block_additional_residual=answer.mid,
             return_dict=False,
             **dict(self.kwargs),
         )
@@ -71,9 +93,29 @@ def make_denoiser(
 ) -> UNetDenoiser | PeerDenoiser:
     """The executor where it can run the network, else the network's own forward."""
     own = {name: value for name, value in (cross_attention_kwargs or {}).items() if name != "scale"}
+    more = net.config.in_channels - channels if own_control(net, channels) else 0
     if obstacle(net) is None and not own:
-        return UNetDenoiser(net, channels)
-    return PeerDenoiser(net, channels, (("cross_attention_kwargs", _Frozen(own)),) if own else ())
+        return UNetDenoiser(net, channels, more)
+    return PeerDenoiser(net, channels, more, (("cross_attention_kwargs", _Frozen(own)),) if own else ())
+
+
+def takes_hint(net: Net) -> bool:
+    return net.config.get("addition_embed_type") == "image_hint"
+
+
+def own_control(net: Net, channels: int) -> str | None:
+    """Name of the control that enters through input channels of the network's own, for latents of `channels`: "hint" of
+    Kandinsky 2.2's ControlNet, "instruct" of instruct-pix2pix, or None."""
+    if takes_hint(net):
+        return "hint"
+    return "instruct" if net.config.in_channels == 2 * channels else None
+
+
+def widened(x: Tensor, channels: Tensor | None, more: int) -> Tensor:
+    """The model input with a control's channels behind it, or zeros in their place."""
+    if channels is not None:
+        return torch.cat([x, channels.to(x)], 1)
+    return F.pad(x, (0, 0, 0, 0, 0, more)) if more else x
 
 
 class _Frozen(dict):
@@ -83,20 +125,29 @@ class _Frozen(dict):
     __eq__ = object.__eq__
 
 
-def added_conditions(conditioning: Conditioning) -> dict[str, Tensor] | None:
-    """diffusers' names for the pooled text and the size embedding."""
-    if "add_text_embeds" not in conditioning:
-        return None
-    return {"text_embeds": conditioning["add_text_embeds"], "time_ids": conditioning["add_time_ids"]}
+def added_conditions(conditioning: Conditioning) -> dict[str, Tensor | None]:
+    """What the conditioning holds beside the text, under diffusers' names."""
+    return {name: conditioning[own] for own, name in ADDED.items() if own in conditioning}
+
+
+def text_states(net: Net, conditioning: Conditioning) -> Tensor:
+    """What the network's cross-attention sees, (rows, tokens, width): the text, projected where the network does that, and
+    image embeddings as tokens."""
+    kind = net.config.get("encoder_hid_dim_type")
+    if kind == "image_proj":
+        return net.encoder_hid_proj(conditioning["image_embeds"].to(net.dtype))
+    states = conditioning["prompt_embeds"].to(net.dtype)
+    if kind == "text_image_proj":
+        return net.encoder_hid_proj(states, conditioning["image_embeds"].to(net.dtype))
+    return states
 
 
 def prepare_embeddings(net: Net, timesteps: Tensor, conditioning: Conditioning) -> Tree:
-    """{"emb": (n, rows, D), "context": keys and values of the text} for a UNet or a ControlNet."""
-    states = conditioning["prompt_embeds"].to(net.dtype)
-    added = added_conditions(conditioning) or {}
+    """{"emb": (n, rows, D), "context": what attention sees of the text} for a UNet or a ControlNet."""
+    states = text_states(net, conditioning)
     guidance = conditioning.get("timestep_cond") if hasattr(net, "up_blocks") else None
-    emb = embeddings(net, timesteps, len(states), added, guidance)
-    return {"emb": emb, "context": text_keys_values(net, states)}
+    emb = embeddings(net, timesteps, len(states), added_conditions(conditioning), guidance)  # type: ignore[arg-type]
+    return {"emb": emb, "context": text_tokens(net, states)}
 
 
 def split_variance(output: Tensor, channels: int) -> tuple[Tensor, Tensor | None]:

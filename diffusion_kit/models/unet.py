@@ -2,7 +2,7 @@
 
 `encode` runs conv_in, the down blocks and the middle, `decode` the up blocks and conv_out. A ControlNet has the same
 encoder, so `encode` runs it as well. Embeddings of all timesteps (`embeddings`) and keys and values of the text
-(`text_keys_values`) are made before the loop.
+(`text_tokens`) are made before the loop. It is the UNet of Stable Diffusion, of SDXL and of Kandinsky 2.x.
 
 A network that is not of the plain kind (`obstacle` says why) runs through its own forward.
 """
@@ -11,17 +11,35 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from diffusers.models.attention_processor import Attention, AttnAddedKVProcessor2_0, AttnProcessor2_0
+from diffusers.models.unets.unet_2d_blocks import CrossAttnDownBlock2D
 from torch import Tensor, nn
 
 Net = Any  # a network of diffusers: its parts are attributes that the type of nn.Module does not know
-KeysValues = Mapping[str, tuple[Tensor, Tensor]]  # attention layer -> keys and values, each (B, heads, tokens, width)
-Context = Tensor | KeysValues | None
+
+
+class Tokens(NamedTuple):
+    """What the queries of an attention layer see.
+
+    Attributes:
+        key, value: (B, heads, tokens, width).
+        weight: of what comes of it, (B or 1, 1, queries or 1, 1); None is 1.
+        bias: added to the scores, (B, 1, 1, tokens), or None.
+    """
+
+    key: Tensor
+    value: Tensor
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+
+
+Context = Mapping[str, tuple[Tokens, ...]]  # for each cross-attention layer the text's, and others attended beside them
 
 BLOCKS = {
     "DownBlock2D",
@@ -30,7 +48,15 @@ BLOCKS = {
     "UNetMidBlock2DCrossAttn",
     "UpBlock2D",
     "CrossAttnUpBlock2D",
+    # of Kandinsky 2.x
+    "ResnetDownsampleBlock2D",
+    "SimpleCrossAttnDownBlock2D",
+    "UNetMidBlock2DSimpleCrossAttn",
+    "SimpleCrossAttnUpBlock2D",
+    "ResnetUpsampleBlock2D",
 }
+EMBEDDINGS = (None, "text_time", "image", "image_hint", "text_image")
+PROJECTIONS = (None, "image_proj", "text_image_proj")
 
 
 def encode(
@@ -48,7 +74,7 @@ def encode(
         net: UNet2DConditionModel or ControlNetModel.
         x: (B, C, H, W) model input.
         emb: (B, D) time and added embedding.
-        context: what cross-attention sees: the text's keys and values, or its states (B, tokens, width).
+        context: what cross-attention sees.
         hint: added after conv_in (a ControlNet's embedded control image).
         intra: one residual for each down block, then the middle; it may be shorter.
 
@@ -62,15 +88,14 @@ def encode(
     residuals = list(intra)
     for block in net.down_blocks:
         added = residuals.pop(0) if residuals else None
-        if getattr(block, "has_cross_attention", False):
-            h, outputs = block(h, emb, encoder_hidden_states=context, additional_residuals=added)
-            skips += outputs
-        else:
-            h, outputs = block(h, emb)
-            skips += outputs
-            if added is not None:  # the peer adds in place, so the block's last skip, the same tensor, has it too
-                h = h + added
-                skips[-1] = h
+        own: dict[str, Any] = {"encoder_hidden_states": context} if getattr(block, "has_cross_attention", False) else {}
+        if adds_inside(block):
+            own["additional_residuals"] = added
+        h, outputs = block(h, emb, **own)
+        skips += outputs
+        if added is not None and not adds_inside(block):
+            h = h + added  # the peer adds in place, so the block's last skip, the same tensor, has it too
+            skips[-1] = h
     if net.mid_block is not None:
         with_text = getattr(net.mid_block, "has_cross_attention", False)
         h = net.mid_block(h, emb, encoder_hidden_states=context) if with_text else net.mid_block(h, emb)
@@ -96,6 +121,11 @@ def decode(net: Net, h: Tensor, skips: Sequence[Tensor], emb: Tensor, context: C
     return net.conv_out(h)
 
 
+def adds_inside(block: nn.Module) -> bool:
+    """Whether a T2I residual enters before the block's downsampler; elsewhere it is added to what the block gives."""
+    return isinstance(block, CrossAttnDownBlock2D)
+
+
 def layout(net: Net, size: tuple[int, int]) -> tuple[list[tuple[int, int, tuple[int, int]]], list[int]]:
     """Level, channels and spatial size of each skip and of the middle, for latents of `size`; and the position, in that
     list, of the tensors to which T2I residuals are added. Level k is down block k, the last level the middle."""
@@ -108,7 +138,7 @@ def layout(net: Net, size: tuple[int, int]) -> tuple[list[tuple[int, int, tuple[
         if block.downsamplers is not None:
             size = ((size[0] + 1) // 2, (size[1] + 1) // 2)
             places.append((level, channels, size))
-            if not getattr(block, "has_cross_attention", False):
+            if not adds_inside(block):
                 intra[-1] = len(places) - 1
     places.append((len(net.down_blocks), channels, size))
     return places, [*intra, len(places) - 1]
@@ -121,63 +151,112 @@ def embeddings(
 
     Args:
         timesteps: (n,).
-        added: "text_embeds" (rows, P) and "time_ids" (rows, k) where the network takes them.
+        added: "text_embeds" (rows, P), "time_ids" (rows, k), "image_embeds" (rows, D), those that the network takes.
         timestep_cond: (rows, E) embedding of the guidance scale, for networks distilled with it.
     """
     dtype = net.dtype
     sinusoids = net.time_proj(timesteps).to(dtype)[:, None].expand(-1, rows, -1)
     condition = None if timestep_cond is None else timestep_cond.to(dtype).expand(len(timesteps), -1, -1)
     emb = net.time_embedding(sinusoids, condition)
-    if net.config.addition_embed_type == "text_time":
+    kind = net.config.addition_embed_type
+    if kind == "text_time":
         sizes = net.add_time_proj(added["time_ids"].flatten()).reshape(rows, -1)
         emb = emb + net.add_embedding(torch.cat([added["text_embeds"], sizes.to(added["text_embeds"])], -1).to(dtype))
+    elif kind == "text_image":
+        emb = emb + net.add_embedding(added["text_embeds"].to(dtype), added["image_embeds"].to(dtype))
+    elif kind in ("image", "image_hint"):
+        emb = emb + net.add_embedding.image_norm(net.add_embedding.image_proj(added["image_embeds"].to(dtype)))
     if getattr(net, "time_embed_act", None) is not None:
         emb = net.time_embed_act(emb)
     return emb
 
 
-def text_keys_values(net: Net, states: Tensor) -> KeysValues:
-    """Keys and values of the text, (B, tokens, width), for each cross-attention layer of the network."""
-    return {
-        name: (_heads(layer, layer.to_k(states)), _heads(layer, layer.to_v(states)))
-        for name, layer in attention_layers(net)
-        if layer.is_cross_attention
+def text_tokens(net: Net, states: Tensor) -> Context:
+    """The text's states (B, tokens, width) as every cross-attention layer of the network sees them."""
+    layers = [(name, layer) for name, layer in attention_layers(net) if joint(layer) or layer.is_cross_attention]
+    projections = {
+        name: (layer.add_k_proj, layer.add_v_proj) if joint(layer) else (layer.to_k, layer.to_v)
+        for name, layer in layers
     }
+    return {
+        name: (Tokens(*(split_heads(layer, project(states)) for project in projections[name])),)
+        for name, layer in layers
+    }
+
+
+def joint(layer: Attention) -> bool:
+    """Whether the layer attends to text and picture at once, as Kandinsky 2.x does."""
+    return layer.add_k_proj is not None
 
 
 def attention_layers(net: Net) -> list[tuple[str, Attention]]:
     return [(name, layer) for name, layer in net.named_modules() if isinstance(layer, Attention)]
 
 
-def _heads(layer: Attention, x: Tensor) -> Tensor:
+def split_heads(layer: Attention, x: Tensor) -> Tensor:
     """(B, tokens, width) -> (B, heads, tokens, width / heads)"""
     return x.unflatten(-1, (layer.heads, -1)).transpose(1, 2)
 
 
-class _Attend:
-    """Attention processor of the executor: self-attention, or cross-attention over keys and values made before."""
+def attend(query: Tensor, tokens: Tokens) -> Tensor:
+    """weight x softmax(Q K^T / sqrt(d) + bias) V, (B, heads, queries, width)."""
+    out = F.scaled_dot_product_attention(query, tokens.key, tokens.value, tokens.bias)
+    return out if tokens.weight is None else tokens.weight * out
 
-    def __init__(self, name: str):
-        self.name = name
+
+@dataclass(frozen=True)
+class _Attend:
+    """Attention processor of the executor: self-attention, or cross-attention to tokens made before, each attended by
+    itself and added (arXiv 2308.06721, eq. 5)."""
+
+    name: str
 
     def __call__(
         self,
         attn: Attention,
         hidden_states: Tensor,
-        encoder_hidden_states: KeysValues | None = None,
+        encoder_hidden_states: Context | Tensor | None = None,
         attention_mask: Tensor | None = None,
     ) -> Tensor:
-        query = _heads(attn, attn.to_q(hidden_states))
-        if encoder_hidden_states is None:
-            key, value = _heads(attn, attn.to_k(hidden_states)), _heads(attn, attn.to_v(hidden_states))
+        query = split_heads(attn, attn.to_q(hidden_states))
+        if isinstance(encoder_hidden_states, Mapping):
+            first, *others = encoder_hidden_states[self.name]
         else:
-            key, value = encoder_hidden_states[self.name]
-        out = F.scaled_dot_product_attention(query, key, value)
+            first, others = (
+                Tokens(*(split_heads(attn, project(hidden_states)) for project in (attn.to_k, attn.to_v))),
+                [],
+            )
+        out = attend(query, first)
+        for tokens in others:
+            out = out + attend(query, tokens)
         return attn.to_out[0](out.transpose(1, 2).flatten(2))
 
 
+@dataclass(frozen=True)
+class _AttendJointly:
+    """The same for layers that see text and picture (B, C, H, W) in one softmax."""
+
+    name: str
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Context,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        x = attn.group_norm(hidden_states.flatten(2)).transpose(1, 2)  # (B, H W, C)
+        ((key, value, *_),) = encoder_hidden_states[self.name]
+        if not attn.only_cross_attention:
+            key = torch.cat([key, split_heads(attn, attn.to_k(x))], 2)
+            value = torch.cat([value, split_heads(attn, attn.to_v(x))], 2)
+        out = attend(split_heads(attn, attn.to_q(x)), Tokens(key, value))
+        out = attn.to_out[0](out.transpose(1, 2).flatten(2))
+        return hidden_states + out.transpose(1, 2).unflatten(-1, hidden_states.shape[2:])
+
+
 # One processor a layer for the life of a network: a compiled step finds the same objects in every run.
-_processors: WeakKeyDictionary[nn.Module, dict[str, _Attend]] = WeakKeyDictionary()
+_processors: WeakKeyDictionary[nn.Module, dict[str, Any]] = WeakKeyDictionary()
 
 
 @contextmanager
@@ -186,7 +265,8 @@ def installed(*nets: Net) -> Iterator[None]:
     with ExitStack() as stack:
         for net in nets:
             layers = attention_layers(net)
-            own = _processors.setdefault(net, {name: _Attend(name) for name, _ in layers})
+            made = {name: _AttendJointly(name) if joint(layer) else _Attend(name) for name, layer in layers}
+            own = _processors.setdefault(net, made)
             for name, layer in layers:
                 stack.callback(setattr, layer, "processor", layer.processor)
                 layer.processor = own[name]
@@ -206,10 +286,12 @@ def obstacle(net: Net) -> str | None:
     unknown = {type(block).__name__ for block in blocks if block is not None} - BLOCKS
     if unknown:
         return f"it has blocks of another kind: {', '.join(sorted(unknown))}"
-    if config.get("addition_embed_type") not in (None, "text_time") or config.get("class_embed_type") is not None:
+    if config.get("addition_embed_type") not in EMBEDDINGS or config.get("class_embed_type") is not None:
         return "it has embeddings of another kind"
-    if net.class_embedding is not None or net.encoder_hid_proj is not None or config.get("center_input_sample"):
+    if net.class_embedding is not None or config.get("center_input_sample"):
         return "it has inputs of another kind"
+    if config.get("encoder_hid_dim_type") not in PROJECTIONS:
+        return f"it projects its text: {config.encoder_hid_dim_type}"
     if getattr(net, "position_net", None) is not None:
         return "it has GLIGEN layers"
     if not all(_stock(layer) for _, layer in attention_layers(net)):
@@ -218,9 +300,11 @@ def obstacle(net: Net) -> str | None:
 
 
 def _stock(layer: Attention) -> bool:
-    extras = (layer.group_norm, layer.spatial_norm, layer.norm_cross, layer.norm_q, layer.norm_k, layer.add_k_proj)
+    extras = [layer.spatial_norm, layer.norm_cross, layer.norm_q, layer.norm_k]
+    if not joint(layer):
+        extras.append(layer.group_norm)
     return (
-        type(layer.processor) is AttnProcessor2_0
+        type(layer.processor) is (AttnAddedKVProcessor2_0 if joint(layer) else AttnProcessor2_0)
         and all(extra is None for extra in extras)
         and not (layer.residual_connection or layer.fused_projections)
         and layer.rescale_output_factor == 1.0

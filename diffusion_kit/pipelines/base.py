@@ -17,7 +17,6 @@ from diffusers.utils.peft_utils import scale_lora_layers, unscale_lora_layers
 from torch import Tensor, nn
 
 from diffusion_kit.adapters.control import Control, EncodedControl, Site, encode_control, load_control_model
-from diffusion_kit.models.denoiser import UNetDenoiser
 from diffusion_kit.models.sources import check_folder, embedded, locate, one_line
 from diffusion_kit.models.unet import installed, obstacle
 from diffusion_kit.sampling.engines import Compiled, Engine, eager
@@ -198,8 +197,7 @@ class ControlledPipeline(DiffusionPipeline):
     def denoise(self, run: Run, latents: Tensor, on_call: Callable[..., Tensor]) -> Tensor:
         """The loop, with the executor's attention installed, LoRA scaled, and offloading told that the UNet is needed."""
         nets = [net for control in run.controls for net in control.nets]  # type: ignore[attr-defined]
-        if isinstance(run.denoiser, UNetDenoiser):
-            nets.append(self.unet)
+        nets += run.denoiser.executed  # type: ignore[attr-defined]
         unique = list({id(net): net for net in nets}.values())
         scale = (self._cross_attention_kwargs or {}).get("scale")
         bar = self.progress_bar(total=run.schedule.steps)

@@ -1,9 +1,15 @@
 """The four doors through which a condition enters the denoiser.
 
-* tokens: `Conditioning`, the tensors that the denoiser prepares once (text states, pooled and size embeddings);
-* channels: a tensor (rows, C, H, W) concatenated to the model input of every step;
-* residuals: `Residuals`, tensors added inside the network, answered by each `Injection` for the step at hand;
+* tokens: `Conditioning`, the tensors that the denoiser prepares once (text states, pooled and size embeddings), and what
+  controls let attention see beside them;
+* channels: a tensor (rows, C, H, W) concatenated to the model input, of the task or of a control;
+* residuals: tensors added inside the network;
 * latents: a `LatentRule`, applied to the latents after each step.
+
+What controls send through the first three in the step at hand is the `Answer` of their `Injection`.
+
+A step runs in `branches`: one without guidance; two with it, (unconditional, conditional) along the batch; one more for
+a control that has a guidance of its own.
 
 All that varies from run to run is a tree of tensors, all that is fixed is a hashable value: so one step is a function
 of tensors whose signature (`step.Step`) says which graph it is.
@@ -15,36 +21,50 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 Tree = Any  # a tensor, or a tuple, list or dict of trees
 Conditioning = Mapping[str, Tensor]  # named tensors; the conditional half comes last along the batch
 
 
-class Residuals(NamedTuple):
-    """What is added inside a UNet.
+class Answer(NamedTuple):
+    """What enters a UNet in one step beside the model input.
 
     Attributes:
-        intra: one tensor (rows, C_k, h, w) for each down block, inside it, and for the middle after them.
-        skips: one tensor for each skip connection, from conv_in to the last block.
+        intra: one tensor (rows, C_k, h, w) for each down block, added inside it, and for the middle after them.
+        skips: one tensor for each skip connection, from conv_in to the last block, added to it.
         mid: added after the middle block.
+        tokens: by the name of an attention layer, what its queries see beside the text.
+        channels: (rows, C, H, W), where the network takes more than the latents.
     """
 
     intra: tuple[Tensor, ...] = ()
     skips: tuple[Tensor, ...] = ()
     mid: Tensor | None = None
+    tokens: Mapping[str, tuple[Tree, ...]] = {}
+    channels: Tensor | None = None
 
 
-def add_residuals(first: Residuals, second: Residuals) -> Residuals:
-    """Sum of two answers; a missing tensor counts as zero."""
-    if first.mid is None or second.mid is None:
-        mid = second.mid if first.mid is None else first.mid
-    else:
-        mid = first.mid + second.mid
-    return Residuals(_add(first.intra, second.intra), _add(first.skips, second.skips), mid)
+def add_answers(first: Answer, second: Answer) -> Answer:
+    """Sum of two answers; a missing tensor counts as zero. Tokens stand side by side."""
+    names = {**first.tokens, **second.tokens}
+    return Answer(
+        _add_each(first.intra, second.intra),
+        _add_each(first.skips, second.skips),
+        _add(first.mid, second.mid),
+        {name: (*first.tokens.get(name, ()), *second.tokens.get(name, ())) for name in names},
+        _add(first.channels, second.channels),
+    )
 
 
-def _add(first: tuple[Tensor, ...], second: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def _add(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+    if first is None or second is None:
+        return second if first is None else first
+    return first + second
+
+
+def _add_each(first: tuple[Tensor, ...], second: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     shared = tuple(a + b for a, b in zip(first, second, strict=False))
     return shared + first[len(shared) :] + second[len(shared) :]
 
@@ -52,18 +72,23 @@ def _add(first: tuple[Tensor, ...], second: tuple[Tensor, ...]) -> tuple[Tensor,
 class Injection(Protocol):
     """How a control answers within a step: a pure function of tensors, equal for equal networks and modes."""
 
-    def __call__(self, tensors: Tree, x: Tensor, call: Tensor, guided: bool) -> Residuals:
-        """Residuals for the model input x (rows, C, H, W) at the call whose index is the tensor `call` (1,)."""
+    def __call__(self, tensors: Tree, x: Tensor, call: Tensor, branches: int) -> Answer:
+        """For the model input x (branches x rows, C, H, W) at the call whose index is the tensor `call` (1,)."""
 
 
 class Encoded(Protocol):
-    """A control after its one encoding, for one run."""
+    """A control after its one encoding, for one run.
+
+    `guidance` is the scale of a guidance of its own, where it has one: in a guided step the first branch then goes without
+    this control, the second with it and without the prompt (Brooks et al. 2023, arXiv 2211.09800, eq. 3).
+    """
 
     injection: Injection
+    guidance: float | None
 
     def active(self, step: int, steps: int) -> bool: ...
 
-    def tensors(self, conditioning: Conditioning, guided: bool) -> Tree:
+    def tensors(self, conditioning: Conditioning, branches: int) -> Tree:
         """What the injection takes: fixed while the conditioning is."""
 
 
@@ -73,7 +98,7 @@ class Denoiser(Protocol):
     def prepare(self, timesteps: Tensor, conditioning: Conditioning) -> Tree:
         """All that does not change from step to step: embeddings of every timestep, keys and values of the text."""
 
-    def __call__(self, tensors: Tree, x: Tensor, call: Tensor, residuals: Residuals) -> tuple[Tensor, Tensor | None]:
+    def __call__(self, tensors: Tree, x: Tensor, call: Tensor, answer: Answer) -> tuple[Tensor, Tensor | None]:
         """(prediction, variance or None), each (rows, C, H, W)."""
 
 
@@ -104,8 +129,22 @@ def inside(step: int, steps: int, window: tuple[float, float]) -> bool:
 
 
 def conditional(tree: Tree, rows: int) -> Tree:
-    """The last `rows` entries along the batch of every tensor of a mapping: the conditional half."""
+    """The last `rows` entries along the batch of every tensor of a mapping: the conditional branch."""
     return {name: value[-rows:] for name, value in tree.items()}
+
+
+def branched(tree: Tree, rows: int, branches: int) -> Tree:
+    """Tensors of (unconditional, conditional) along the batch for so many branches, of which the last is conditional."""
+    if branches == 1:
+        return conditional(tree, rows)
+    if branches == 2:
+        return tree
+    return {name: torch.cat([value[:rows]] * (branches - 1) + [value[rows:]]) for name, value in tree.items()}
+
+
+def in_every(values: Tensor, branches: int) -> Tensor:
+    """Rows (B, ...) again in every branch."""
+    return values if branches == 1 else torch.cat([values] * branches)
 
 
 def spread(values: Tensor, prompts: int, per_prompt: int, what: str) -> Tensor:

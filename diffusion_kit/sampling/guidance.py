@@ -6,24 +6,25 @@ import torch
 from torch import Tensor
 
 
-def guide(prediction: Tensor, scale: Tensor, rescale: Tensor | None) -> Tensor:
-    """u + w (c - u) for a batch whose first half is unconditional and whose second half is conditional.
+def guide(prediction: Tensor, scales: Tensor, rescale: Tensor | None) -> Tensor:
+    """p_0 + sum of w_k (p_k - p_{k-1}) over the branches of the batch, of which the last is conditional.
 
     Args:
-        prediction: (2B, C, H, W).
-        scale: w, a tensor of one element (Ho and Salimans 2022, arXiv 2207.12598, in the form of Imagen's eq. 2).
+        prediction: ((n + 1) B, C, H, W).
+        scales: w, (n, 1, 1, 1, 1). For n = 1 it is u + w (c - u) (Ho and Salimans 2022, arXiv 2207.12598, in the form of
+            Imagen's eq. 2), for n = 2 eq. 3 of Brooks et al. 2023 (arXiv 2211.09800).
         rescale: phi in [0, 1], or None: moves the standard deviation of each image back to that of the conditional
             prediction (Lin et al. 2023, arXiv 2305.08891, section 3.4).
 
     Returns:
         (B, C, H, W).
     """
-    unconditional, conditional = prediction.chunk(2)
-    guided = unconditional + scale * (conditional - unconditional)
+    branches = prediction.unflatten(0, (len(scales) + 1, -1))  # (n + 1, B, C, H, W)
+    guided = branches[0] + (scales * (branches[1:] - branches[:-1])).sum(0)
     if rescale is None:
         return guided
     axes = tuple(range(1, guided.ndim))
-    matched = guided * (conditional.std(axes, keepdim=True) / guided.std(axes, keepdim=True))
+    matched = guided * (branches[-1].std(axes, keepdim=True) / guided.std(axes, keepdim=True))
     return rescale * matched + (1 - rescale) * guided
 
 

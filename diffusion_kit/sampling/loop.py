@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .doors import Conditioning, Denoiser, Encoded, LatentRule, Tree, conditional, inside
+from .doors import Conditioning, Denoiser, Encoded, LatentRule, Tree, branched, in_every, inside
 from .engines import Engine, eager
 from .noise import Generators, draw
 from .schedule import Schedule
@@ -110,15 +110,17 @@ def _step(run: Run, k: int, noise: Tensor | None, rows: int, device: torch.devic
     schedule, transition = run.schedule, run.schedule.transition
     number = schedule.step_of_call[k]
     guided = run.guided(number)
-    conditioning = run.conditioning if guided else conditional(run.conditioning, rows)
-    if guided and any(len(value) != 2 * rows for value in conditioning.values()):
+    if guided and any(len(value) != 2 * rows for value in run.conditioning.values()):
         raise ValueError(f"guidance is on, so embeddings need {2 * rows} rows (unconditional, conditional)")
     active = [c for c in run.controls if c.active(number, schedule.steps)]
+    scales = (*(c.guidance for c in active if c.guidance is not None), run.guidance_scale) if guided else ()
+    branches = 1 + len(scales)
+    conditioning = branched(run.conditioning, rows, branches)
     step = Step(
         denoiser=run.denoiser,
         injections=tuple(c.injection for c in active),
         rule=run.rule[0] if run.rule is not None and transition is not None else None,
-        guided=guided,
+        branches=branches,
         rescaled=guided and run.guidance_rescale > 0,
         scaled=bool(run.prepared("scaled", lambda: bool((schedule.input_scale != 1).any()))),
         dtype=run.dtype,
@@ -126,12 +128,17 @@ def _step(run: Run, k: int, noise: Tensor | None, rows: int, device: torch.devic
         clip_range=None if transition is None else transition.clip_range,
         variance=None if transition is None else transition.variance,
         linear=transition is not None,
+        learned=schedule.learns_variance,
     )
     tensors = {
-        "denoiser": run.prepared(("denoiser", guided), lambda: run.denoiser.prepare(schedule.timesteps, conditioning)),
-        "controls": tuple(run.prepared((id(c), guided), lambda c=c: c.tensors(conditioning, guided)) for c in active),
-        "channels": run.prepared(("channels", guided), lambda: _rows(run, guided)),
-        "guidance": run.prepared(("guidance", run.guidance_scale), lambda: torch.tensor(run.guidance_scale).to(device)),
+        "denoiser": run.prepared(
+            ("denoiser", branches), lambda: run.denoiser.prepare(schedule.timesteps, conditioning)
+        ),
+        "controls": tuple(
+            run.prepared((id(c), branches), lambda c=c: c.tensors(conditioning, branches)) for c in active
+        ),
+        "channels": run.prepared(("channels", branches), lambda: _channels(run, branches)),
+        "guidance": run.prepared(("guidance", scales), lambda: torch.tensor(scales).view(-1, 1, 1, 1, 1).to(device)),
         "rescale": run.prepared("rescale", lambda: torch.tensor(run.guidance_rescale).to(device)),
         "rule": None if run.rule is None else run.rule[1],
         "input_scale": schedule.input_scale,
@@ -143,11 +150,8 @@ def _step(run: Run, k: int, noise: Tensor | None, rows: int, device: torch.devic
     return step, tensors
 
 
-def _rows(run: Run, guided: bool) -> Tensor | None:
-    if run.channels is None:
-        return None
-    channels = run.channels.to(run.dtype)
-    return torch.cat([channels, channels]) if guided else channels
+def _channels(run: Run, branches: int) -> Tensor | None:
+    return None if run.channels is None else in_every(run.channels.to(run.dtype), branches)
 
 
 def _own_step(run: Run, k: int, state: Tensor, prediction: Tensor, call: Tensor, tensors: Tree) -> Tensor:

@@ -49,6 +49,10 @@ class Schedule:
         return len(self.step_of_call)
 
     @property
+    def learns_variance(self) -> bool:
+        return learns_variance(self.scheduler) is not None
+
+    @property
     def steps(self) -> int:
         return self.step_of_call[-1] + 1
 

@@ -12,7 +12,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from .doors import Denoiser, Injection, LatentRule, Residuals, Tree, add_residuals, pick
+from .doors import Answer, Denoiser, Injection, LatentRule, Tree, add_answers, in_every, pick
 from .guidance import guide
 from .transition import advance, noise_factor
 
@@ -22,18 +22,19 @@ class Step:
     """What is fixed in a step; two equal steps are one graph.
 
     Attributes:
-        guided: the batch is (unconditional, conditional) and the answers are combined.
+        branches: of guidance, along the batch; more than one are combined.
         rescaled: guidance rescale is applied.
         scaled: the network's input is scaled (samplers that work on sigmas).
         noise: the sampler draws noise in this schedule.
         clip_range, variance: see `transition.Transition`.
         linear: the sampler is a matrix; otherwise the step ends with the prediction.
+        learned: the sampler takes the network's variance; where it is not linear, beside the prediction.
     """
 
     denoiser: Denoiser
     injections: tuple[Injection, ...]
     rule: LatentRule | None
-    guided: bool
+    branches: int
     rescaled: bool
     scaled: bool
     dtype: torch.dtype
@@ -41,6 +42,7 @@ class Step:
     clip_range: float | None
     variance: str | None
     linear: bool
+    learned: bool
 
     def __call__(self, state: Tensor, call: Tensor, tensors: Tree) -> tuple[Tensor, Tensor]:
         """Args:
@@ -54,7 +56,7 @@ class Step:
         latents = state[0]
         prediction, variance = self.predict(latents, call, tensors)
         if not self.linear:
-            return state, prediction if variance is None else torch.cat([prediction, variance], 1)
+            return state, torch.cat([prediction, variance], 1) if self.learned and variance is not None else prediction
         noise = pick(tensors["noise"], call)[0] if self.noise else None
         if noise is not None and self.variance and variance is not None:
             noise = noise * noise_factor(variance, self.variance, pick(tensors["log_spread"], call)[0])
@@ -70,21 +72,19 @@ class Step:
         return state, prediction
 
     def predict(self, latents: Tensor, call: Tensor, tensors: Tree) -> tuple[Tensor, Tensor | None]:
-        """Guided prediction (B, C, H, W) and the conditional half's variance, if the network learned one."""
+        """Guided prediction (B, C, H, W) and the conditional branch's variance, if the network learned one."""
         x = latents * pick(tensors["input_scale"], call) if self.scaled else latents
-        x = x.to(self.dtype)
-        if self.guided:
-            x = torch.cat([x, x])
+        x = in_every(x.to(self.dtype), self.branches)
         answers = [
-            injection(own, x, call, self.guided)
+            injection(own, x, call, self.branches)
             for injection, own in zip(self.injections, tensors["controls"], strict=True)
         ]
-        residuals = reduce(add_residuals, answers, Residuals())
+        answer = reduce(add_answers, answers, Answer())
         if tensors["channels"] is not None:
             x = torch.cat([x, tensors["channels"]], 1)
-        prediction, variance = self.denoiser(tensors["denoiser"], x, call, residuals)
+        prediction, variance = self.denoiser(tensors["denoiser"], x, call, answer)
         prediction = prediction.float()
-        if self.guided:
+        if self.branches > 1:
             prediction = guide(prediction, tensors["guidance"], tensors["rescale"] if self.rescaled else None)
-            variance = None if variance is None else variance.chunk(2)[1]
+            variance = None if variance is None else variance.chunk(self.branches)[-1]
         return prediction, variance
