@@ -34,9 +34,6 @@ class LatentCall:
         negative_prompt: what guidance leads away from.
         generator: one, or one for each picture, which then is the same alone and in a batch.
         latents: noise to start from, (B, 4, h, w).
-        prompt_embeds, negative_prompt_embeds: ready embeddings in place of prompts, as `encode_prompt` returns them.
-        prompt_syntax: "weighted" reads (word:1.3) and prompts of any length (see `models.text`); None takes text as it is.
-        clip_skip: layers of the text encoders to leave out at the end.
         padding_mask_crop: margin in pixels: only the masked region is worked on, at full size, and pasted back.
         output_type: "pil", "np", "pt" or "latent".
         callback_on_step_end: called as (pipe, call, timestep, tensors) after each call of the network; it gets the tensors
@@ -73,17 +70,11 @@ class LatentCall:
     eta: float = 0.0
     generator: Any = None
     latents: Tensor | None = None
-    prompt_embeds: Tensor | None = None
-    negative_prompt_embeds: Tensor | None = None
-    ip_adapter_image: Any = None
-    ip_adapter_image_embeds: Any = None
     masked_image_latents: Tensor | None = None
     padding_mask_crop: int | None = None
     output_type: str = "pil"
     return_dict: bool = True
     cross_attention_kwargs: dict[str, Any] | None = None
-    prompt_syntax: str | None = None
-    clip_skip: int | None = None
     callback_on_step_end: Any = None
     callback_on_step_end_tensor_inputs: Sequence[str] = field(default_factory=lambda: ["latents"])
     callback: Callable[[int, Tensor, Tensor], None] | None = None
@@ -96,8 +87,6 @@ class LatentCall:
 
     @property
     def prompts(self) -> int:
-        if self.prompt_embeds is not None:
-            return len(self.prompt_embeds)
         return 1 if isinstance(self.prompt, str) else len(self.prompt)
 
     def check(self, tensors: Sequence[str]) -> None:
@@ -109,17 +98,11 @@ class LatentCall:
     def rules(self, tensors: Sequence[str]) -> list[tuple[bool, str]]:
         """What is wrong, and the line that says so."""
         is_text = isinstance(self.prompt, str) or (isinstance(self.prompt, (list, tuple)) and len(self.prompt) > 0)
-        ip_adapter = self.ip_adapter_image is not None or self.ip_adapter_image_embeds is not None
         low, high = self.guidance_interval
         count, start, end = self.num_images_per_prompt, self.denoising_start, self.denoising_end
         unknown = sorted(set(self.callback_on_step_end_tensor_inputs) - set(tensors))
         return [
-            (ip_adapter, "ip_adapter_image is not supported yet: image prompts are no control of this version"),
             (self.image is None and self.mask_image is not None, "mask_image needs an image to repaint"),
-            (
-                (self.prompt is None) == (self.prompt_embeds is None),
-                "give a prompt or prompt_embeds, one of the two",
-            ),
             (
                 self.prompt is not None and not is_text,
                 f"prompt is {self.prompt!r}; it must be text or a list of texts",
@@ -130,16 +113,8 @@ class LatentCall:
                 self.padding_mask_crop is not None and self.output_type != "pil",
                 "padding_mask_crop pastes into the picture: it needs output_type='pil'",
             ),
-            (
-                self.negative_prompt is not None and self.negative_prompt_embeds is not None,
-                "give a negative_prompt or negative_prompt_embeds, one of the two",
-            ),
             (not 0 <= low <= high <= 1, f"guidance_interval is {low} to {high}; it must be 0 <= start <= end <= 1"),
             (not isinstance(count, int) or count < 1, f"num_images_per_prompt is {count}; it must be 1 or more"),
-            (
-                self.prompt_syntax not in (None, "weighted"),
-                f"prompt_syntax is {self.prompt_syntax!r}; it must be 'weighted' or None",
-            ),
             (
                 not math.isfinite(self.guidance_scale),
                 f"guidance_scale is {self.guidance_scale}; it must be a finite number",
@@ -149,4 +124,41 @@ class LatentCall:
                 f"denoising_start {start} must lie before denoising_end {end}",
             ),
             (bool(unknown), f"callback tensors {unknown} are unknown; there are {list(tensors)}"),
+        ]
+
+
+@dataclass
+class TextCall(LatentCall):
+    __doc__ = f"""{LatentCall.__doc__}
+    Of families with CLIP's text encoders:
+        prompt_embeds, negative_prompt_embeds: ready embeddings in place of prompts, as `encode_prompt` returns them.
+        prompt_syntax: "weighted" reads (word:1.3) and prompts of any length (see `models.text`); None takes text as it is.
+        clip_skip: layers of the text encoders to leave out at the end.
+    """
+
+    prompt_embeds: Tensor | None = None
+    negative_prompt_embeds: Tensor | None = None
+    ip_adapter_image: Any = None
+    ip_adapter_image_embeds: Any = None
+    prompt_syntax: str | None = None
+    clip_skip: int | None = None
+
+    @property
+    def prompts(self) -> int:
+        return super().prompts if self.prompt_embeds is None else len(self.prompt_embeds)
+
+    def rules(self, tensors: Sequence[str]) -> list[tuple[bool, str]]:
+        ip_adapter = self.ip_adapter_image is not None or self.ip_adapter_image_embeds is not None
+        return [
+            *super().rules(tensors),
+            (ip_adapter, "ip_adapter_image is not supported yet: image prompts are no control of this version"),
+            ((self.prompt is None) == (self.prompt_embeds is None), "give a prompt or prompt_embeds, one of the two"),
+            (
+                self.negative_prompt is not None and self.negative_prompt_embeds is not None,
+                "give a negative_prompt or negative_prompt_embeds, one of the two",
+            ),
+            (
+                self.prompt_syntax not in (None, "weighted"),
+                f"prompt_syntax is {self.prompt_syntax!r}; it must be 'weighted' or None",
+            ),
         ]

@@ -149,7 +149,7 @@ class LatentPipeline(ControlledPipeline):
     def _remember(self, call: LatentCall) -> None:
         """What callbacks read and write on the pipeline."""
         self._guidance_scale, self._guidance_rescale = call.guidance_scale, call.guidance_rescale
-        self._clip_skip, self._cross_attention_kwargs = call.clip_skip, call.cross_attention_kwargs
+        self._clip_skip, self._cross_attention_kwargs = getattr(call, "clip_skip", None), call.cross_attention_kwargs
         self._denoising_start, self._denoising_end = call.denoising_start, call.denoising_end
         self._interrupt = False
 

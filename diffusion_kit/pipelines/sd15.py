@@ -20,14 +20,14 @@ from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPV
 from diffusion_kit.models.text import Layer, count_windows, encode_prompts
 
 from .base import loras_scaled
-from .call import LatentCall
+from .call import TextCall
 from .canvas import Canvas
 from .latent import LatentPipeline, texts
 
 
 @dataclass
-class SD15Call(LatentCall):
-    __doc__ = LatentCall.__doc__
+class SD15Call(TextCall):
+    __doc__ = f"{TextCall.__doc__}"
 
     strengths: ClassVar[tuple[float, float]] = (0.8, 1.0)
 

@@ -8,14 +8,14 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from .call import LatentCall
+from .call import TextCall
 
 Size = tuple[int, int]
 
 
 @dataclass
-class SDXLCall(LatentCall):
-    __doc__ = f"""{LatentCall.__doc__}
+class SDXLCall(TextCall):
+    __doc__ = f"""{TextCall.__doc__}
     SDXL's own attributes:
         prompt_2, negative_prompt_2: for the second encoder; by default the first's. No negative prompt is the zero
             embedding of SDXL's base.
