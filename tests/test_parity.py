@@ -336,8 +336,8 @@ def test_ready_embeddings_and_free_u() -> None:
 def test_executor_beside_the_networks_own_forward(net: str) -> None:
     """A new release of diffusers that changes a forward is a red test here, not a wrong picture."""
     from diffusion_kit.adapters.controlnet import RunControlNet, embed
+    from diffusion_kit.models.attention import installed
     from diffusion_kit.models.denoiser import PeerDenoiser, UNetDenoiser, prepare_embeddings
-    from diffusion_kit.models.unet import installed
     from diffusion_kit.sampling.doors import Answer
 
     x, image = torch.randn(2, 4, 16, 16), torch.rand(2, 3, 64, 64)

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from diffusion_kit import Control, SDXLPipeline
-from diffusion_kit.models.unet import installed
+from diffusion_kit.models.attention import installed
 
 SYNCS = {"aten._local_scalar_dense", "aten.item", "aten.nonzero", "aten.equal", "aten.is_nonzero", "aten.masked_select"}
 CREATIONS = {"aten.scalar_tensor", "aten.lift_fresh", "aten.arange", "aten.full", "aten.tensor"}

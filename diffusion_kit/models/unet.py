@@ -9,37 +9,17 @@ A network that is not of the plain kind (`obstacle` says why) runs through its o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention, AttnAddedKVProcessor2_0, AttnProcessor2_0
 from diffusers.models.unets.unet_2d_blocks import CrossAttnDownBlock2D
 from torch import Tensor, nn
 
+from .attention import Context, Tokens, attention_layers, joint, split_heads
+
 Net = Any  # a network of diffusers: its parts are attributes that the type of nn.Module does not know
-
-
-class Tokens(NamedTuple):
-    """What the queries of an attention layer see.
-
-    Attributes:
-        key, value: (B, heads, tokens, width).
-        weight: of what comes of it, (B or 1, 1, queries or 1, 1); None is 1.
-        bias: added to the scores, (B, 1, 1, tokens), or None.
-    """
-
-    key: Tensor
-    value: Tensor
-    weight: Tensor | None = None
-    bias: Tensor | None = None
-
-
-Context = Mapping[str, tuple[Tokens, ...]]  # for each cross-attention layer the text's, and others attended beside them
 
 BLOCKS = {
     "DownBlock2D",
@@ -182,95 +162,6 @@ def text_tokens(net: Net, states: Tensor) -> Context:
         name: (Tokens(*(split_heads(layer, project(states)) for project in projections[name])),)
         for name, layer in layers
     }
-
-
-def joint(layer: Attention) -> bool:
-    """Whether the layer attends to text and picture at once, as Kandinsky 2.x does."""
-    return layer.add_k_proj is not None
-
-
-def attention_layers(net: Net) -> list[tuple[str, Attention]]:
-    return [(name, layer) for name, layer in net.named_modules() if isinstance(layer, Attention)]
-
-
-def split_heads(layer: Attention, x: Tensor) -> Tensor:
-    """(B, tokens, width) -> (B, heads, tokens, width / heads)"""
-    return x.unflatten(-1, (layer.heads, -1)).transpose(1, 2)
-
-
-def attend(query: Tensor, tokens: Tokens) -> Tensor:
-    """weight x softmax(Q K^T / sqrt(d) + bias) V, (B, heads, queries, width)."""
-    out = F.scaled_dot_product_attention(query, tokens.key, tokens.value, tokens.bias)
-    return out if tokens.weight is None else tokens.weight * out
-
-
-@dataclass(frozen=True)
-class _Attend:
-    """Attention processor of the executor: self-attention, or cross-attention to tokens made before, each attended by
-    itself and added (arXiv 2308.06721, eq. 5)."""
-
-    name: str
-
-    def __call__(
-        self,
-        attn: Attention,
-        hidden_states: Tensor,
-        encoder_hidden_states: Context | Tensor | None = None,
-        attention_mask: Tensor | None = None,
-    ) -> Tensor:
-        query = split_heads(attn, attn.to_q(hidden_states))
-        if isinstance(encoder_hidden_states, Mapping):
-            first, *others = encoder_hidden_states[self.name]
-        else:
-            first, others = (
-                Tokens(*(split_heads(attn, project(hidden_states)) for project in (attn.to_k, attn.to_v))),
-                [],
-            )
-        out = attend(query, first)
-        for tokens in others:
-            out = out + attend(query, tokens)
-        return attn.to_out[0](out.transpose(1, 2).flatten(2))
-
-
-@dataclass(frozen=True)
-class _AttendJointly:
-    """The same for layers that see text and picture (B, C, H, W) in one softmax."""
-
-    name: str
-
-    def __call__(
-        self,
-        attn: Attention,
-        hidden_states: Tensor,
-        encoder_hidden_states: Context,
-        attention_mask: Tensor | None = None,
-    ) -> Tensor:
-        x = attn.group_norm(hidden_states.flatten(2)).transpose(1, 2)  # (B, H W, C)
-        ((key, value, *_),) = encoder_hidden_states[self.name]
-        if not attn.only_cross_attention:
-            key = torch.cat([key, split_heads(attn, attn.to_k(x))], 2)
-            value = torch.cat([value, split_heads(attn, attn.to_v(x))], 2)
-        out = attend(split_heads(attn, attn.to_q(x)), Tokens(key, value))
-        out = attn.to_out[0](out.transpose(1, 2).flatten(2))
-        return hidden_states + out.transpose(1, 2).unflatten(-1, hidden_states.shape[2:])
-
-
-# One processor a layer for the life of a network: a compiled step finds the same objects in every run.
-_processors: WeakKeyDictionary[nn.Module, dict[str, Any]] = WeakKeyDictionary()
-
-
-@contextmanager
-def installed(*nets: Net) -> Iterator[None]:
-    """The executor's attention inside the block; afterwards every network has the processors that it had before."""
-    with ExitStack() as stack:
-        for net in nets:
-            layers = attention_layers(net)
-            made = {name: _AttendJointly(name) if joint(layer) else _Attend(name) for name, layer in layers}
-            own = _processors.setdefault(net, made)
-            for name, layer in layers:
-                stack.callback(setattr, layer, "processor", layer.processor)
-                layer.processor = own[name]
-        yield
 
 
 def obstacle(net: Net) -> str | None:

@@ -17,8 +17,9 @@ from diffusers.utils.peft_utils import scale_lora_layers, unscale_lora_layers
 from torch import Tensor, nn
 
 from diffusion_kit.adapters.control import Control, EncodedControl, Site, encode_control, load_control_model
+from diffusion_kit.models.attention import installed
 from diffusion_kit.models.sources import check_folder, embedded, locate, one_line
-from diffusion_kit.models.unet import installed, obstacle
+from diffusion_kit.models.unet import obstacle
 from diffusion_kit.sampling.engines import Compiled, Engine, eager
 from diffusion_kit.sampling.loop import Run, sample
 
