@@ -1,4 +1,4 @@
-"""Pictures to latents and back, through an AutoencoderKL or AutoencoderTiny."""
+"""Pictures to latents and back, through an AutoencoderKL, an AutoencoderTiny, or Kandinsky's MoVQ (VQModel)."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from diffusers import VQModel
 from torch import Tensor
 
 from diffusion_kit.sampling.noise import Generators
@@ -33,7 +34,7 @@ def encode_picture(
         else:
             latents = _posterior(vae, pixels, generator)  # type: ignore[arg-type]
     shift, std = _statistics(vae, latents)
-    return ((latents - shift) * (vae.config.scaling_factor / std)).to(dtype)
+    return ((latents - shift) * (_scaling(vae) / std)).to(dtype)
 
 
 @torch.no_grad()
@@ -52,8 +53,10 @@ def decode_latents(vae: Any, latents: Tensor, *, upcast: bool = True, **beside: 
     with _upcast(vae, upcast):
         latents = latents.to(vae.dtype)
         shift, std = _statistics(vae, latents)
-        beside = {name: value.to(latents) for name, value in beside.items()}
-        pixels = vae.decode(latents * (std / vae.config.scaling_factor) + shift, return_dict=False, **beside)[0]
+        options: dict[str, Any] = {name: value.to(latents) for name, value in beside.items()}
+        if isinstance(vae, VQModel):
+            options["force_not_quantize"] = True  # the diffusion model works between the codes
+        pixels = vae.decode(latents * (std / _scaling(vae)) + shift, return_dict=False, **options)[0]
     if not torch.isfinite(pixels).all():
         raise RuntimeError(
             f"the VAE overflowed in {str(vae.dtype).removeprefix('torch.')}: use pipe.vae.to(torch.float32), "
@@ -79,6 +82,11 @@ def _upcast(vae: Any, wanted: bool) -> Iterator[None]:
 def _posterior(vae: Any, pixels: Tensor, generator: torch.Generator | None) -> Tensor:
     out = vae.encode(pixels)
     return out.latent_dist.sample(generator) if hasattr(out, "latent_dist") else out.latents
+
+
+def _scaling(vae: Any) -> float:
+    """A VQModel has a scaling_factor in its configuration that nobody applies."""
+    return 1.0 if isinstance(vae, VQModel) else vae.config.scaling_factor
 
 
 def _statistics(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -181,7 +181,12 @@ class ControlledPipeline(DiffusionPipeline):
 
     @property
     def do_classifier_free_guidance(self) -> bool:
-        return self._guidance_scale > 1 and self.unet.config.time_cond_proj_dim is None
+        return self._guidance_scale > 1 and self.unet.config.get("time_cond_proj_dim") is None
+
+    @property
+    def guidance_weight(self) -> float:
+        """w of u + w (c - u)."""
+        return self._guidance_scale if self.do_classifier_free_guidance else 1.0
 
     @property
     def num_timesteps(self) -> int:

@@ -16,6 +16,8 @@ _NEGATIVE = {
     "negative_pooled_prompt_embeds": "add_text_embeds",
     "negative_add_time_ids": "add_time_ids",
     "add_neg_time_ids": "add_time_ids",
+    "negative_image_embeds": "image_embeds",
+    "negative_attention_mask": "attention_mask",
 }
 _CONTROL_IMAGES = ("image", "control_image")
 
@@ -40,8 +42,7 @@ class Callbacks:
             changed = self.call.callback_on_step_end(self.pipe, k, t, dict(given)) or {}
             latents = changed.get("latents", latents)
             self._take({n: v for n, v in changed.items() if n != "latents" and v is not given.get(n)})
-            guided = self.pipe.do_classifier_free_guidance
-            self.run.guidance_scale = self.pipe._guidance_scale if guided else 1.0
+            self.run.guidance_scale = self.pipe.guidance_weight
         step = schedule.step_of_call[k]
         if self.call.callback is not None and schedule.ends_step(k) and step % (self.call.callback_steps or 1) == 0:
             self.call.callback(step, t, latents)

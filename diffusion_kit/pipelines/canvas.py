@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -73,6 +75,7 @@ def make_canvas(
     latent_channels: int,
     multiple: int,
     fit: str,
+    rounding: str = "nearest",
 ) -> Canvas:
     """The call's pictures, prepared by diffusers' image processor.
 
@@ -82,6 +85,7 @@ def make_canvas(
         padding: margin around the mask of the region to work on, of size height x width, or None for the whole picture.
         native: height and width of the pictures that the model was made for.
         multiple: what every network of the run divides.
+        rounding: of a size that was asked for: see `rounded`.
         fit: how PIL pictures of another shape are brought to height x width: see `adapters.pictures.fit_image`.
 
     Raises:
@@ -89,7 +93,7 @@ def make_canvas(
     """
     cropped = padding is not None and mask is not None
     if height is not None or width is not None or image is None or cropped:
-        height, width = rounded("the size asked for", height or native[0], width or native[1], multiple)
+        height, width = rounded("the size asked for", height or native[0], width or native[1], multiple, rounding)
     if image is None:
         return Canvas(height or native[0], width or native[1], fit=fit)
     options: dict[str, Any] = {}
@@ -100,7 +104,7 @@ def make_canvas(
         options = {"crops_coords": crop, "resize_mode": "fill"}
     first = as_list(image)[0]
     if height is None and isinstance(first, Image.Image):
-        height, width = rounded("the picture", first.height, first.width, multiple, down=True)
+        height, width = rounded("the picture", first.height, first.width, multiple, "down")
 
     def own_shape(pictures: Any) -> Any:
         return pictures if cropped or fit == "stretch" else fitted(pictures, width, height, fit)  # type: ignore[arg-type]
@@ -130,12 +134,15 @@ def _plain(picture: Any) -> Any:
     return picture / np.float32(255) if bytes_of is not None and picture.dtype == bytes_of else picture
 
 
-def rounded(what: str, height: int, width: int, multiple: int, *, down: bool = False) -> tuple[int, int]:
-    """Height and width as multiples: the nearest ones, or those below, with a warning where they are others."""
+ROUNDINGS: dict[str, Callable[[float], int]] = {"nearest": round, "down": math.floor, "up": math.ceil}
+
+
+def rounded(what: str, height: int, width: int, multiple: int, rounding: str = "nearest") -> tuple[int, int]:
+    """Height and width as multiples: the "nearest" ones, those "down" or "up", with a warning where they are others."""
     if height < 1 or width < 1:
         raise ValueError(f"{what} is {width} x {height} pixels; both sides must be 1 or more")
-    sides = [side // multiple * multiple if down else round(side / multiple) * multiple for side in (height, width)]
-    if down and not all(sides):
+    sides = [ROUNDINGS[rounding](side / multiple) * multiple for side in (height, width)]
+    if rounding == "down" and not all(sides):
         raise ValueError(f"{what} is {width} x {height} pixels; give height= and width=, multiples of {multiple}")
     high, wide = (max(multiple, side) for side in sides)
     if (high, wide) != (height, width):

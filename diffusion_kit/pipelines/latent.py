@@ -66,6 +66,13 @@ class LatentPipeline(ControlledPipeline):
 
     upcasts: ClassVar[bool] = True  # a float16 autoencoder whose configuration says force_upcast runs in float32
 
+    rounding: ClassVar[str] = "nearest"  # of a size that was asked for
+
+    @property
+    def size_multiple(self) -> int:
+        """What the sides of a result are multiples of."""
+        return self.vae_scale_factor
+
     def own_adapters(self) -> Sequence[Any]:
         """Networks of controls that are components of the pipeline."""
         return ()
@@ -131,7 +138,7 @@ class LatentPipeline(ControlledPipeline):
             controls=self.encode_controls(controls, site),
             channels=start.channels,
             rule=start.rule,
-            guidance_scale=self._guidance_scale if self.do_classifier_free_guidance else 1.0,
+            guidance_scale=self.guidance_weight,
             guidance_rescale=call.guidance_rescale,
             guidance_interval=call.guidance_interval,
             generator=call.generator,
@@ -180,8 +187,9 @@ class LatentPipeline(ControlledPipeline):
             call.padding_mask_crop,
             native=self.native_size,
             latent_channels=self.vae.config.latent_channels,
-            multiple=granularity(self.vae_scale_factor, [*self.own_adapters(), *nets]),
+            multiple=granularity(self.size_multiple, [*self.own_adapters(), *nets]),
             fit=call.fit,
+            rounding=self.rounding,
         )
 
     def _start(self, call: LatentCall, batch: Batch, schedule: Schedule, canvas: Canvas) -> Start:
@@ -214,7 +222,7 @@ class LatentPipeline(ControlledPipeline):
 
     def guidance_condition(self, rows: int, device: torch.device) -> dict[str, Tensor]:
         """{"timestep_cond": (rows, E)} for UNets that are told the guidance scale; else nothing."""
-        width = self.unet.config.time_cond_proj_dim
+        width = self.unet.config.get("time_cond_proj_dim")
         if width is None:
             return {}
         return {"timestep_cond": guidance_embedding(self._guidance_scale, width, rows, device, self.unet.dtype)}

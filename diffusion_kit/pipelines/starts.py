@@ -65,16 +65,28 @@ def from_noise(batch: Batch, schedule: Schedule, latents: Tensor | None) -> Star
 
 
 def from_picture(
-    batch: Batch, schedule: Schedule, picture: Tensor, encoder: Encoder, *, add_noise: bool, latents: Tensor | None
+    batch: Batch,
+    schedule: Schedule,
+    picture: Tensor,
+    encoder: Encoder,
+    *,
+    add_noise: bool,
+    latents: Tensor | None,
+    level: tuple[float, float] | None = None,
 ) -> Start:
-    """Image-to-image: the picture (N, 3, H, W) in [-1, 1], or its latents, at the first call's noise level.
+    """Image-to-image: the picture (N, 3, H, W) in [-1, 1], or its latents, at the first call's noise level, or at `level`: a
+    and b of a image + b noise.
 
     `add_noise=False` takes latents that another run left half-way.
     """
     if latents is not None:
         return Start(_given(latents, batch))
     image = _latents_of(batch, picture, encoder)
-    return Start(_noised(schedule, image, batch.noise()) if add_noise else image)
+    if not add_noise:
+        return Start(image)
+    if level is None:
+        return Start(_noised(schedule, image, batch.noise()))
+    return Start(level[0] * image + level[1] * batch.noise())
 
 
 def from_masked_picture(
@@ -104,23 +116,57 @@ def from_masked_picture(
         raise ValueError(
             f"inpainting needs a UNet of {channels} or {2 * channels + 1} input channels, not {unet_channels}"
         )
-    whole = strength == 1.0
+    whole = strength == 1.0 or latents is not None
     image = None
-    if blends or (latents is None and not whole) or not add_noise:
+    if blends or not whole or not add_noise:
         image = _latents_of(batch, picture, encoder)
     noise = batch.noise() if latents is None or not add_noise else _given(latents, batch)
-    if not add_noise:
-        start = image
-    elif whole or latents is not None:
-        start = noise * schedule.init_scale
-    else:
-        start = _noised(schedule, image, noise)  # type: ignore[arg-type]
+    start = _started(schedule, image, noise, whole=whole, add_noise=add_noise)
     masked = _masked_latents(batch, picture, mask, encoder, masked_latents, needed=sees)
     small = batch.spread(F.interpolate(mask, batch.shape[1:]), "mask_image").to(batch.device)
     if sees:
-        return Start(start, channels=torch.cat([small.to(masked), masked], 1))  # type: ignore[arg-type, list-item]
+        return Start(start, channels=torch.cat([small.to(masked), masked], 1))
     tensors = {"image": image.float(), "noise": noise.float(), "mask": small.float()}  # type: ignore[union-attr]
     return Start(start, rule=(KeepUnmasked(), {**tensors, "noise_level": schedule.noise_level}))  # type: ignore[arg-type]
+
+
+def from_worn_picture(
+    batch: Batch,
+    schedule: Schedule,
+    picture: Tensor,
+    mask: Tensor,
+    encoder: Encoder,
+    *,
+    blends: bool,
+    strength: float,
+    add_noise: bool,
+    latents: Tensor | None,
+) -> Start:
+    """Inpainting as Kandinsky 2.x was trained for it: from noise, over (picture's latents x kept, kept) as extra channels, where
+    kept is worn away by a latent around white of the mask (N, 1, H, W), 0 or 1. Kandinsky 2.2 also `blends` after every step.
+    """
+    image = _latents_of(batch, picture, encoder)
+    noise = batch.noise() if latents is None else _given(latents, batch)
+    start = _started(schedule, image, noise, whole=strength == 1.0 or latents is not None, add_noise=add_noise)
+    hole = grown(F.interpolate(mask.float(), batch.shape[1:]))
+    hole = batch.spread(hole, "mask_image").to(image)
+    channels = torch.cat([image * (1 - hole), 1 - hole], 1)
+    tensors = {"image": image.float(), "noise": noise.float(), "mask": hole.float(), "noise_level": schedule.noise_level}
+    return Start(start, channels, (KeepUnmasked(), tensors) if blends else None)
+
+
+def _started(schedule: Schedule, image: Tensor | None, noise: Tensor, *, whole: bool, add_noise: bool) -> Tensor:
+    """Where inpainting starts: at what another run left, at noise, or at the noised picture."""
+    if not add_noise:
+        return image  # type: ignore[return-value]
+    return noise * schedule.init_scale if whole else _noised(schedule, image, noise)  # type: ignore[arg-type]
+
+
+def grown(hole: Tensor) -> Tensor:
+    """(N, 1, h, w) of 0 and 1 with the ones grown to their neighbours but for the upper right and the lower left one."""
+    forward = F.max_pool2d(F.pad(hole, (0, 1, 0, 1)), 2, 1)
+    backward = F.max_pool2d(F.pad(hole, (1, 0, 1, 0)), 2, 1)
+    return torch.maximum(forward, backward)
 
 
 def _masked_latents(
