@@ -20,6 +20,13 @@ _NEGATIVE = {
     "negative_attention_mask": "attention_mask",
 }
 _CONTROL_IMAGES = ("image", "control_image")
+# Where inpainting's extra channels are: of Stable Diffusion, of Kandinsky 2.x (whose mask is white where it keeps).
+_CHANNELS = {
+    "mask": slice(None, 1),
+    "masked_image_latents": slice(1, None),
+    "masked_image": slice(None, -1),
+    "mask_image": slice(-1, None),
+}
 
 
 class Callbacks:
@@ -61,10 +68,10 @@ class Callbacks:
             return images[0] if len(images) == 1 else images  # type: ignore[return-value]
         if name in _NEGATIVE:
             return self.run.conditioning[_NEGATIVE[name]][:-rows]
-        if name == "mask":
-            return self.run.rule[1]["mask"] if self.run.rule is not None else self.run.channels[:, :1]  # type: ignore[index]
-        if name == "masked_image_latents":
-            return before.new_zeros(0) if self.run.channels is None else self.run.channels[:, 1:]
+        if name in _CHANNELS and self.run.channels is not None:
+            return self.run.channels[:, _CHANNELS[name]]
+        if name in _CHANNELS:
+            return self.run.rule[1]["mask"] if name == "mask" and self.run.rule is not None else before.new_zeros(0)
         return self.run.conditioning[name]
 
     def _take(self, changed: dict[str, Tensor]) -> None:
@@ -78,13 +85,18 @@ class Callbacks:
             elif name in _NEGATIVE:
                 kept = run.conditioning[_NEGATIVE[name]][-rows:]
                 run.conditioning = {**run.conditioning, _NEGATIVE[name]: torch.cat([value, kept])}
-            elif name == "mask" and run.rule is not None:
-                run.rule = (run.rule[0], {**run.rule[1], "mask": value[-rows:]})
-            elif name in ("mask", "masked_image_latents") and run.channels is not None:
-                mask, masked = run.channels[:, :1], run.channels[:, 1:]
-                parts = (value[-rows:], masked) if name == "mask" else (mask, value[-rows:])
-                run.channels = torch.cat(parts, 1)
+            elif name in _CHANNELS:
+                self._take_mask(name, value[-rows:])
             elif name in run.conditioning:
                 run.conditioning = {**run.conditioning, name: value}
         if changed:
             run.forget()
+
+    def _take_mask(self, name: str, value: Tensor) -> None:
+        run = self.run
+        if run.channels is not None:
+            run.channels = run.channels.clone()
+            run.channels[:, _CHANNELS[name]] = value
+        if run.rule is not None and name in ("mask", "mask_image"):
+            mask = value if name == "mask" else 1 - value
+            run.rule = (run.rule[0], {**run.rule[1], "mask": mask})

@@ -22,7 +22,7 @@ from .base import ControlledPipeline
 from .call import LatentCall
 from .callbacks import Callbacks
 from .canvas import Canvas, make_canvas
-from .starts import Batch, Start, from_masked_picture, from_noise, from_picture
+from .starts import Batch, Encoder, Start, from_masked_picture, from_noise, from_picture
 
 
 class LatentPipeline(ControlledPipeline):
@@ -76,6 +76,10 @@ class LatentPipeline(ControlledPipeline):
     def own_adapters(self) -> Sequence[Any]:
         """Networks of controls that are components of the pipeline."""
         return ()
+
+    def start_level(self, call: Any, schedule: Schedule) -> tuple[float, float] | None:
+        """a and b of a image + b noise at which image-to-image starts, where they are not the schedule's."""
+        return None
 
     def conditioning(self, call: Any, canvas: Canvas, device: torch.device) -> dict[str, Tensor]:
         """(unconditional, conditional) embeddings along the batch, or the conditional ones without guidance."""
@@ -192,15 +196,22 @@ class LatentPipeline(ControlledPipeline):
             rounding=self.rounding,
         )
 
-    def _start(self, call: LatentCall, batch: Batch, schedule: Schedule, canvas: Canvas) -> Start:
-        def encoder(pixels: Tensor, generator: Any) -> Tensor:
+    def encoder(self, batch: Batch) -> Encoder:
+        """Pixels and a generator to latents."""
+
+        def encode(pixels: Tensor, generator: Any) -> Tensor:
             return encode_picture(self.vae, pixels.to(batch.device), generator, batch.dtype, upcast=self.upcasts)
 
-        add_noise = call.denoising_start is None
+        return encode
+
+    def _start(self, call: LatentCall, batch: Batch, schedule: Schedule, canvas: Canvas) -> Start:
+        encoder, add_noise = self.encoder(batch), call.denoising_start is None
         if canvas.picture is None:
             return from_noise(batch, schedule, call.latents)
         if canvas.mask is None:
-            return from_picture(batch, schedule, canvas.picture, encoder, add_noise=add_noise, latents=call.latents)
+            level = self.start_level(call, schedule)
+            options: dict[str, Any] = {"add_noise": add_noise, "latents": call.latents, "level": level}
+            return from_picture(batch, schedule, canvas.picture, encoder, **options)
         return from_masked_picture(
             batch,
             schedule,

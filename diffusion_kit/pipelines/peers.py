@@ -31,13 +31,13 @@ CONTROLNET_DEFAULTS = {
 }
 
 
-def with_adapter(family: type[LatentPipeline], names: str, several: type) -> Callable[..., None]:
+def made_of(family: type[LatentPipeline], names: str, several: type | None = None) -> Callable[..., None]:
     """A constructor over that of `family`, with the components and flags `names` in the peer's order.
 
-    The one name that the family does not know is the adapter; a list of adapters is wrapped in `several`.
+    A name that the family does not know is the adapter; a list of adapters is wrapped in `several`.
     """
     takes = inspect.signature(family.__init__).parameters
-    (own,) = set(names.split()) - set(takes)
+    adapters = [name for name in names.split() if name not in takes]
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     parameters = [takes.get(name, inspect.Parameter(name, kind)) for name in ("self", *names.split())]
     signature = inspect.Signature(parameters)
@@ -48,9 +48,11 @@ def with_adapter(family: type[LatentPipeline], names: str, several: type) -> Cal
         values = dict(bound.arguments)
         if "add_watermarker" in takes:
             values.setdefault("add_watermarker", False)
-        adapter = values.pop(own)
+        given = {name: values.pop(name) for name in adapters}
         family.__init__(**values)
-        self.register_modules(**{own: several(list(adapter)) if isinstance(adapter, (list, tuple)) else adapter})
+        for name, adapter in given.items():
+            many = several is not None and isinstance(adapter, (list, tuple))
+            self.register_modules(**{name: several(list(adapter)) if many else adapter})  # type: ignore[misc]
 
     init.__signature__ = signature  # type: ignore[attr-defined]
     # diffusers reads the components' types from here; strings would be looked up among this module's names.

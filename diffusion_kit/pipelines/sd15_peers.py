@@ -13,7 +13,7 @@ from .peers import (
     ControlNetArguments,
     ImageArguments,
     InpaintArguments,
-    with_adapter,
+    made_of,
 )
 from .sd15 import SD15Pipeline
 
@@ -61,7 +61,7 @@ class StableDiffusionAdapterPipeline(AdapterArguments, SD15Pipeline):
     )
     defaults: ClassVar = {"adapter_conditioning_scale": 1.0}
     scheduler_settings: ClassVar = {}
-    __init__ = with_adapter(
+    __init__ = made_of(
         SD15Pipeline, f"{_COMPONENTS} adapter {_OTHERS} requires_safety_checker image_encoder", MultiAdapter
     )
 
@@ -75,7 +75,7 @@ class StableDiffusionControlNetPipeline(ControlNetArguments, SD15Pipeline):
     )
     defaults: ClassVar = CONTROLNET_DEFAULTS
     scheduler_settings: ClassVar = {}
-    __init__ = with_adapter(
+    __init__ = made_of(
         SD15Pipeline,
         f"{_COMPONENTS} controlnet {_OTHERS} image_encoder requires_safety_checker",
         MultiControlNetModel,

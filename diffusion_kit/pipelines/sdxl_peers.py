@@ -13,7 +13,7 @@ from .peers import (
     ControlNetArguments,
     ImageArguments,
     InpaintArguments,
-    with_adapter,
+    made_of,
 )
 from .sdxl import SDXLPipeline
 
@@ -64,7 +64,7 @@ class StableDiffusionXLAdapterPipeline(AdapterArguments, SDXLPipeline):
         "adapter_conditioning_scale adapter_conditioning_factor clip_skip"
     )
     defaults: ClassVar = {"adapter_conditioning_scale": 1.0, "adapter_conditioning_factor": 1.0}
-    __init__ = with_adapter(
+    __init__ = made_of(
         SDXLPipeline, f"{_COMPONENTS} adapter scheduler force_zeros_for_empty_prompt {_OTHERS}", MultiAdapter
     )
 
@@ -77,7 +77,7 @@ class StableDiffusionXLControlNetPipeline(ControlNetArguments, SDXLPipeline):
         f"cross_attention_kwargs {CONTROLNET} {_SIZES} {_NEGATIVE_SIZES} {_CALLBACK}"
     )
     defaults: ClassVar = CONTROLNET_DEFAULTS
-    __init__ = with_adapter(
+    __init__ = made_of(
         SDXLPipeline,
         f"{_COMPONENTS} controlnet scheduler force_zeros_for_empty_prompt add_watermarker {_OTHERS}",
         MultiControlNetModel,
@@ -96,7 +96,7 @@ class StableDiffusionXLControlNetImg2ImgPipeline(ControlNetArguments, SDXLPipeli
         "strength": 0.8,
         "controlnet_conditioning_scale": 0.8,
     }
-    __init__ = with_adapter(
+    __init__ = made_of(
         SDXLPipeline,
         f"{_COMPONENTS} controlnet scheduler requires_aesthetics_score force_zeros_for_empty_prompt add_watermarker "
         f"{_OTHERS}",

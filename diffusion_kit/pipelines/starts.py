@@ -74,8 +74,8 @@ def from_picture(
     latents: Tensor | None,
     level: tuple[float, float] | None = None,
 ) -> Start:
-    """Image-to-image: the picture (N, 3, H, W) in [-1, 1], or its latents, at the first call's noise level, or at `level`: a
-    and b of a image + b noise.
+    """Image-to-image: the picture (N, 3, H, W) in [-1, 1], or its latents, at the first call's noise level, or at `level`:
+    a and b of a image + b noise.
 
     `add_noise=False` takes latents that another run left half-way.
     """
@@ -125,8 +125,8 @@ def from_masked_picture(
     masked = _masked_latents(batch, picture, mask, encoder, masked_latents, needed=sees)
     small = batch.spread(F.interpolate(mask, batch.shape[1:]), "mask_image").to(batch.device)
     if sees:
-        return Start(start, channels=torch.cat([small.to(masked), masked], 1))
-    tensors = {"image": image.float(), "noise": noise.float(), "mask": small.float()}  # type: ignore[union-attr]
+        return Start(start, channels=torch.cat([small.to(masked), masked], 1))  # type: ignore[list-item]
+    tensors = {"image": image.float(), "noise": noise.float(), "mask": small.float()}
     return Start(start, rule=(KeepUnmasked(), {**tensors, "noise_level": schedule.noise_level}))  # type: ignore[arg-type]
 
 
@@ -142,8 +142,8 @@ def from_worn_picture(
     add_noise: bool,
     latents: Tensor | None,
 ) -> Start:
-    """Inpainting as Kandinsky 2.x was trained for it: from noise, over (picture's latents x kept, kept) as extra channels, where
-    kept is worn away by a latent around white of the mask (N, 1, H, W), 0 or 1. Kandinsky 2.2 also `blends` after every step.
+    """Inpainting as Kandinsky 2.x was trained for it: (picture's latents x kept, kept) are extra channels, where kept is worn
+    away by a latent around white of the mask (N, 1, H, W), 0 or 1. Kandinsky 2.2 also `blends` after every step.
     """
     image = _latents_of(batch, picture, encoder)
     noise = batch.noise() if latents is None else _given(latents, batch)
@@ -151,7 +151,12 @@ def from_worn_picture(
     hole = grown(F.interpolate(mask.float(), batch.shape[1:]))
     hole = batch.spread(hole, "mask_image").to(image)
     channels = torch.cat([image * (1 - hole), 1 - hole], 1)
-    tensors = {"image": image.float(), "noise": noise.float(), "mask": hole.float(), "noise_level": schedule.noise_level}
+    tensors = {
+        "image": image.float(),
+        "noise": noise.float(),
+        "mask": hole.float(),
+        "noise_level": schedule.noise_level,
+    }
     return Start(start, channels, (KeepUnmasked(), tensors) if blends else None)
 
 
