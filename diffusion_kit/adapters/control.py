@@ -115,7 +115,7 @@ class Site:
 
     @property
     def levels(self) -> int:
-        return len(self.unet.down_blocks) + 1
+        return len(layout(self.unet, self.latent_size)[1])
 
     def mask(self, control: Control) -> Tensor | None:
         """(rows or 1, 1, height, width) in [0, 1], or None."""

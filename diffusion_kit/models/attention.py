@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
+Net = Any  # a network of diffusers: its parts are attributes that the type of nn.Module does not know
+
 
 class Tokens(NamedTuple):
     """What the queries of an attention layer see.
@@ -119,3 +121,14 @@ def installed(*nets: nn.Module) -> Iterator[None]:
                 stack.callback(setattr, layer, "processor", layer.processor)
                 layer.processor = own[name]
         yield
+
+
+def changed(net: Net) -> str | None:
+    """What was done to a network so that only its own forward is sure to respect it; None if nothing."""
+    if hasattr(net, "_orig_mod") or getattr(net, "_compiled_call_impl", None):
+        return "it was compiled by the caller"
+    if "forward" in vars(net) and not hasattr(net, "_hf_hook"):
+        return "its forward was replaced"
+    if hasattr(net, "_diffusers_hook") or net._forward_hooks or net._forward_pre_hooks:
+        return "it has hooks of its own"
+    return None

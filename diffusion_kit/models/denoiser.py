@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers import Kandinsky3UNet
 from torch import Tensor
 
-from diffusion_kit.sampling.doors import Answer, Conditioning, Tree, pick
+from diffusion_kit.sampling.doors import Answer, Conditioning, Denoiser, Tree, pick
 
+from .kandinsky3 import Kandinsky3Denoiser, Kandinsky3PeerDenoiser
 from .unet import Net, decode, embeddings, encode, layout, obstacle, text_tokens
 
 # The conditioning's names, and the peer's for the same.
@@ -88,10 +90,10 @@ class PeerDenoiser:
         return split_variance(out[0], self.channels)
 
 
-def make_denoiser(
-    net: Any, channels: int, cross_attention_kwargs: dict[str, Any] | None = None
-) -> UNetDenoiser | PeerDenoiser:
+def make_denoiser(net: Any, channels: int, cross_attention_kwargs: dict[str, Any] | None = None) -> Denoiser:
     """The executor where it can run the network, else the network's own forward."""
+    if isinstance(net, Kandinsky3UNet):
+        return Kandinsky3Denoiser(net) if obstacle(net) is None else Kandinsky3PeerDenoiser(net)
     own = {name: value for name, value in (cross_attention_kwargs or {}).items() if name != "scale"}
     more = net.config.in_channels - channels if own_control(net, channels) else 0
     if obstacle(net) is None and not own:

@@ -13,13 +13,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from diffusers import Kandinsky3UNet
 from diffusers.models.attention_processor import Attention, AttnAddedKVProcessor2_0, AttnProcessor2_0
 from diffusers.models.unets.unet_2d_blocks import CrossAttnDownBlock2D
 from torch import Tensor, nn
 
-from .attention import Context, Tokens, attention_layers, joint, split_heads
-
-Net = Any  # a network of diffusers: its parts are attributes that the type of nn.Module does not know
+from . import kandinsky3
+from .attention import Context, Net, Tokens, attention_layers, changed, joint, split_heads
 
 BLOCKS = {
     "DownBlock2D",
@@ -109,6 +109,8 @@ def adds_inside(block: nn.Module) -> bool:
 def layout(net: Net, size: tuple[int, int]) -> tuple[list[tuple[int, int, tuple[int, int]]], list[int]]:
     """Level, channels and spatial size of each skip and of the middle, for latents of `size`; and the position, in that
     list, of the tensors to which T2I residuals are added. Level k is down block k, the last level the middle."""
+    if isinstance(net, Kandinsky3UNet):
+        return kandinsky3.layout(net, size)
     channels = net.conv_in.out_channels
     places, intra = [(0, channels, size)], []
     for level, block in enumerate(net.down_blocks):
@@ -166,12 +168,10 @@ def text_tokens(net: Net, states: Tensor) -> Context:
 
 def obstacle(net: Net) -> str | None:
     """Why a network has to run through its own forward; None if the executor can run it."""
-    if hasattr(net, "_orig_mod") or getattr(net, "_compiled_call_impl", None):
-        return "it was compiled by the caller"
-    if "forward" in vars(net) and not hasattr(net, "_hf_hook"):
-        return "its forward was replaced"
-    if hasattr(net, "_diffusers_hook") or net._forward_hooks or net._forward_pre_hooks:
-        return "it has hooks of its own"
+    if isinstance(net, Kandinsky3UNet):
+        return kandinsky3.obstacle(net)
+    if (why := changed(net)) is not None:
+        return why
     config = net.config
     blocks = [*net.down_blocks, net.mid_block, *getattr(net, "up_blocks", ())]
     unknown = {type(block).__name__ for block in blocks if block is not None} - BLOCKS

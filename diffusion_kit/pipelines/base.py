@@ -48,6 +48,7 @@ class ControlledPipeline(DiffusionPipeline):
 
         @torch.no_grad()
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            args, kwargs = self.accept(args, kwargs)
             values = bind(signature, type(self).__name__, args, kwargs)
             return self.generate(self.Call(**self.translate(values)))
 
@@ -55,6 +56,10 @@ class ControlledPipeline(DiffusionPipeline):
         call.__name__, call.__qualname__ = "__call__", f"{cls.__name__}.__call__"
         call.__doc__ = cls.Call.__doc__
         cls.__call__ = call
+
+    def accept(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """A call's arguments without those that this class takes and does not read."""
+        return args, kwargs
 
     def translate(self, values: dict[str, Any]) -> dict[str, Any]:
         """From this class's call arguments to the family's."""

@@ -133,7 +133,7 @@ class Kandinsky22Pipeline(Kandinsky2Pipeline):
     """The family of Kandinsky 2.2's decoders: a picture of `image_embeds`. `KandinskyV22ControlnetPipeline`'s UNet takes a
     `Control("hint", depth_map)`."""
 
-    Call = Kandinsky22Call
+    Call: ClassVar[type] = Kandinsky22Call
     peer_name = "KandinskyV22Pipeline"
     blends = True
     model_cpu_offload_seq = "unet->movq"
@@ -158,7 +158,7 @@ class Kandinsky22Pipeline(Kandinsky2Pipeline):
 class Kandinsky21Pipeline(Kandinsky2Pipeline):
     """The family of Kandinsky 2.1's decoders: a picture of a prompt, read by M-CLIP, and of `image_embeds`."""
 
-    Call = Kandinsky21Call
+    Call: ClassVar[type] = Kandinsky21Call
     peer_name = "KandinskyPipeline"
     blends = False
     model_cpu_offload_seq = "text_encoder->unet->movq"

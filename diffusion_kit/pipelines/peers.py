@@ -52,7 +52,7 @@ def made_of(family: type[LatentPipeline], names: str, several: type | None = Non
         family.__init__(**values)
         for name, adapter in given.items():
             many = several is not None and isinstance(adapter, (list, tuple))
-            self.register_modules(**{name: several(list(adapter)) if many else adapter})  # type: ignore[misc]
+            self.register_modules(**{name: several(list(adapter)) if many else adapter})
 
     init.__signature__ = signature  # type: ignore[attr-defined]
     # diffusers reads the components' types from here; strings would be looked up among this module's names.

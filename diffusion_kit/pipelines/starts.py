@@ -126,8 +126,8 @@ def from_masked_picture(
     small = batch.spread(F.interpolate(mask, batch.shape[1:]), "mask_image").to(batch.device)
     if sees:
         return Start(start, channels=torch.cat([small.to(masked), masked], 1))  # type: ignore[list-item]
-    tensors = {"image": image.float(), "noise": noise.float(), "mask": small.float()}
-    return Start(start, rule=(KeepUnmasked(), {**tensors, "noise_level": schedule.noise_level}))  # type: ignore[arg-type]
+    tensors = {"image": image.float(), "noise": noise.float(), "mask": small.float()}  # type: ignore[union-attr]
+    return Start(start, rule=(KeepUnmasked(), {**tensors, "noise_level": schedule.noise_level}))
 
 
 def from_worn_picture(
@@ -142,8 +142,8 @@ def from_worn_picture(
     add_noise: bool,
     latents: Tensor | None,
 ) -> Start:
-    """Inpainting as Kandinsky 2.x was trained for it: (picture's latents x kept, kept) are extra channels, where kept is worn
-    away by a latent around white of the mask (N, 1, H, W), 0 or 1. Kandinsky 2.2 also `blends` after every step.
+    """Inpainting as Kandinsky 2.x was trained for it: (picture's latents x kept, kept) are extra channels, where kept is
+    worn away by a latent around white of the mask (N, 1, H, W), 0 or 1. Kandinsky 2.2 also `blends` after every step.
     """
     image = _latents_of(batch, picture, encoder)
     noise = batch.noise() if latents is None else _given(latents, batch)
