@@ -144,7 +144,7 @@ def complete(pipe: Any, job: Job, settings: Settings, seed: int, hash_of: Callab
     own = [name for name in pipe.control_names if name in detectors()]
     controls = tuple(_hashed(pipe, without_auto(control, own), hash_of) for control in job.controls)
     nets = [pipe.load_control(control.kind) for control in controls]
-    multiple = granularity(pipe.vae_scale_factor, nets)
+    multiple = granularity(pipe.size_multiple, nets)
     first = next((opened(ref) for ref in [job.image, *(c.image for c in controls)] if ref is not None), None)
     width, height = settings.size or natural_size(pipe, first, multiple)
     height, width = rounded("--size", height, width, multiple)
@@ -194,7 +194,7 @@ def natural_size(pipe: Any, picture: Image.Image | None, multiple: int) -> tuple
     if picture is None:
         return width, height
     side = math.sqrt(width * height)
-    multiple = math.lcm(multiple, pipe.vae_scale_factor * max(1, round(side) // 128))
+    multiple = math.lcm(multiple, pipe.size_multiple * max(1, round(side) // 128))
     ratio = min(max(picture.width / picture.height, 1 / NARROWEST), NARROWEST) ** 0.5
     wide, high = (max(multiple, round(side * f / multiple) * multiple) for f in (ratio, 1 / ratio))
     return wide, high

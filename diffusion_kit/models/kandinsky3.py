@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from diffusers import Kandinsky3UNet
 from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor
 
@@ -40,7 +41,7 @@ def decode(net: Net, h: Tensor, skips: Sequence[Tensor], emb: Tensor, context: C
 
 
 def layout(net: Net, size: tuple[int, int]) -> tuple[list[tuple[int, int, tuple[int, int]]], list[int]]:
-    """Level, channels and spatial size of what each down block gives; and all positions, since T2I residuals are added there."""
+    """Level, channels and spatial size of what each down block gives; and all positions: T2I residuals go to each."""
     places = []
     for level, block in enumerate(net.down_blocks):
         last = block.resnets_out[-1]
@@ -48,6 +49,10 @@ def layout(net: Net, size: tuple[int, int]) -> tuple[list[tuple[int, int, tuple[
             size = (size[0] // 2, size[1] // 2)
         places.append((level, last.resnet_blocks[-1].projection.out_channels, size))
     return places, list(range(len(places)))
+
+
+def is_kandinsky3(net: Net) -> bool:
+    return isinstance(getattr(net, "_orig_mod", net), Kandinsky3UNet)  # a caller may have compiled it
 
 
 def obstacle(net: Net) -> str | None:
@@ -66,18 +71,22 @@ def text_tokens(net: Net, states: Tensor, bias: Tensor) -> Context:
     }
 
 
-def pooled(net: Net, states: Tensor, bias: Tensor) -> Tensor:
-    """What the text adds to the time embedding, (B, D): attention of its mean to it."""
+def pooled(net: Net, states: Tensor, bias: Tensor, spans: Tensor) -> Tensor:
+    """What the text adds to the time embedding, (B, D): attention of its mean, over its own span (B, tokens), to it."""
     layer = net.add_time_condition.attention
-    query = split_heads(layer, layer.to_q(states.mean(1, keepdim=True)))
+    mean = (states * spans[..., None]).sum(1, keepdim=True) / spans.sum(1)[:, None, None]
+    query = split_heads(layer, layer.to_q(mean))
     tokens = Tokens(split_heads(layer, layer.to_k(states)), split_heads(layer, layer.to_v(states)), bias=bias)
     return layer.to_out[0](attend(query, tokens).transpose(1, 2).flatten(2))[:, 0]
 
 
 @dataclass(frozen=True)
 class Kandinsky3Denoiser:
-    """Runs the UNet through the executor. The conditioning holds `prompt_embeds` (rows, tokens, width) and `attention_mask`
-    (rows, tokens)."""
+    """Runs the UNet through the executor.
+
+    The conditioning holds `prompt_embeds` (rows, tokens, width), `attention_mask` (rows, tokens), the tokens that are seen,
+    and `spans` (rows, tokens), those that a row would have in a batch of its own: the UNet takes the mean over them.
+    """
 
     net: Net
 
@@ -90,7 +99,7 @@ class Kandinsky3Denoiser:
         states = net.encoder_hid_proj(conditioning["prompt_embeds"].to(net.dtype))
         bias = ((1 - conditioning["attention_mask"].to(states)) * -10000.0)[:, None, None]
         times = net.time_embedding(net.time_proj(timesteps).to(net.dtype))  # (n, D)
-        emb = times[:, None] + pooled(net, states, bias)
+        emb = times[:, None] + pooled(net, states, bias, conditioning["spans"].to(states))
         return {"emb": emb, "context": text_tokens(net, states, bias)}
 
     def __call__(self, tensors: Tree, x: Tensor, call: Tensor, answer: Answer) -> tuple[Tensor, None]:
@@ -101,7 +110,7 @@ class Kandinsky3Denoiser:
 
 @dataclass(frozen=True)
 class Kandinsky3PeerDenoiser:
-    """Runs the UNet through its own forward, which takes no residuals."""
+    """Runs the UNet through its own forward, which takes no residuals, and one span for all rows."""
 
     net: Net
 

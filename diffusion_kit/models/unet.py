@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from diffusers import Kandinsky3UNet
 from diffusers.models.attention_processor import Attention, AttnAddedKVProcessor2_0, AttnProcessor2_0
 from diffusers.models.unets.unet_2d_blocks import CrossAttnDownBlock2D
 from torch import Tensor, nn
@@ -109,7 +108,7 @@ def adds_inside(block: nn.Module) -> bool:
 def layout(net: Net, size: tuple[int, int]) -> tuple[list[tuple[int, int, tuple[int, int]]], list[int]]:
     """Level, channels and spatial size of each skip and of the middle, for latents of `size`; and the position, in that
     list, of the tensors to which T2I residuals are added. Level k is down block k, the last level the middle."""
-    if isinstance(net, Kandinsky3UNet):
+    if kandinsky3.is_kandinsky3(net):
         return kandinsky3.layout(net, size)
     channels = net.conv_in.out_channels
     places, intra = [(0, channels, size)], []
@@ -168,7 +167,7 @@ def text_tokens(net: Net, states: Tensor) -> Context:
 
 def obstacle(net: Net) -> str | None:
     """Why a network has to run through its own forward; None if the executor can run it."""
-    if isinstance(net, Kandinsky3UNet):
+    if kandinsky3.is_kandinsky3(net):
         return kandinsky3.obstacle(net)
     if (why := changed(net)) is not None:
         return why

@@ -10,11 +10,17 @@ from diffusers import DiffusionPipeline
 
 from diffusion_kit.models.sources import checkpoint_kind, locate, one_line, read_json
 
-from . import sd15, sd15_peers, sdxl, sdxl_peers
+from . import kandinsky, kandinsky3, kandinsky_combined, kandinsky_peers, sd15, sd15_peers, sdxl, sdxl_peers
 from .base import ControlledPipeline
 
 # Family of each class name that a model_index.json may hold, and its peer-named classes by (adapter, task).
-PEERS: dict[type[ControlledPipeline], ModuleType] = {sdxl.SDXLPipeline: sdxl_peers, sd15.SD15Pipeline: sd15_peers}
+PEERS: dict[type[ControlledPipeline], ModuleType] = {
+    sdxl.SDXLPipeline: sdxl_peers,
+    sd15.SD15Pipeline: sd15_peers,
+    kandinsky.Kandinsky21Pipeline: kandinsky_peers,
+    kandinsky.Kandinsky22Pipeline: kandinsky_peers,
+    kandinsky3.Kandinsky3Pipeline: kandinsky3,
+}
 FAMILIES: dict[str, type[ControlledPipeline]] = {
     name: family
     for family, module in PEERS.items()
@@ -30,6 +36,11 @@ WITH_ADAPTER: dict[tuple[type, str, str], type[ControlledPipeline]] = {
         ("controlnet", "image", "ControlNetImg2Img"),
         ("controlnet", "inpaint", "ControlNetInpaint"),
     )
+}
+# Families that make pictures of a prior's embeddings, and the same with their prior.
+WITH_PRIOR: dict[type, type[kandinsky_combined.WithPrior]] = {
+    kandinsky.Kandinsky21Pipeline: kandinsky_combined.Kandinsky21CombinedPipeline,
+    kandinsky.Kandinsky22Pipeline: kandinsky_combined.Kandinsky22CombinedPipeline,
 }
 # Pipeline of each kind of single file, under diffusers' names of the kinds.
 SINGLE_FILES = {
@@ -48,7 +59,8 @@ class _AutoPipeline:
     """`from_pretrained(source, ...)` and `from_pipe(pipe, ...)`.
 
     With `adapter=` or `controlnet=` the result answers the peer's call arguments; without, it is the family, which takes
-    `controls=` and does all three tasks by what it is given.
+    `controls=` and does all three tasks by what it is given. A decoder of Kandinsky 2.x comes with its prior: the one that
+    its folder or model card names, or `prior=`, a folder, an id or a pipeline.
     """
 
     task: ClassVar[str]
@@ -69,23 +81,28 @@ class _AutoPipeline:
     def from_pipe(cls, pipe: DiffusionPipeline, **kwargs: Any) -> Any:
         """A pipeline over the same components, of the kit's or the peer's pipeline; nothing is loaded."""
         name = getattr(pipe, "peer_name", "") or type(pipe).__name__
+        if (prior := kwargs.pop("prior", None)) is not None:
+            kwargs |= kandinsky_combined.prior_parts(prior)
         own = {key: getattr(pipe, key) for key in ("adapter", "controlnet") if hasattr(pipe, key)}
         takes = {key for _, key, task in WITH_ADAPTER if task == cls.task}
         chosen = {**{key: value for key, value in own.items() if key in takes}, **kwargs}
         target = cls._class(name, chosen, name)
+        if issubclass(target, kandinsky_combined.WithPrior) and not {"prior_prior"} & {*kwargs, *pipe.components}:
+            target = FAMILIES[name]
         return target.from_pipe(pipe, **chosen)
 
     @classmethod
     def _class(cls, name: str, kwargs: dict[str, Any], source: str) -> type[ControlledPipeline]:
         if name not in FAMILIES:
-            raise ValueError(f"{source} is a {name}; the families of this version are {_known()}")
+            prior = "a decoder's prior: give the decoder, and this as prior=" if "Prior" in name else f"a {name}"
+            raise ValueError(f"{source} is {prior}; the families of this version are {_known()}")
         family = FAMILIES[name]
-        if "adapter" in kwargs and cls.task != "text":
-            raise ValueError(f"{cls.__name__} takes no adapter=: pass controls=[Control(adapter, image)] to the call")
         for adapter in ("adapter", "controlnet"):
+            if adapter in kwargs and (family, adapter, cls.task) not in WITH_ADAPTER:
+                raise ValueError(f"{source} takes no {adapter}=: pass controls=[Control({adapter}, image)] to the call")
             if adapter in kwargs:
                 return WITH_ADAPTER[family, adapter, cls.task]
-        return family
+        return WITH_PRIOR.get(family, family)
 
 
 class AutoPipelineForText2Image(_AutoPipeline):

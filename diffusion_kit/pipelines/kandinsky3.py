@@ -112,14 +112,21 @@ class Kandinsky3Pipeline(MoVQPipeline):
             call.attention_mask,
             call.negative_attention_mask,
         )
+        tokens = torch.arange(states.shape[1], device=mask.device)
+        lengths = mask.sum(-1, keepdim=True) + 1 if call.prompt_embeds is None else states.shape[1]
+        spans = (tokens < lengths).expand(len(states), -1)
         if negative is None or negative_mask is None:
-            return {"prompt_embeds": states, "attention_mask": mask}
+            return {"prompt_embeds": states, "attention_mask": mask, "spans": spans}
         if negative.shape != states.shape:
             raise ValueError(
                 f"negative_prompt_embeds have shape {tuple(negative.shape)}, prompt_embeds {tuple(states.shape)}: "
                 "they must be the same"
             )
-        return {"prompt_embeds": torch.cat([negative, states]), "attention_mask": torch.cat([negative_mask, mask])}
+        return {
+            "prompt_embeds": torch.cat([negative * spans[..., None], states]),
+            "attention_mask": torch.cat([negative_mask * spans, mask]),
+            "spans": torch.cat([spans, spans]),
+        }
 
     @torch.no_grad()
     def encode_prompt(

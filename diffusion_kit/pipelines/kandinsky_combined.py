@@ -88,8 +88,13 @@ class WithPrior(Kandinsky2Pipeline):
             return_dict=False,
             **callback,
         )
-        latents = None if of_prior else call.latents
-        return dataclasses.replace(call, image_embeds=embeds, negative_image_embeds=negative_embeds, latents=latents)
+        return dataclasses.replace(
+            call,
+            image_embeds=embeds,
+            negative_image_embeds=negative_embeds,
+            negative_prompt=None,  # it is in the embeddings; the peer gives it to no decoder
+            latents=None if of_prior else call.latents,
+        )
 
     @classmethod
     def from_pretrained(cls, source: str | Path, prior: Any = None, **kwargs: Any) -> Any:
@@ -111,8 +116,7 @@ class WithPrior(Kandinsky2Pipeline):
                 name: value for name, value in kwargs.items() if name in ("torch_dtype", "variant", "use_safetensors")
             }
             prior = cls.prior_class.from_pretrained(prior, **own)  # type: ignore[attr-defined]
-        parts = {f"{PRIOR}{name}": part for name, part in prior.components.items()}
-        return super().from_pretrained(source, **kwargs, **parts)
+        return super().from_pretrained(source, **kwargs, **prior_parts(prior))
 
 
 def with_prior(family: type[Kandinsky2Pipeline], prior: type) -> Callable[..., None]:
@@ -151,6 +155,11 @@ class Kandinsky22CombinedPipeline(WithPrior, Kandinsky22Pipeline):
     prior_class = KandinskyV22PriorPipeline
     model_cpu_offload_seq = "prior_text_encoder->prior_image_encoder->unet->movq"
     __init__ = with_prior(Kandinsky22Pipeline, KandinskyV22PriorPipeline)
+
+
+def prior_parts(prior: Any) -> dict[str, Any]:
+    """Components of a prior pipeline under the names that they have beside a decoder's."""
+    return {f"{PRIOR}{name}": part for name, part in prior.components.items()}
 
 
 def connected_prior(source: str | Path) -> str | None:

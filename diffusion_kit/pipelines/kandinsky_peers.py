@@ -50,7 +50,8 @@ class HintArguments(WithoutPrompt):
 
     def translate(self, values: dict[str, Any]) -> dict[str, Any]:
         need(values, type(self).__name__, "hint")
-        return {**values, "controls": [Control("hint", values.pop("hint")), *values.pop("controls", ())]}
+        hint, more = Control("hint", values.pop("hint")), values.pop("controls", ())
+        return {**values, "controls": [hint, *more]}
 
 
 # Kandinsky 2.1

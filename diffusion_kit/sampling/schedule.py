@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .transition import Transition, learns_variance, read_transition
+from .transition import Transition, learns_variance, read_transition, told
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def make_schedule(
         init_scale=float(scheduler.init_noise_sigma),
         step_of_call=tuple(of_call[:n]),
         transition=transition,
-        scheduler=scheduler,
+        scheduler=told(scheduler, times),
         step_kwargs={"eta": eta} if "eta" in takes else {},
         takes_generator="generator" in takes,
         full_steps=full_steps,
@@ -145,7 +145,10 @@ def _set_timesteps(scheduler: Any, steps: int, timesteps: Any, sigmas: Any) -> i
         return len(scheduler.timesteps)
     if not isinstance(steps, int) or steps < 1:
         raise ValueError(f"num_inference_steps is {steps!r}; it must be a whole number from 1 on")
-    scheduler.set_timesteps(steps, device="cpu")
+    try:
+        scheduler.set_timesteps(steps, device="cpu")
+    except ZeroDivisionError:  # unCLIP's spacing has both ends of the range
+        raise ValueError(f"{type(scheduler).__name__} needs 2 steps or more, not {steps}") from None
     return steps
 
 
@@ -158,14 +161,19 @@ def _begin(scheduler: Any, steps: int, strength: float | None, denoising_start: 
     """Index of the first call: of a hand-over between base and refiner, of image-to-image, or 0."""
     if denoising_start is not None and 0 < denoising_start < 1:
         calls = int((scheduler.timesteps < _cutoff(scheduler, denoising_start)).sum())
-        if scheduler.order == 2 and calls % 2 == 0:  # never begin in the middle of a step of two calls
+        if _order(scheduler) == 2 and calls % 2 == 0:  # never begin in the middle of a step of two calls
             calls += 1
         return len(scheduler.timesteps) - calls
     if strength is None:
         return 0
     if not 0 <= strength <= 1:
         raise ValueError(f"strength is {strength}; it must lie in [0, 1]")
-    return max(steps - min(int(steps * strength), steps), 0) * scheduler.order
+    return max(steps - min(int(steps * strength), steps), 0) * _order(scheduler)
+
+
+def _order(scheduler: Any) -> int:
+    """Calls of the network in a step; unCLIP's scheduler does not say it."""
+    return getattr(scheduler, "order", 1)
 
 
 def _calls_before(scheduler: Any, times: Tensor, denoising_end: float | None) -> int:
@@ -178,7 +186,7 @@ def _steps_of_calls(scheduler: Any) -> list[int]:
     """The sampling step that each call belongs to: a call a step, but for Heun-like samplers (two calls, the last step
     one), PNDM's Runge-Kutta start (three steps of four) and its start without (a first step of two)."""
     calls = range(len(scheduler.timesteps))
-    if scheduler.order == 2:
+    if _order(scheduler) == 2:
         return [k // 2 for k in calls]
     if hasattr(scheduler, "prk_timesteps"):
         warm = len(scheduler.prk_timesteps)

@@ -135,6 +135,15 @@ def read_transition(
     return transition if _replays(transition, trial, clean) else None
 
 
+def told(scheduler: Any, timesteps: Tensor) -> Any:
+    """The scheduler; where its step does not look up the timestep that follows (unCLIP's), it is told from now on."""
+    step = scheduler.step
+    if "prev_timestep" in inspect.signature(step).parameters:
+        following = dict(zip(timesteps.tolist(), timesteps[1:].tolist(), strict=False))
+        scheduler.step = lambda m, t, x, **more: step(m, t, x, prev_timestep=following.get(int(t)), **more)
+    return scheduler
+
+
 def learns_variance(scheduler: Any) -> str | None:
     """ "learned" or "learned_range" where half of the network's output channels are the variance, else None."""
     kind = scheduler.config.get("variance_type")
@@ -213,7 +222,7 @@ class _Reader:
         scheduler = copy.deepcopy(self.scheduler)
         if hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(self.begin)
-        return scheduler
+        return told(scheduler, self.timesteps)
 
     def _call(self, scheduler: Any, t: Tensor, x: Tensor, m: Tensor, v: Tensor) -> tuple[Tensor, Tensor, bool | None]:
         """One step: x', the noise that was drawn (or zeros), and whether any was; None if more than one draw."""
