@@ -364,3 +364,27 @@ def test_callbacks() -> None:
 
     call = {**CALL, "prompt": "a fox", "output_type": "latent"}
     assert distance(run(three, **call, callback_on_step_end=weaker), run(three, **call)) > 1e-2
+
+
+@pytest.mark.parametrize("scheduler", [DDIM, LEARNED, SIGMAS], ids=["ddim", "learned", "sigmas"])
+@pytest.mark.parametrize("name", ["Kandinsky21Pipeline", "KandinskyV22ControlnetPipeline", "Kandinsky3Pipeline"])
+def test_no_host_read_and_no_new_tensor_in_a_step(name: str, scheduler: Any) -> None:
+    from test_step import CREATIONS, SYNCS, Count
+
+    pipe = build(diffusion_kit, name, scheduler=scheduler)
+    family = diffusion_kit.Kandinsky22Pipeline.from_pipe(pipe) if "Controlnet" in name else pipe
+    family.set_progress_bar_config(disable=True)
+    call = {**CALL, **({} if "Controlnet" in name else {"prompt": "a fox"}), **({} if "3P" in name else EMBEDS)}
+    call |= {"controls": [Control("hint", HINT, scale=0.7, mask=half_mask())]} if "Controlnet" in name else {}
+    with Count() as count:
+
+        def mark(pipe: Any, k: int, t: Any, tensors: Any) -> dict[str, Any]:
+            count.mark()
+            return {}
+
+        run(family, **call, callback_on_step_end=mark, output_type="latent")
+    assert len(count.steps) == 3
+    for operations in count.steps:
+        assert not (SYNCS | CREATIONS) & set(operations)
+        assert not [operation for operation in operations if "rand" in operation]
+        assert len(operations) == len(count.steps[0])

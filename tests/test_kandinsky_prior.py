@@ -279,8 +279,8 @@ UNCLIP: list[dict[str, Any]] = [
 @pytest.mark.parametrize("config", UNCLIP, ids=str)
 @pytest.mark.parametrize("strength", [None, 0.5])
 def test_unclip_is_told_the_next_timestep(config: dict[str, Any], strength: float | None) -> None:
-    """The loop over a linear network, against the scheduler's own steps; as a matrix, unless clipping at a signal of 1e-9 is
-    more than float32 can show."""
+    """The loop over a linear network, against the scheduler's own steps; as a matrix, unless clipping at a signal of 1e-9
+    is more than float32 can show."""
     scheduler = diffusers.UnCLIPScheduler(**config)
     schedule = make_schedule(scheduler, 8, strength=strength)
     hard = strength is None and config["prediction_type"] == "epsilon" and config["clip_sample"]
