@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 _NAMES = {
     "diffusion_kit.adapters.control": ["Control"],
+    "diffusion_kit.adapters.ip_adapter": ["IPAdapter"],
     "diffusion_kit.adapters.detectors": ["detect"],
     "diffusion_kit.adapters.pictures": ["fit_image", "load_image"],
     "diffusion_kit.utils": ["make_image_grid"],
@@ -20,6 +21,30 @@ _NAMES = {
         "AutoPipelineForImage2Image",
         "AutoPipelineForInpainting",
     ],
+    "diffusion_kit.pipelines.kandinsky": ["Kandinsky21Pipeline", "Kandinsky22Pipeline"],
+    "diffusion_kit.pipelines.kandinsky_combined": ["Kandinsky21CombinedPipeline", "Kandinsky22CombinedPipeline"],
+    "diffusion_kit.pipelines.kandinsky_prior": [
+        "KandinskyPriorPipeline",
+        "KandinskyV22PriorPipeline",
+        "KandinskyV22PriorEmb2EmbPipeline",
+    ],
+    "diffusion_kit.pipelines.kandinsky_peers": [
+        "KandinskyPipeline",
+        "KandinskyImg2ImgPipeline",
+        "KandinskyInpaintPipeline",
+        "KandinskyCombinedPipeline",
+        "KandinskyImg2ImgCombinedPipeline",
+        "KandinskyInpaintCombinedPipeline",
+        "KandinskyV22Pipeline",
+        "KandinskyV22Img2ImgPipeline",
+        "KandinskyV22InpaintPipeline",
+        "KandinskyV22ControlnetPipeline",
+        "KandinskyV22ControlnetImg2ImgPipeline",
+        "KandinskyV22CombinedPipeline",
+        "KandinskyV22Img2ImgCombinedPipeline",
+        "KandinskyV22InpaintCombinedPipeline",
+    ],
+    "diffusion_kit.pipelines.kandinsky3": ["Kandinsky3Pipeline", "Kandinsky3Img2ImgPipeline"],
     "diffusion_kit.pipelines.sdxl": ["SDXLPipeline"],
     "diffusion_kit.pipelines.sd15": ["SD15Pipeline"],
     "diffusion_kit.pipelines.sd15_peers": [

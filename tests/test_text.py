@@ -83,7 +83,7 @@ def test_a_cut_prompt_is_said() -> None:
         ({"prompt": ["a", "b"], "negative_prompt": ["c"]}, "1 negative prompts for 2 prompts"),
         ({"prompt": "a", "mask_image": torch.zeros(1, 1, 8, 8)}, "needs an image"),
         ({"prompt": "a", "fit": "squeeze"}, "fit is 'squeeze'; it must be one of cover, contain, stretch"),
-        ({"prompt": "a", "ip_adapter_image": 1}, "ip_adapter_image is not supported yet"),
+        ({"prompt": "a", "ip_adapter_image": 1}, "ip_adapter_image needs an IP-Adapter: call load_ip_adapter first"),
         ({"prompt": "a", "guidance_scale": float("nan")}, "finite"),
         ({"prompt": "a", "guidance_interval": (0.7, 0.2)}, "guidance_interval is 0.7 to 0.2"),
         ({"prompt": "a", "num_images_per_prompt": 0}, "num_images_per_prompt is 0"),

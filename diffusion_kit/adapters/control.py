@@ -2,7 +2,7 @@
 
 A kind of control is one module of this package with two names: `MODELS`, the classes of networks it is for, and
 `encode(control, site)`, which does once all that can be done once and returns an `EncodedControl`. It is found by the
-class of the control's model; nothing else has to know of it.
+class of the control's model, or by `NAME`, where the network is the base's own; nothing else has to know of it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import math
 import pkgutil
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from functools import cache
 from numbers import Real
@@ -30,7 +30,7 @@ from .maps import warn_of_polarity
 from .pictures import Pictures, mask_tensor
 
 Mode = Literal["balanced", "prompt", "control"]
-Scale = float | Sequence[float]
+Scale = float | Sequence[float] | Mapping[str, float]
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,10 +38,12 @@ class Control:
     """A condition on a run, beside any other, in any task.
 
     Attributes:
-        model: a T2IAdapter, MultiAdapter or ControlNetModel, or the name of a control that comes with the base.
+        model: a T2IAdapter, MultiAdapter, ControlNetModel or IPAdapter, or the name of a control that comes with the base,
+            among them "hint" and "instruct" for bases whose own UNet takes a picture.
         image: the control image, or one for each prompt; for a MultiAdapter a list, one for each of its nets.
         scale: strength; a number, or one for each level: down levels from shallow to deep, then the middle. For a
-            MultiAdapter a list has one for each net, and a number s means s / n for each of the n.
+            MultiAdapter a list has one for each net, and a number s means s / n for each of the n. For an IPAdapter also
+            a mapping from beginnings of layers' names ("up_blocks.0.attentions.1"); layers not named have 0.
         start, end: fractions of the sampling steps between which the control acts. Step i of n is inside when
             start <= i / n and (i + 1) / n <= end; so `end=f` beside `start=f` leaves one step to neither, unless f n is
             whole.
@@ -73,14 +75,18 @@ class Control:
 
     @property
     def scales(self) -> tuple[float, ...]:
+        if isinstance(self.scale, Mapping):
+            return tuple(self.scale.values())
         return tuple(self.scale) if isinstance(self.scale, (list, tuple)) else (self.scale,)  # type: ignore[return-value]
 
     def level_scales(self, levels: int) -> tuple[float, ...]:
         """One scale for each level.
 
         Raises:
-            ValueError: a list of another length.
+            ValueError: a list of another length, or a mapping.
         """
+        if isinstance(self.scale, Mapping):
+            raise ValueError("Control scale is given by layers, which only an IP-Adapter takes")
         if len(self.scales) == 1:
             return self.scales * levels
         if len(self.scales) != levels:
@@ -98,6 +104,9 @@ class Site:
         latent_size: of the latents.
         prompts, per_prompt: pictures of the run, image k and prompt k together.
         timesteps: (n,) of the schedule.
+        guided: whether there may be guidance, so that tokens are needed for an unconditional half.
+        own_control: name of the control that the UNet itself takes, see `models.denoiser.own_control`.
+        encode_picture: pixels (N, 3, height, width) in [-1, 1] to the mode of their latents, not scaled.
     """
 
     unet: Net
@@ -108,6 +117,9 @@ class Site:
     per_prompt: int
     timesteps: Tensor
     device: torch.device
+    guided: bool = True
+    own_control: str | None = None
+    encode_picture: Callable[[Tensor], Tensor] | None = None
 
     @property
     def rows(self) -> int:
@@ -191,6 +203,8 @@ def encode_control(control: Control, site: Site) -> EncodedControl | None:
 
 
 def kind_of(model: Any) -> ModuleType:
+    if isinstance(model, str) and model in named_kinds():
+        return named_kinds()[model]
     for kind in kinds():
         if isinstance(model, kind.MODELS):
             return kind
@@ -214,6 +228,12 @@ def load_control_model(source: str | Path, **kwargs: Any) -> Any:
 def granularity(factor: int, nets: Sequence[Any]) -> int:
     """What the output's sides must be multiples of: for an autoencoder that scales down by `factor`, and controls' nets."""
     return math.lcm(factor, *(kind.multiple(net) for net in nets if hasattr(kind := kind_of(net), "multiple")))
+
+
+@cache
+def named_kinds() -> dict[str, ModuleType]:
+    """The kinds whose network is the base's own."""
+    return {kind.NAME: kind for kind in kinds() if hasattr(kind, "NAME")}
 
 
 @cache

@@ -75,7 +75,7 @@ def warn_of_polarity(model: Any, image: Any) -> None:
     """
     multi = isinstance(model, MultiAdapter)
     for net, pictures in zip(model.adapters, as_list(image), strict=False) if multi else [(model, image)]:
-        name = str(net.config.get("_name_or_path", ""))
+        name = str(getattr(net, "config", {}).get("_name_or_path", ""))
         known = expected_map(name)
         if known is None or known.polarity is None:
             continue

@@ -7,12 +7,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import Kandinsky3UNet
 from torch import Tensor
 
 from diffusion_kit.sampling.doors import Answer, Conditioning, Denoiser, Tree, pick
 
-from .kandinsky3 import Kandinsky3Denoiser, Kandinsky3PeerDenoiser
+from .kandinsky3 import Kandinsky3Denoiser, Kandinsky3PeerDenoiser, is_kandinsky3
 from .unet import Net, decode, embeddings, encode, layout, obstacle, text_tokens
 
 # The conditioning's names, and the peer's for the same.
@@ -70,6 +69,8 @@ class PeerDenoiser:
         return {"timesteps": timesteps, **conditioning}
 
     def __call__(self, tensors: Tree, x: Tensor, call: Tensor, answer: Answer) -> tuple[Tensor, Tensor | None]:
+        if answer.tokens:
+            raise ValueError("cross_attention_kwargs are for the UNet's own forward, which takes no IP-Adapter")
         added = added_conditions(tensors)
         if takes_hint(self.net):
             added["hint"] = answer.channels
@@ -92,10 +93,10 @@ class PeerDenoiser:
 
 def make_denoiser(net: Any, channels: int, cross_attention_kwargs: dict[str, Any] | None = None) -> Denoiser:
     """The executor where it can run the network, else the network's own forward."""
-    if isinstance(net, Kandinsky3UNet):
+    if is_kandinsky3(net):
         return Kandinsky3Denoiser(net) if obstacle(net) is None else Kandinsky3PeerDenoiser(net)
     own = {name: value for name, value in (cross_attention_kwargs or {}).items() if name != "scale"}
-    more = net.config.in_channels - channels if own_control(net, channels) else 0
+    more = control_channels(net, channels)
     if obstacle(net) is None and not own:
         return UNetDenoiser(net, channels, more)
     return PeerDenoiser(net, channels, more, (("cross_attention_kwargs", _Frozen(own)),) if own else ())
@@ -111,6 +112,11 @@ def own_control(net: Net, channels: int) -> str | None:
     if takes_hint(net):
         return "hint"
     return "instruct" if net.config.in_channels == 2 * channels else None
+
+
+def control_channels(net: Net, channels: int) -> int:
+    """How many of the network's input channels are its own control's."""
+    return net.config.in_channels - channels if own_control(net, channels) else 0
 
 
 def widened(x: Tensor, channels: Tensor | None, more: int) -> Tensor:

@@ -38,6 +38,14 @@ def encode_picture(
 
 
 @torch.no_grad()
+def encode_mode(vae: Any, pixels: Tensor, *, upcast: bool = True) -> Tensor:
+    """The mode of the encoder's posterior (N, C, h, w), not scaled, of pictures (N, 3, H, W) in [-1, 1]."""
+    with _upcast(vae, upcast):
+        out = vae.encode(pixels.to(vae.dtype))
+    return out.latent_dist.mode() if hasattr(out, "latent_dist") else out.latents
+
+
+@torch.no_grad()
 def decode_latents(vae: Any, latents: Tensor, *, upcast: bool = True, **beside: Tensor) -> Tensor:
     """Pictures (N, 3, H, W), about [-1, 1], of latents.
 

@@ -37,6 +37,10 @@ WITH_ADAPTER: dict[tuple[type, str, str], type[ControlledPipeline]] = {
         ("controlnet", "inpaint", "ControlNetInpaint"),
     )
 }
+FAMILIES |= {
+    "StableDiffusionInstructPix2PixPipeline": sd15.SD15Pipeline,
+    "StableDiffusionXLInstructPix2PixPipeline": sdxl.SDXLPipeline,
+}
 # Families that make pictures of a prior's embeddings, and the same with their prior.
 WITH_PRIOR: dict[type, type[kandinsky_combined.WithPrior]] = {
     kandinsky.Kandinsky21Pipeline: kandinsky_combined.Kandinsky21CombinedPipeline,

@@ -16,7 +16,14 @@ from diffusers import DiffusionPipeline
 from diffusers.utils.peft_utils import scale_lora_layers, unscale_lora_layers
 from torch import Tensor, nn
 
-from diffusion_kit.adapters.control import Control, EncodedControl, Site, encode_control, load_control_model
+from diffusion_kit.adapters.control import (
+    Control,
+    EncodedControl,
+    Site,
+    encode_control,
+    load_control_model,
+    named_kinds,
+)
 from diffusion_kit.models.attention import installed
 from diffusion_kit.models.sources import check_folder, embedded, locate, one_line
 from diffusion_kit.models.unet import obstacle
@@ -129,30 +136,43 @@ class ControlledPipeline(DiffusionPipeline):
         return {path.parent.name: path.parent for path in found}
 
     def control_source(self, name: str) -> Path | str:
-        """Where the control of that name is: in the base's model folder; else the name is a path or a hub id itself.
+        """Where the control of that name is: in the base's model folder, or its own UNet; else the name is a path or a hub
+        id itself.
 
         Raises:
             ValueError: the base has none of that name; names those it has.
         """
         own = self._control_folders()
+        if name in named_kinds():
+            return str(self.config.get("_name_or_path", ""))
         if name not in own and not re.search(r"[/\\.]", name):
             has = f"it has {', '.join(sorted(own))}" if own else "it has none"
             raise ValueError(f"no control {name!r} comes with the base ({has}); give a network or a path to one")
         return own.get(name, name)
 
-    def load_control(self, name: str) -> nn.Module:
-        """The control of that name of the base's model folder, or of a folder, .safetensors file or hub id.
+    def load_control(self, name: str) -> nn.Module | str:
+        """The control of that name of the base's model folder, or of a folder, .safetensors file or hub id. The name itself
+        where the network is the base's own UNet ("hint", "instruct").
 
         Raises:
             ValueError: the base has none of that name; names those it has. FileNotFoundError: no such folder or file.
         """
+        if name in named_kinds():
+            return name
         loaded: dict[str, nn.Module] = self.__dict__.setdefault("_base_controls", {})
         if name not in loaded:
             loaded[name] = load_control_model(self.control_source(name), torch_dtype=self.unet.dtype)
         return loaded[name]
 
     def encode_controls(self, controls: Sequence[Control], site: Site) -> list[EncodedControl]:
-        """Every control that can act in this run, encoded once."""
+        """Every control that can act in this run, encoded once.
+
+        Raises:
+            ValueError: the base's UNet takes a picture of its own, and there is not one control with it.
+        """
+        own, names = site.own_control, [control.model for control in controls if isinstance(control, Control)]
+        if own is not None and sum(name == own for name in names) != 1:
+            raise ValueError(f"this base's UNet takes a picture itself: give one Control({own!r}, picture) in controls")
         encoded = [encode_control(self.resolve_control(control), site) for control in controls]
         return [control for control in encoded if control is not None]
 

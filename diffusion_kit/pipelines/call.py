@@ -132,6 +132,8 @@ class TextCall(LatentCall):
     __doc__ = f"""{LatentCall.__doc__}
     Of families with CLIP's text encoders:
         prompt_embeds, negative_prompt_embeds: ready embeddings in place of prompts, as `encode_prompt` returns them.
+        ip_adapter_image, ip_adapter_image_embeds: pictures for the adapters of `load_ip_adapter`, a list with one for each
+            (several pictures that act together are a list themselves), or their embeddings; see `adapters.ip_adapter`.
         prompt_syntax: "weighted" reads (word:1.3) and prompts of any length (see `models.text`); None takes text as it is.
         clip_skip: layers of the text encoders to leave out at the end.
     """
@@ -148,10 +150,12 @@ class TextCall(LatentCall):
         return super().prompts if self.prompt_embeds is None else len(self.prompt_embeds)
 
     def rules(self, tensors: Sequence[str]) -> list[tuple[bool, str]]:
-        ip_adapter = self.ip_adapter_image is not None or self.ip_adapter_image_embeds is not None
         return [
             *super().rules(tensors),
-            (ip_adapter, "ip_adapter_image is not supported yet: image prompts are no control of this version"),
+            (
+                self.ip_adapter_image is not None and self.ip_adapter_image_embeds is not None,
+                "give ip_adapter_image or ip_adapter_image_embeds, one of the two",
+            ),
             ((self.prompt is None) == (self.prompt_embeds is None), "give a prompt or prompt_embeds, one of the two"),
             (
                 self.negative_prompt is not None and self.negative_prompt_embeds is not None,

@@ -60,7 +60,8 @@ class Canvas(NamedTuple):
             return VaeImageProcessor()._resize_and_fill(region, self.width, self.height)
 
         mask = None if control.mask is None else placed(control.mask)
-        return replace(control, image=placed(control.image), mask=mask)
+        whole_image = getattr(control.model, "is_reference", False)
+        return replace(control, image=control.image if whole_image else placed(control.image), mask=mask)
 
 
 def make_canvas(

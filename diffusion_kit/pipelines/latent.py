@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -12,8 +13,8 @@ from diffusers.utils.torch_utils import get_module_execution_device
 from torch import Tensor
 
 from diffusion_kit.adapters.control import Control, Site, granularity
-from diffusion_kit.models.denoiser import make_denoiser
-from diffusion_kit.models.vae import decode_latents, encode_picture, preview, preview_matrix, scale_factor
+from diffusion_kit.models.denoiser import control_channels, make_denoiser, own_control
+from diffusion_kit.models.vae import decode_latents, encode_mode, encode_picture, preview, preview_matrix, scale_factor
 from diffusion_kit.sampling.guidance import guidance_embedding
 from diffusion_kit.sampling.loop import Run
 from diffusion_kit.sampling.schedule import Schedule, make_schedule
@@ -49,6 +50,11 @@ class LatentPipeline(ControlledPipeline):
         size = self.unet.config.sample_size
         height, width = size if isinstance(size, (list, tuple)) else (size, size)
         return height * self.vae_scale_factor, width * self.vae_scale_factor
+
+    @property
+    def own_control(self) -> str | None:
+        """Name of the control that the UNet itself takes."""
+        return None if None in (self.unet, self.vae) else own_control(self.unet, self.vae.config.latent_channels)
 
     @property
     def clip_skip(self) -> int | None:
@@ -132,6 +138,9 @@ class LatentPipeline(ControlledPipeline):
             batch.per_prompt,
             schedule.timesteps,
             device,
+            guided=self.do_classifier_free_guidance,
+            own_control=self.own_control,
+            encode_picture=partial(encode_mode, self.vae, upcast=self.upcasts),
         )
         controls = controls(schedule) if callable(controls) else controls
         controls = [canvas.place(control, call.image) for control in controls]
@@ -206,6 +215,11 @@ class LatentPipeline(ControlledPipeline):
 
     def _start(self, call: LatentCall, batch: Batch, schedule: Schedule, canvas: Canvas) -> Start:
         encoder, add_noise = self.encoder(batch), call.denoising_start is None
+        takes = self.unet.config.in_channels - control_channels(self.unet, batch.shape[0])
+        if canvas.mask is None and takes != batch.shape[0]:
+            raise ValueError(
+                f"this UNet takes {takes} input channels, as those made for inpainting do: give image= and mask_image="
+            )
         if canvas.picture is None:
             return from_noise(batch, schedule, call.latents)
         if canvas.mask is None:
@@ -218,7 +232,7 @@ class LatentPipeline(ControlledPipeline):
             canvas.picture,
             canvas.mask,
             encoder,
-            unet_channels=self.unet.config.in_channels,
+            unet_channels=takes,
             strength=call.share,
             add_noise=add_noise,
             latents=call.latents,

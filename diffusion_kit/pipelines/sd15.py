@@ -22,6 +22,7 @@ from diffusion_kit.models.text import Layer, count_windows, encode_prompts
 from .base import loras_scaled
 from .call import TextCall
 from .canvas import Canvas
+from .ip_adapters import IPAdapterMixin
 from .latent import LatentPipeline, texts
 
 
@@ -33,6 +34,7 @@ class SD15Call(TextCall):
 
 
 class SD15Pipeline(
+    IPAdapterMixin,
     LatentPipeline,
     StableDiffusionMixin,
     FromSingleFileMixin,
@@ -43,7 +45,6 @@ class SD15Pipeline(
     offloading and saving. Pictures that the safety checker flags, where there is one, are black."""
 
     Call = SD15Call
-    peer_name = "StableDiffusionPipeline"
     model_cpu_offload_seq = "text_encoder->image_encoder->unet->vae"
     _exclude_from_cpu_offload: ClassVar[list[str]] = ["safety_checker"]
     _optional_components: ClassVar[list[str]] = ["safety_checker", "feature_extractor", "image_encoder"]
@@ -110,6 +111,11 @@ class SD15Pipeline(
         released = tuple(int(part) for part in str(self.unet.config.get("_diffusers_version", "1")).split(".")[:2])
         least = 64 * self.vae_scale_factor if released < (0, 9) else 0  # first configurations say 32 and mean 64
         return max(height, least), max(width, least)
+
+    @property
+    def peer_name(self) -> str:  # type: ignore[override]
+        takes_picture = self.own_control == "instruct"
+        return f"StableDiffusion{'InstructPix2Pix' if takes_picture else ''}Pipeline"
 
     upcasts = False  # the configurations of its autoencoders leave it at True, and float16 is enough for them
 

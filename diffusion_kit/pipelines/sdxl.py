@@ -25,11 +25,13 @@ from diffusion_kit.models.text import Layer, Text, count_windows, encode_prompts
 
 from .base import loras_scaled
 from .canvas import Canvas
+from .ip_adapters import IPAdapterMixin
 from .latent import LatentPipeline, texts
 from .sdxl_call import SDXLCall
 
 
 class SDXLPipeline(
+    IPAdapterMixin,
     LatentPipeline,
     StableDiffusionMixin,
     FromSingleFileMixin,
@@ -100,6 +102,8 @@ class SDXLPipeline(
 
     @property
     def peer_name(self) -> str:  # type: ignore[override]
+        if self.own_control == "instruct":
+            return "StableDiffusionXLInstructPix2PixPipeline"
         return "StableDiffusionXLImg2ImgPipeline" if self.scores_aesthetics else "StableDiffusionXLPipeline"
 
     @property
