@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 _NAMES = {
     "diffusion_kit.adapters.control": ["Control"],
+    "diffusion_kit.adapters.control_lora": ["ControlLoRA"],
     "diffusion_kit.adapters.ip_adapter": ["IPAdapter"],
     "diffusion_kit.adapters.detectors": ["detect"],
     "diffusion_kit.adapters.pictures": ["fit_image", "load_image"],

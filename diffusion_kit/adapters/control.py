@@ -22,7 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffusion_kit.models.sources import component_class, load_component
+from diffusion_kit.models.formats import describe, identify
+from diffusion_kit.models.sources import component_class, load_component, locate
 from diffusion_kit.models.unet import Net, layout
 from diffusion_kit.sampling.doors import Conditioning, Injection, Tree, in_every, inside
 
@@ -213,12 +214,20 @@ def kind_of(model: Any) -> ModuleType:
 
 
 def load_control_model(source: str | Path, **kwargs: Any) -> Any:
-    """The network of a control from a folder, a .safetensors file (a ControlNet) or a hub id; its class by its config.
+    """The network of a control from a folder, a .safetensors file or a hub id: its class by its config, or by the file's
+    header and the loaders that kinds have as `FILES`.
 
     Raises:
-        FileNotFoundError: no such folder, file or repository. ValueError: a network of another class.
+        FileNotFoundError: no such folder, file or repository. ValueError: something else than a control.
     """
-    name = component_class(source) or "ControlNetModel"
+    place = locate(source)
+    if isinstance(place, Path) and place.is_file():
+        loaders = {name: loader for kind in kinds() for name, loader in getattr(kind, "FILES", {}).items()}
+        found = identify(place)
+        if found.kind not in loaders or (found.kind, found.layout) == ("ip_adapter", "FaceID"):
+            raise ValueError(f"{source} is no control of this version: it is {describe(place)}")
+        return loaders[found.kind](place, **kwargs)
+    name = component_class(source)
     classes = {cls.__name__: cls for kind in kinds() for cls in kind.MODELS}
     if name not in classes:
         raise ValueError(f"{source} is a {name}, which is no control; known are {', '.join(classes)}")

@@ -1,13 +1,18 @@
 """ControlNet (Zhang et al. 2023, arXiv 2302.05543): a copy of the UNet's encoder that sees the control image and answers
-each step with a residual for every skip connection and the middle."""
+each step with a residual for every skip connection and the middle. `controlnet_union` and `control_lora` run as it does."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import ControlNetModel
+from diffusers.loaders.single_file_utils import convert_controlnet_checkpoint
+from safetensors.torch import load_file
 from torch import Tensor
 
 from diffusion_kit.models.denoiser import added_conditions, prepare_embeddings, text_states
@@ -56,11 +61,23 @@ class RunControlNet:
             x.to(self.net.dtype),
             pick(tensors["timesteps"], call),
             encoder_hidden_states=tensors["prompt_embeds"],
-            controlnet_cond=tensors["image"],
             added_cond_kwargs=added_conditions(tensors) or None,
             return_dict=False,
+            **self.shown(tensors["image"]),
         )
         return [*skips, mid]
+
+    def shown(self, image: Tensor) -> dict[str, Any]:
+        """The control image as arguments of the network's own forward."""
+        return {"controlnet_cond": image}
+
+    def embed(self, image: Tensor) -> Tensor:
+        """What the executor adds after the network's first convolution, (N, C, h, w), of control images (N, ...)."""
+        return embed(self.net, image)
+
+    def prepare(self, timesteps: Tensor, conditioning: Conditioning) -> Tree:
+        """What the executor needs of timesteps and text."""
+        return prepare_embeddings(self.net, timesteps, conditioning)
 
 
 @dataclass
@@ -79,7 +96,7 @@ class EncodedControlNet(EncodedControl):
         """Replaces the control image, (B, C, H, W) in [0, 1] or with both halves of the guidance batch."""
         self.image = image[-len(self.image) :].to(self.image)
         if self.hint is not None:
-            self.hint = embed(self.injection.net, self.image)
+            self.hint = self.injection.embed(self.image)
 
     def tensors(self, conditioning: Conditioning, branches: int) -> Tree:
         if self.injection.half:
@@ -87,7 +104,7 @@ class EncodedControlNet(EncodedControl):
         conditioning = {**conditioning, "prompt_embeds": text_states(self.base, conditioning)}
         weights = tuple(in_every(weight, branches) if len(weight) > 1 else weight for weight in self.weights)
         if self.hint is not None:
-            prepared = prepare_embeddings(self.injection.net, self.timesteps, conditioning)
+            prepared = self.injection.prepare(self.timesteps, conditioning)
             return {**prepared, "hint": in_every(self.hint, branches), "weights": weights}
         states: dict[str, Any] = {
             k: v.to(self.image.dtype) if k == "prompt_embeds" else v for k, v in conditioning.items()
@@ -98,22 +115,29 @@ class EncodedControlNet(EncodedControl):
 
 def encode(control: Control, site: Site) -> EncodedControl:
     """Embeds the control image once; what follows in a step is the encoder and its output convolutions."""
+    channels = control.model.config.get("conditioning_channels", 3)
+    return encoded(
+        RunControlNet, control, site, picture_tensor(control.image, site.height, site.width, channels=channels)
+    )
+
+
+def encoded(cls: type[RunControlNet], control: Control, site: Site, pixels: Tensor, **fields: Any) -> EncodedControlNet:
+    """A network that runs as a ControlNet does, by an injection of the class; `pixels` are its control images (N, ...)."""
     net = control.model
     _check_fit(net, site)
     net.to(site.device)
-    own_forward = obstacle(net) is not None
-    pixels = picture_tensor(control.image, site.height, site.width, channels=net.config.get("conditioning_channels", 3))
     pixels = pixels.to(site.device, net.dtype)
-    hint = None if own_forward else spread(embed(net, pixels), site.prompts, site.per_prompt, "a control's image")
-    image = spread(pixels, site.prompts, site.per_prompt, "a control's image")
     pooled = net.config.global_pool_conditions
+    run = cls(net, pooled or control.mode != "balanced", obstacle(net) is not None, **fields)
+    hint = None if run.own_forward else spread(run.embed(pixels), site.prompts, site.per_prompt, "a control's image")
+    image = spread(pixels, site.prompts, site.per_prompt, "a control's image")
     places, _ = layout(site.unet, site.latent_size)
     fades = fading(len(places), "balanced" if pooled else control.mode)
     weights = site.weights(control, fades, range(len(places)), control.level_scales(site.levels))
     return EncodedControlNet(
-        injection=RunControlNet(net, pooled or control.mode != "balanced", own_forward),
+        injection=run,
         window=(control.start, control.end),
-        nets=[] if own_forward else [net],
+        nets=[] if run.own_forward else [net],
         base=site.unet,
         timesteps=site.timesteps,
         image=image,
@@ -146,3 +170,90 @@ def _check_fit(net: Net, site: Site) -> None:
             f"this ControlNet does not fit the base: it scales its image down by {downscale}, "
             f"the base {site.height} x {site.width} pixels to {site.latent_size[0]} x {site.latent_size[1]}"
         )
+
+
+def from_file(file: str | Path, *, torch_dtype: torch.dtype | None = None) -> ControlNetModel:
+    """A ControlNet from a .safetensors file, in the original layout or in diffusers'.
+
+    Raises:
+        ValueError: it is cut short, or something else.
+    """
+    tensors = load_file(file)
+    weights = convert_controlnet_checkpoint(tensors, {"layers_per_block": 2})
+    for name, value in tensors.items():  # of SDXL: the peer's conversion leaves them out
+        if match := ADDED.fullmatch(name):
+            weights[f"add_embedding.linear_{1 + int(match[1]) // 2}.{match[2]}"] = value
+    shapes = {name: tuple(value.shape) for name, value in weights.items()}
+    return built(ControlNetModel, lambda: encoder_config(shapes), weights, f"{file} is no ControlNet").to(torch_dtype)
+
+
+def built(cls: Any, config: Callable[[], dict[str, Any]], weights: Mapping[str, Tensor], wrong: str) -> Any:
+    """A network of the class with these weights.
+
+    Raises:
+        ValueError: beginning with `wrong`: its configuration cannot be read from them, or they are others.
+    """
+    try:
+        with torch.device("meta"):
+            net = cls(**config())
+    except KeyError as error:
+        raise ValueError(f"{wrong}: it has no {error}") from None
+    takes = {name: tuple(value.shape) for name, value in net.state_dict().items()}
+    differs = sorted(takes.items() ^ {(name, tuple(value.shape)) for name, value in weights.items()})
+    if differs:
+        raise ValueError(f"{wrong}: {differs[0][0]} is missing, one too many or of another shape")
+    net.load_state_dict(weights, assign=True)
+    return net.eval()
+
+
+ADDED = re.compile(r"(?:control_model\.)?label_emb\.0\.([02])\.(weight|bias)")
+FILES = {"controlnet": from_file}
+
+
+def encoder_config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """Configuration of a ControlNet in diffusers' layout, by the shapes of its tensors.
+
+    They do not tell the number of attention heads: where projections are linear (SD 2.x, SDXL) heads are 64 wide, else
+    there are 8 (SD 1.x).
+
+    Raises:
+        KeyError: a tensor is missing.
+    """
+    levels = range(count(shapes, "down_blocks."))
+    channels = tuple(shapes[f"down_blocks.{k}.resnets.0.conv1.weight"][0] for k in levels)
+    depths = [count(shapes, f"down_blocks.{k}.attentions.0.transformer_blocks.") for k in levels]
+    linear = len(shapes["mid_block.attentions.0.proj_in.weight"]) == 2
+    config = {
+        **hint_config(shapes),
+        "in_channels": shapes["conv_in.weight"][1],
+        "block_out_channels": channels,
+        "layers_per_block": count(shapes, "down_blocks.0.resnets."),
+        "down_block_types": tuple("CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in depths),
+        "transformer_layers_per_block": (
+            *(max(depth, 1) for depth in depths[:-1]),
+            count(shapes, "mid_block.attentions.0.transformer_blocks."),
+        ),
+        "cross_attention_dim": shapes["mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"][1],
+        "use_linear_projection": linear,
+        "attention_head_dim": tuple(width // 64 for width in channels) if linear else 8,
+    }
+    if "add_embedding.linear_1.weight" in shapes:
+        config |= {
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": shapes["add_embedding.linear_1.weight"][1],
+        }
+    return config
+
+
+def hint_config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """The part of it that is about the control image."""
+    first = shapes["controlnet_cond_embedding.conv_in.weight"]
+    widened = range(1, count(shapes, "controlnet_cond_embedding.blocks."), 2)
+    widths = (first[0], *(shapes[f"controlnet_cond_embedding.blocks.{k}.weight"][0] for k in widened))
+    return {"conditioning_channels": first[1], "conditioning_embedding_out_channels": widths}
+
+
+def count(shapes: Mapping[str, tuple[int, ...]], prefix: str) -> int:
+    """How many parts there are under a name such as "down_blocks."."""
+    return len({name[len(prefix) :].split(".")[0] for name in shapes if name.startswith(prefix)})

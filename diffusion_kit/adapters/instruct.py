@@ -38,8 +38,8 @@ def encode(control: Control, site: Site) -> EncodedControl:
     """
     if site.own_control != NAME or site.encode_picture is None:
         raise ValueError(
-            f"this base takes no {NAME!r} control: its UNet has {site.unet.config.in_channels} input channels, none of them "
-            "for a picture, as those of instruct-pix2pix have"
+            f"this base takes no {NAME!r} control: its UNet has {site.unet.config.in_channels} input channels, none of "
+            "them for a picture, as those of instruct-pix2pix have"
         )
     if control.mode != "balanced":
         raise ValueError(f"Control mode is {control.mode!r}; {NAME!r} has no residuals: it must be 'balanced'")

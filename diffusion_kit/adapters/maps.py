@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 from diffusers import MultiAdapter
@@ -71,11 +72,14 @@ def warn_of_polarity(model: Any, image: Any) -> None:
     """Warns of a map of lines that is plainly the inverse of what the adapter expects: more light than dark, or less.
 
     Args:
-        model: a control's network. image: what it is shown; for a MultiAdapter a list, one for each net.
+        model: a control's network. image: what it is shown; for a MultiAdapter a list, one for each net; for a
+            ControlNet-Union a mapping from types.
     """
     multi = isinstance(model, MultiAdapter)
-    for net, pictures in zip(model.adapters, as_list(image), strict=False) if multi else [(model, image)]:
-        name = str(getattr(net, "config", {}).get("_name_or_path", ""))
+    pairs = zip(model.adapters, as_list(image), strict=False) if multi else [(model, image)]
+    named = [(getattr(net, "config", {}).get("_name_or_path", ""), pictures) for net, pictures in pairs]
+    for key, pictures in image.items() if isinstance(image, Mapping) else named:
+        name = str(key)
         known = expected_map(name)
         if known is None or known.polarity is None:
             continue

@@ -4,17 +4,24 @@ level of the UNet, once for the whole run."""
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import MultiAdapter, T2IAdapter
+from safetensors.torch import load_file
 from torch import Tensor
 
 from diffusion_kit.models.denoiser import residual_fit
+from diffusion_kit.models.formats import unshuffled
 from diffusion_kit.models.unet import Net, layout
 from diffusion_kit.sampling.doors import Answer, Conditioning, Tree, spread
 
 from .control import Control, EncodedControl, Mode, Site, fading, in_branches
+from .controlnet import built, count
 from .pictures import as_list, picture_tensor
 
 MODELS = (T2IAdapter, MultiAdapter)
@@ -94,3 +101,52 @@ def _features(adapter: Net, image: object, site: Site) -> list[Tensor]:
 
 def _text(shapes: list) -> str:
     return ", ".join(f"{channels} x {h} x {w}" for channels, (h, w) in shapes)
+
+
+LEVELS = 4  # of published adapters
+
+
+def from_file(file: str | Path, *, torch_dtype: torch.dtype | None = None) -> T2IAdapter:
+    """A T2I-Adapter from a .safetensors file, in TencentARC's layout or in diffusers'.
+
+    Raises:
+        ValueError: it is cut short, or something else.
+    """
+    weights = _converted(load_file(file))
+    wrong = f"{file} is no T2I-Adapter"
+    net = built(T2IAdapter, lambda: _config({n: tuple(w.shape) for n, w in weights.items()}), weights, wrong)
+    return net.to(torch_dtype)
+
+
+def _converted(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors under diffusers' names. TencentARC counts the residual blocks of a full adapter through all levels, and those
+    of a light one in each."""
+    if any(name.startswith("adapter.") for name in weights):
+        return dict(weights)
+    blocks = {int(name.split(".")[1]) for name in weights if re.match(r"body\.\d+\.block", name)}
+    each = len(blocks) // LEVELS
+
+    def renamed(match: re.Match) -> str:
+        level, block = divmod(int(match[1]), each)
+        return f"body.{level}." + (f"resnets.{block}.block" if match[2] == "block" else "in_conv")
+
+    names = {name: re.sub(r"^body\.(\d+)\.(block|in_conv)", renamed, name) if each else name for name in weights}
+    return {"adapter." + re.sub(r"(body\.\d+)\.body\.", r"\1.resnets.", names[name]): w for name, w in weights.items()}
+
+
+def _config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """Configuration by the shapes of the tensors under diffusers' names."""
+    factor, channels = unshuffled(shapes)
+    light = "adapter.body.0.out_conv.weight" in shapes
+    last = "out_conv" if light else "resnets.0.block2"
+    levels = count(shapes, "adapter.body.") - light  # a light one gives its last width twice
+    return {
+        "in_channels": channels,
+        "channels": [shapes[f"adapter.body.{k}.{last}.weight"][0] for k in range(levels)],
+        "num_res_blocks": count(shapes, "adapter.body.0.resnets."),
+        "downscale_factor": factor,
+        "adapter_type": "light_adapter" if light else "full_adapter_xl" if factor == 16 else "full_adapter",
+    }
+
+
+FILES = {"t2i_adapter": from_file}

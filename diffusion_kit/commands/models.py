@@ -6,14 +6,16 @@ import argparse
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 Rows = Iterator[tuple[str, str]]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "model", metavar="MODEL", nargs="?", help="a folder, a file or a hub id; without, what is embedded"
+        "model",
+        metavar="[inspect] MODEL",
+        nargs="*",
+        help="a folder, a file or a hub id; without, what is embedded; `inspect FILE`: what a file is, in a line",
     )
     parser.add_argument("--convert", metavar="FILE", help="write a pickle's tensors beside it, as .safetensors")
 
@@ -24,8 +26,31 @@ def run(options: argparse.Namespace) -> None:
         return
     from diffusion_kit.models.sources import DEFAULT
 
-    for label, text in describe(options.model or DEFAULT):
+    inspects, names = options.model[:1] == ["inspect"], options.model
+    if inspects:
+        names = names[1:]
+    if len(names) > 1 or (inspects and not names):
+        raise ValueError(f"models {' '.join(options.model)}: give one model, or inspect and one .safetensors file")
+    if inspects:
+        print(inspect(names[0]))
+        return
+    for label, text in describe(names[0] if names else DEFAULT):
         print(f"{label:24}{text}")
+
+
+def inspect(source: str) -> str:
+    """What a single file is, in a line.
+
+    Raises:
+        FileNotFoundError: nothing there. ValueError: no safetensors file, or damaged.
+    """
+    from diffusion_kit.models.formats import describe as describe_file
+    from diffusion_kit.models.sources import locate
+
+    place = locate(source)
+    if not isinstance(place, Path) or not place.is_file():
+        raise ValueError(f"{source} is no file: `diffusion-kit models {source}` says what a folder or a hub id is")
+    return describe_file(place)
 
 
 def describe(source: str) -> Rows:
@@ -92,6 +117,7 @@ def _network(folder: Path) -> Rows:
 
 
 def _file(file: Path) -> Rows:
+    from diffusion_kit.models.formats import describe as describe_file
     from diffusion_kit.models.sources import checkpoint_kind, tensor_shapes
     from diffusion_kit.pipelines.auto import SINGLE_FILES
 
@@ -99,28 +125,9 @@ def _file(file: Path) -> Rows:
     kind = checkpoint_kind(file)
     if kind in SINGLE_FILES:
         yield "checkpoint", f"{kind}, loaded as {SINGLE_FILES[kind]}"
-    elif kind.startswith("controlnet"):
-        yield "network", f"ControlNetModel ({kind}){_expects(file.stem)}"
     else:
-        yield "file", _other(shapes) if kind == "unknown" else f"{kind}, which this version does not load"
+        yield "file", f"{describe_file(file)}{_expects(file.stem)}"
     yield "weights", _count(shapes, file.stat().st_size)
-
-
-PARTS = (  # what files hold that are no checkpoint, by a part of their keys
-    ("lora_", "a LoRA: pipe.load_lora_weights(file)"),
-    ("lora_A", "a LoRA: pipe.load_lora_weights(file)"),
-    ("ip_adapter", "an IP-Adapter, which this version does not load"),
-    ("emb_params", "a textual inversion: pipe.load_textual_inversion(file)"),
-    ("clip_l", "a textual inversion of SDXL: pipe.load_textual_inversion(file)"),
-    ("adapter.body", "a T2I-Adapter; it needs its folder with config.json"),
-    ("decoder.up_blocks", "an autoencoder; it needs its folder with config.json"),
-    ("up_blocks.", "a UNet; it needs its folder with config.json"),
-)
-
-
-def _other(shapes: Mapping[str, Any]) -> str:
-    found = (what for part, what in PARTS if any(part in name for name in shapes))
-    return next(found, f"tensors of no kind that is known, the first is {next(iter(shapes), 'none')}")
 
 
 def _weights_in(folder: Path) -> str:
