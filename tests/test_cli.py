@@ -158,7 +158,7 @@ def test_a_control_is_fetched_before_it_is_hashed_and_never_for_an_old_recipe(
     model: Path, work: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A hub id is not in the cache before its first use; a picture from elsewhere must not fetch what it names."""
-    from diffusion_kit.models import fingerprint as module
+    from diffusion_kit.commands import fingerprint as module
     from diffusion_kit.pipelines.base import ControlledPipeline
 
     events: list[str] = []

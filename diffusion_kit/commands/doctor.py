@@ -90,7 +90,7 @@ def _optional() -> Iterator[tuple[str, str, bool]]:
 
 
 def _models() -> Iterator[tuple[str, str, bool]]:
-    from diffusion_kit.models.fingerprint import fingerprint
+    from diffusion_kit.commands.fingerprint import fingerprint
     from diffusion_kit.models.sources import check_folder, embedded
 
     try:

@@ -92,7 +92,7 @@ def run(options: argparse.Namespace) -> None:
     own = old if isinstance(old, Recipe) else None
     prompt = options.prompt if options.prompt is not None or old is None else old.prompt
     jobs = make_jobs(options, own, prompt)
-    from diffusion_kit.models.fingerprint import fingerprint
+    from diffusion_kit.commands.fingerprint import fingerprint
 
     from . import pictures
 

@@ -59,7 +59,7 @@ def describe(source: str) -> Rows:
     Raises:
         FileNotFoundError: nothing there. ValueError: no model, a pickle, or damaged.
     """
-    from diffusion_kit.models.fingerprint import fingerprint
+    from diffusion_kit.commands.fingerprint import fingerprint
     from diffusion_kit.models.sources import locate
 
     place = locate(source)

@@ -16,7 +16,7 @@ from PIL import Image
 from diffusion_kit.adapters.control import Control, granularity
 from diffusion_kit.adapters.detectors import detect, detector, detectors
 from diffusion_kit.adapters.pictures import FITS, MEGAPIXELS, fit_image, load_image, resize
-from diffusion_kit.models.fingerprint import fingerprint
+from diffusion_kit.commands.fingerprint import fingerprint
 from diffusion_kit.pipelines.auto import AutoPipelineForText2Image
 from diffusion_kit.pipelines.canvas import rounded
 from diffusion_kit.recipes import ControlRecipe, FileRef, Recipe

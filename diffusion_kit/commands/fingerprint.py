@@ -7,7 +7,7 @@ import json
 import os
 from pathlib import Path
 
-from .sources import locate
+from diffusion_kit.models.sources import locate
 
 LARGE = 256_000_000  # bytes; hashes of larger files are remembered, since they take seconds
 
