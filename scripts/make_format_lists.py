@@ -44,6 +44,15 @@ XL: dict[str, Any] = {
     "projection_class_embeddings_input_dim": 2816,
 }
 XL_UP = {"up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")}
+REFINER: dict[str, Any] = {
+    "block_out_channels": (384, 768, 1536, 1536),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": 4,
+    "attention_head_dim": (6, 12, 24, 24),
+    "cross_attention_dim": 1280,
+    "projection_class_embeddings_input_dim": 2560,
+}
 SD1 = {"cross_attention_dim": 768}
 SD2 = {"cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20), "use_linear_projection": True}
 KANDINSKY: dict[str, Any] = {
@@ -189,6 +198,8 @@ def lists() -> dict[str, Shapes]:
         for key, config in units.items()
     }
     unets |= {
+        "sdxl_inpainting": shapes_of(UNet2DConditionModel, **XL, **XL_UP, in_channels=9),
+        "refiner": shapes_of(UNet2DConditionModel, **{**XL, **REFINER}),
         "sd1_inpainting": shapes_of(UNet2DConditionModel, **SD1, in_channels=9),
         "sd1_instruct": shapes_of(UNet2DConditionModel, **SD1, in_channels=8),
     }
@@ -236,6 +247,15 @@ def lists() -> dict[str, Shapes]:
         "prior_21": shapes_of(PriorTransformer, embedding_dim=768, num_layers=2),
         "prior_22": shapes_of(PriorTransformer, embedding_dim=1280, num_layers=2),
         "unet_kandinsky3": shapes_of(Kandinsky3UNet),
+        "textual_inversion_sd2_diffusers": {"<fox>": (1024,)},
+        "unet_sd1_original": renamed(unets["sd1"], "model.diffusion_model."),
+        "checkpoint_with_controlnet": renamed(controlnets["sd1"], "control_model.") | result["checkpoint_sd1"],
+        "lycoris": {"lora_unet_down_blocks_1_attentions_0_proj_in.hada_w1_a": (320, 8)},
+        "lllite": {"lllite_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q.down.0.weight": (32, 640)},
+        "t2i_adapter_odd": {
+            "adapter.conv_in.weight": (320, 100, 3, 3),
+            "adapter.body.0.resnets.0.block1.weight": (320, 320, 3, 3),
+        },
         "somebody_elses": {"layers.0.weight": (7, 7), "layers.0.bias": (7,)},
     }
     hidden: dict[str, Any] = {"encoder_hid_dim": 1280, "encoder_hid_dim_type": "image_proj"}

@@ -392,30 +392,27 @@ def test_folders_both_ways_and_factories(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("keys", "expected"),
+    ("widths", "expected"),
     [
-        ({"model.diffusion_model.input_blocks.0.0.weight": (4, 4, 1, 1)}, "StableDiffusionPipeline"),
-        (
-            {
-                "model.diffusion_model.input_blocks.0.0.weight": (4, 9, 1, 1),
-                "cond_stage_model.transformer.text_model.embeddings.position_ids": (1, 77),
-            },
-            "StableDiffusionPipeline",
-        ),
-        (
-            {"conditioner.embedders.1.model.transformer.resblocks.9.mlp.c_proj.bias": (4,)},
-            "StableDiffusionXLPipeline",
-        ),
+        ((4, 768), "StableDiffusionPipeline"),
+        ((9, 768), "StableDiffusionPipeline"),
+        ((9, 1024), "StableDiffusionPipeline"),
+        ((4, 2048), "StableDiffusionXLPipeline"),
+        ((4, 1280), "StableDiffusionXLImg2ImgPipeline"),
     ],
 )
-def test_a_single_file_is_known_by_its_keys(keys: dict[str, Any], expected: str, tmp_path: Path) -> None:
-    save_file({name: torch.zeros(shape) for name, shape in keys.items()}, tmp_path / "a.safetensors")
+def test_a_single_file_is_known_by_its_header(widths: tuple[int, int], expected: str, tmp_path: Path) -> None:
+    inputs, text = widths
+    shapes = {"0.0.weight": (4, inputs, 1, 1), "1.1.transformer_blocks.0.attn2.to_k.weight": (4, text)}
+    tensors = {f"model.diffusion_model.input_blocks.{name}": torch.zeros(shape) for name, shape in shapes.items()}
+    tensors["first_stage_model.x"] = torch.zeros(1)
+    save_file(tensors, tmp_path / "a.safetensors")
     assert class_name(tmp_path / "a.safetensors") == expected
 
 
 def test_a_single_file_of_no_known_kind_is_one_line(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(3)}, tmp_path / "a.safetensors")
     with pytest.raises(
-        ValueError, match="is a checkpoint of kind unknown; the families of this version are SD15, SDXL"
+        ValueError, match="tensors of no kind that is known, .*; the families of this version are Kandinsky21"
     ):
         AutoPipelineForText2Image.from_pretrained(tmp_path / "a.safetensors")

@@ -221,6 +221,8 @@ def load_control_model(source: str | Path, **kwargs: Any) -> Any:
         FileNotFoundError: no such folder, file or repository. ValueError: something else than a control.
     """
     place = locate(source)
+    if isinstance(place, Path) and (place.parent / "config.json").is_file():
+        source = place = place.parent  # what its shapes do not tell stands beside it
     if isinstance(place, Path) and place.is_file():
         loaders = {name: loader for kind in kinds() for name, loader in getattr(kind, "FILES", {}).items()}
         found = identify(place)

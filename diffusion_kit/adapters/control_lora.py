@@ -44,12 +44,22 @@ class ControlLoRA:
             raise ValueError(f"{name} is no Control-LoRA: it has no {', '.join(missing)}")
         self.config = {"_name_or_path": name}
         converted = convert_sai_sd_control_lora_state_dict_to_peft(dict(tensors))
+        placed = {id(value) for value in converted.values()}
+        lost = [own for own, value in tensors.items() if id(value) not in placed and own != "lora_controlnet"]
+        if lost:  # also a downsampler's pair without its bias, by which the peer knows it
+            raise ValueError(f"{name} is no whole Control-LoRA: its {lost[0]} has no place in one")
         names = {key.removesuffix(DOWN).removesuffix(UP) for key in converted if key.endswith((DOWN, UP))}
         halves = sorted(half for name in names for half in (name + UP, name + DOWN) if half not in converted)
         if halves:
             raise ValueError(f"{name} is no whole Control-LoRA: it has no {halves[0]}")
         self.pairs = {f"{n}.weight": (converted[n + UP], converted[n + DOWN]) for n in sorted(names)}
         self.whole = {n: value for n, value in converted.items() if value is not None and not n.endswith((DOWN, UP))}
+        self.shapes = {name: (up.shape[0], *down.shape[1:]) for name, (up, down) in self.pairs.items()}
+        self.shapes |= {name: tuple(value.shape) for name, value in self.whole.items()}
+        try:
+            self.hint = hint_config(self.shapes)
+        except KeyError as error:
+            raise ValueError(f"{name} is no whole Control-LoRA: it has no {error}") from None
         self._made: WeakKeyDictionary[Net, tuple[Tensor, Net]] = WeakKeyDictionary()
 
     @classmethod
@@ -93,33 +103,30 @@ class ControlLoRA:
                 raise ValueError(
                     f"a Control-LoRA changes the base's weights; the UNet's {name} is {kind}: load it whole"
                 )
-        given = {name: (up.shape[0], *down.shape[1:]) for name, (up, down) in self.pairs.items()}
-        given |= {name: tuple(value.shape) for name, value in self.whole.items()}
-        _check_fit({name: shape for name, shape in given.items() if not name.startswith("controlnet_")}, base)
+        _check_fit({name: shape for name, shape in self.shapes.items() if not name.startswith("controlnet_")}, base)
         state = torch.stack([_sum_of_bits(base[name]) for name in self.pairs]).cpu()
         known, net = self._made.get(unet, (None, None))
         if known is None or not torch.equal(known, state):
             net = self._merged(unet, base)
-            _check_fit(given, dict(net.named_parameters()))
             self._made[unet] = state, net
         return net
 
     def _merged(self, unet: Net, base: Mapping[str, Tensor]) -> Net:
-        shapes = {name: tuple(value.shape) for name, value in self.whole.items()}
-        hint = hint_config(shapes)
         with torch.device("meta"):
-            net = ControlNetModel.from_unet(unet, load_weights_from_unet=False, **hint)
+            net = ControlNetModel.from_unet(unet, load_weights_from_unet=False, **self.hint)
+        places = dict(net.named_parameters())
+        _check_fit(self.shapes, places)
         made = {name: value.to(unet.device, unet.dtype) for name, value in self.whole.items()}
         for name, (up, down) in self.pairs.items():
             weight = base[name]
             change = up.to(weight.device).float().flatten(1) @ down.to(weight.device).float().flatten(1)
             made[name] = (weight.float() + change.view_as(weight)).to(weight.dtype)
         parameters = {**base, **{name: nn.Parameter(value, requires_grad=False) for name, value in made.items()}}
-        for name in dict(net.named_parameters()):
+        for name in places:
             if name not in parameters:
                 raise ValueError(f"{self.config['_name_or_path']} is no whole Control-LoRA: it has no {name}")
-            place, _, own = name.rpartition(".")
-            setattr(net.get_submodule(place), own, parameters[name])
+            module, _, own = name.rpartition(".")
+            setattr(net.get_submodule(module), own, parameters[name])
         return net.eval()
 
 

@@ -197,7 +197,7 @@ def built(cls: Any, config: Callable[[], dict[str, Any]], weights: Mapping[str, 
         with torch.device("meta"):
             net = cls(**config())
     except KeyError as error:
-        raise ValueError(f"{wrong}: it has no {error}") from None
+        raise ValueError(f"{wrong} that is known without its config.json: it has no {error}") from None
     takes = {name: tuple(value.shape) for name, value in net.state_dict().items()}
     differs = sorted(takes.items() ^ {(name, tuple(value.shape)) for name, value in weights.items()})
     if differs:

@@ -28,11 +28,14 @@ class AddChannels:
 
 
 @dataclass
-class EncodedHint(EncodedControl):
+class EncodedChannels(EncodedControl):
     channels: Tensor = field(default_factory=lambda: torch.empty(0))
 
     def tensors(self, conditioning: Conditioning, branches: int) -> Tree:
-        return in_every(self.channels, branches)
+        """In every branch, or in all but the first where the control has a guidance of its own."""
+        if self.guidance is None or branches == 1:
+            return in_every(self.channels, branches)
+        return torch.cat([torch.zeros_like(self.channels), in_every(self.channels, branches - 1)])
 
 
 @torch.no_grad()
@@ -59,7 +62,7 @@ def encode(control: Control, site: Site) -> EncodedControl:
         )
     else:
         hint = spread(hint, site.prompts, site.per_prompt, "a hint")
-    return EncodedHint(AddChannels(), (control.start, control.end), channels=hint)
+    return EncodedChannels(AddChannels(), (control.start, control.end), channels=hint)
 
 
 def _check_size(hint: Tensor, site: Site) -> None:

@@ -4,30 +4,14 @@ guidance s_I of eq. 3."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
-import torch
-from torch import Tensor
-
-from diffusion_kit.sampling.doors import Conditioning, Tree, in_every, spread
+from diffusion_kit.sampling.doors import spread
 
 from .control import Control, EncodedControl, Site
-from .hint import AddChannels
+from .hint import AddChannels, EncodedChannels
 from .pictures import picture_tensor
 
 MODELS = ()
 NAME = "instruct"
-
-
-@dataclass
-class EncodedPicture(EncodedControl):
-    channels: Tensor = field(default_factory=lambda: torch.empty(0))
-
-    def tensors(self, conditioning: Conditioning, branches: int) -> Tree:
-        """The picture in every branch, or in all but the first where it has a guidance of its own."""
-        if self.guidance is None or branches == 1:
-            return in_every(self.channels, branches)
-        return torch.cat([torch.zeros_like(self.channels), in_every(self.channels, branches - 1)])
 
 
 def encode(control: Control, site: Site) -> EncodedControl:
@@ -47,7 +31,7 @@ def encode(control: Control, site: Site) -> EncodedControl:
     pixels = 2 * picture_tensor(control.image, site.height, site.width) - 1
     latents = spread(site.encode_picture(pixels.to(site.device)), site.prompts, site.per_prompt, "a control's image")
     (area,) = site.weights(control, [1.0], [0], [1.0] * site.levels)
-    return EncodedPicture(
+    return EncodedChannels(
         AddChannels(),
         (control.start, control.end),
         guidance=None if scale == 1 else scale,

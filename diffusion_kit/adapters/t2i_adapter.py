@@ -137,6 +137,8 @@ def _converted(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     """Configuration by the shapes of the tensors under diffusers' names."""
     factor, channels = unshuffled(shapes)
+    if not factor:
+        raise KeyError("first convolution that reads a picture")
     light = "adapter.body.0.out_conv.weight" in shapes
     last = "out_conv" if light else "resnets.0.block2"
     levels = count(shapes, "adapter.body.") - light  # a light one gives its last width twice

@@ -118,16 +118,8 @@ def _network(folder: Path) -> Rows:
 
 def _file(file: Path) -> Rows:
     from diffusion_kit.models.formats import describe as describe_file
-    from diffusion_kit.models.sources import checkpoint_kind, tensor_shapes
-    from diffusion_kit.pipelines.auto import SINGLE_FILES
 
-    shapes = tensor_shapes(file)
-    kind = checkpoint_kind(file)
-    if kind in SINGLE_FILES:
-        yield "checkpoint", f"{kind}, loaded as {SINGLE_FILES[kind]}"
-    else:
-        yield "file", f"{describe_file(file)}{_expects(file.stem)}"
-    yield "weights", _count(shapes, file.stat().st_size)
+    yield "file", f"{describe_file(file)}{_expects(file.stem)}"
 
 
 def _weights_in(folder: Path) -> str:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffusion_kit.sampling.doors import Answer, Conditioning, Denoiser, Tree, pick
+from diffusion_kit.sampling.doors import Answer, Conditioning, Denoiser, Prediction, Tree, pick
 
 from .kandinsky3 import Kandinsky3Denoiser, Kandinsky3PeerDenoiser, is_kandinsky3
-from .unet import Net, decode, embeddings, encode, layout, obstacle, text_tokens
+from .unet import Net, decode, embeddings, encode, layout, obstacle, project, text_tokens
 
 # The conditioning's names, and the peer's for the same.
 ADDED = {"add_text_embeds": "text_embeds", "add_time_ids": "time_ids", "image_embeds": "image_embeds"}
@@ -26,11 +26,15 @@ class UNetDenoiser:
     (rows, P), `add_time_ids` (rows, k), `image_embeds` (rows, D) and `timestep_cond` (rows, E). `channels` is the number
     of latent channels: what the network gives beyond them is a variance. `more` channels are a control's; they are zero
     where it answers nothing.
+
+    With a `depth` a call also gives the input of the last `depth` up blocks, and the answer as far as these and as many
+    down blocks take it. Where the tensors hold such an input, "deep", only those blocks run (see `sampling.cache`).
     """
 
     net: Net
     channels: int
     more: int = 0
+    depth: int = 0
 
     @property
     def executed(self) -> tuple[Net, ...]:
@@ -39,14 +43,26 @@ class UNetDenoiser:
     def prepare(self, timesteps: Tensor, conditioning: Conditioning) -> Tree:
         return prepare_embeddings(self.net, timesteps, conditioning)
 
-    def __call__(self, tensors: Tree, x: Tensor, call: Tensor, answer: Answer) -> tuple[Tensor, Tensor | None]:
+    def __call__(self, tensors: Tree, x: Tensor, call: Tensor, answer: Answer) -> Prediction:
+        net, blocks, deep = self.net, list(self.net.up_blocks), tensors.get("deep")
+        top = len(blocks) - self.depth
+        shallow = sum(len(block.resnets) for block in blocks[top:])  # skip connections
         emb = pick(tensors["emb"], call)[0]
         context = {name: (*own, *answer.tokens.get(name, ())) for name, own in tensors["context"].items()}
-        h, skips = encode(self.net, widened(x, answer.channels, self.more), emb, context, intra=answer.intra)
-        skips = [skip + r for skip, r in zip(skips, answer.skips, strict=True)] if answer.skips else skips
-        if answer.mid is not None:
-            h = h + answer.mid
-        return split_variance(decode(self.net, h, skips, emb, context), self.channels)
+        x = widened(x, answer.channels, self.more)
+        full = deep is None
+        h, skips = encode(net, x, emb, context, intra=answer.intra, depth=None if full else self.depth)
+        used = None if full else shallow
+        skips, residuals = skips[:used], answer.skips[:used]
+        skips = [skip + r for skip, r in zip(skips, residuals, strict=True)] if residuals else skips
+        kept: tuple[Tree, ...] = ()
+        if full:
+            h = h if answer.mid is None else h + answer.mid
+            deep = decode(net, blocks[:top], h, skips, emb, context)
+            used_again = answer._replace(intra=answer.intra[: self.depth], skips=residuals[:shallow], mid=None)
+            kept = (deep, used_again) if self.depth else ()
+        output = project(net, decode(net, blocks[top:], deep, skips, emb, context))
+        return *split_variance(output, self.channels), *kept
 
 
 @dataclass(frozen=True)
@@ -100,6 +116,22 @@ def make_denoiser(net: Any, channels: int, cross_attention_kwargs: dict[str, Any
     if obstacle(net) is None and not own:
         return UNetDenoiser(net, channels, more)
     return PeerDenoiser(net, channels, more, (("cross_attention_kwargs", _Frozen(own)),) if own else ())
+
+
+def with_kept_features(denoiser: Denoiser, depth: int) -> UNetDenoiser:
+    """The denoiser for a step cache of that depth.
+
+    Raises:
+        ValueError: it does not run block by block, or has no such depth.
+    """
+    if not isinstance(denoiser, UNetDenoiser):
+        raise ValueError(
+            "no step cache for this UNet: it runs through its own forward, or is Kandinsky 3's; use cache_steps(None)"
+        )
+    most = len(denoiser.net.down_blocks) - 1
+    if not 1 <= depth <= most:
+        raise ValueError(f"step cache depth is {depth}; for this UNet it must be 1 to {most}")
+    return replace(denoiser, depth=depth)
 
 
 def takes_hint(net: Net) -> bool:

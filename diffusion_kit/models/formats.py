@@ -30,12 +30,14 @@ class Format(NamedTuple):
 # Kind, layout and patterns that are all found among the names of the tensors. The first row that fits counts, so a row may
 # be told from those below it by what only it has.
 RULES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
-    ("checkpoint", "original", (r"^model\.diffusion_model\.",)),
+    ("controlnet", "original", (r"^control_model\.input_hint_block\.",)),
+    ("checkpoint", "original", (r"^model\.diffusion_model\.", r"^(first_stage_model|cond_stage_model|conditioner)\.")),
+    ("unet", "original", (r"^model\.diffusion_model\.",)),
     ("control_lora", "Stability", (r"^lora_controlnet$",)),
     ("control_lora", "Stability", (r"^input_blocks\..*\.down$", r"^zero_convs\.")),
     ("controlnet_union", "diffusers", (r"^task_embedding$", r"^controlnet_down_blocks\.")),
     ("controlnet_union", "original", (r"task_embedding$", r"zero_convs\.")),
-    ("controlnet", "original", (r"(^|control_model\.)input_hint_block\.", r"(^|control_model\.)zero_convs\.")),
+    ("controlnet", "original", (r"^input_hint_block\.", r"^zero_convs\.")),
     ("controlnet", "diffusers", (r"^controlnet_cond_embedding\.", r"^controlnet_down_blocks\.")),
     ("ip_adapter", "FaceID", (r"^image_proj\.", r"_ip\.weight$", r"perceiver_resampler|to_k_lora|to_q_lora")),
     ("ip_adapter", "plus", (r"^image_proj\.latents$", r"_ip\.weight$")),
@@ -46,6 +48,8 @@ RULES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("t2i_adapter", "TencentARC", (r"^body\.0\.(body\.0\.)?block1\.",)),
     ("lora", "kohya", (r"^lora_(unet|te\d?)_.*\.lora_down\.",)),
     ("lora", "peft", (r"\.lora_A\.",)),
+    ("lycoris", "LyCORIS", (r"\.(hada_w1_a|lokr_w1(_a)?)$",)),
+    ("lllite", "kohya", (r"^lllite_unet_",)),
     ("lora", "diffusers, old", (r"_lora\.down\.|\.lora\.down\.",)),
     ("textual_inversion", "AUTOMATIC1111", (r"^emb_params$",)),
     ("textual_inversion", "SDXL", (r"^clip_l$", r"^clip_g$")),
@@ -64,6 +68,8 @@ LABELS = {
     "ip_adapter": "an IP-Adapter",
     "t2i_adapter": "a T2I-Adapter",
     "lora": "a LoRA",
+    "lycoris": "a LoRA of another kind, which this version does not load",
+    "lllite": "a ControlNet-LLLite, which this version does not load",
     "textual_inversion": "a textual inversion",
     "prior": "a prior of Kandinsky",
     "movq": "an autoencoder of Kandinsky",
@@ -106,13 +112,15 @@ def format_of(shapes: Shapes) -> Format:
     for kind, layout, patterns in RULES:
         if all(re.search(pattern, names, re.MULTILINE) for pattern in patterns):
             return Format(kind, layout, _base(kind, shapes, names))
+    widths = {shape[-1] for shape in shapes.values() if 0 < len(shape) < 3}
+    if len(shapes) == 1 and widths & TEXT_WIDTHS.keys():  # the one tensor has the name of its token
+        return Format("textual_inversion", "diffusers", TEXT_WIDTHS[widths.pop()])
     return Format("unknown")
 
 
 def _base(kind: str, shapes: Shapes, names: str) -> str | None:
     if kind == "t2i_adapter":
-        factor, _ = unshuffled(shapes)
-        return {8: "SD 1.x", 16: "SDXL"}.get(factor)
+        return {8: "SD 1.x", 16: "SDXL"}.get(unshuffled(shapes)[0])
     if kind == "prior":
         return {768: "Kandinsky 2.1", 1280: "Kandinsky 2.2"}.get(shapes["clip_mean"][-1])
     if kind == "textual_inversion":
@@ -130,17 +138,12 @@ def _base(kind: str, shapes: Shapes, names: str) -> str | None:
 
 
 def unshuffled(shapes: Shapes) -> tuple[int, int]:
-    """Downscale factor and picture channels of a T2I-Adapter, whose first convolution reads factor^2 x channels.
-
-    Raises:
-        ValueError: neither a greyscale nor a colour picture's.
-    """
-    name = next(name for name in shapes if name.endswith(("conv_in.weight", "body.0.in_conv.weight")))
-    for factor in (4, 8, 16):
-        for channels in (1, 3):
-            if shapes[name][1] == factor**2 * channels:
-                return factor, channels
-    raise ValueError(f"no T2I-Adapter that is known: its {name} reads {shapes[name][1]} channels")
+    """Downscale factor and picture channels of a T2I-Adapter, whose first convolution reads factor^2 x channels; (0, 0) if
+    that is neither a greyscale nor a colour picture's."""
+    firsts = ("conv_in.weight", "body.0.in_conv.weight")
+    reads = next((shape[1] for name, shape in shapes.items() if name.endswith(firsts)), 0)
+    fits = ((factor, channels) for factor in (4, 8, 16) for channels in (1, 3) if factor**2 * channels == reads)
+    return next(fits, (0, 0))
 
 
 def describe(file: Path) -> str:

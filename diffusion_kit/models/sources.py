@@ -62,18 +62,6 @@ def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
         raise ValueError(f"{file} is cut short, or no safetensors file ({error})") from None
 
 
-def checkpoint_kind(file: Path) -> str:
-    """What a single safetensors file is, by its keys, under diffusers' names of the kinds ("v1", "xl_base", "controlnet",
-    ...); "unknown" for a file of none."""
-    import torch
-    from diffusers.loaders.single_file_utils import infer_diffusers_model_type
-
-    checkpoint = {name: torch.empty(shape, device="meta") for name, shape in tensor_shapes(file).items()}
-    kind = str(infer_diffusers_model_type(checkpoint))
-    plain = any(name.startswith("model.diffusion_model.") for name in checkpoint)
-    return kind if kind != "v1" or plain else "unknown"  # "v1" is also what is said of a file with no known key
-
-
 def read_json(file: Path, what: str) -> dict[str, Any]:
     """The file that says what a folder is.
 

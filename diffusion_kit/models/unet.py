@@ -1,6 +1,6 @@
 """The UNet as two functions over diffusers' own blocks, and what of it need not be computed in every step.
 
-`encode` runs conv_in, the down blocks and the middle, `decode` the up blocks and conv_out. A ControlNet has the same
+`encode` runs conv_in, the down blocks and the middle, `decode` the up blocks, `project` conv_out. A ControlNet has the same
 encoder, so `encode` runs it as well. Embeddings of all timesteps (`embeddings`) and keys and values of the text
 (`text_tokens`) are made before the loop. It is the UNet of Stable Diffusion, of SDXL and of Kandinsky 2.x.
 
@@ -46,6 +46,7 @@ def encode(
     *,
     hint: Tensor | None = None,
     intra: Sequence[Tensor] = (),
+    depth: int | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     """conv_in, down blocks, middle.
 
@@ -56,16 +57,17 @@ def encode(
         context: what cross-attention sees.
         hint: added after conv_in (a ControlNet's embedded control image).
         intra: one residual for each down block, then the middle; it may be shorter.
+        depth: only so many down blocks, and not the middle.
 
     Returns:
-        The middle's output and every skip connection, conv_in's first.
+        The last output and every skip connection, conv_in's first.
     """
     h = net.conv_in(x)
     if hint is not None:
         h = h + hint
     skips = [h]
     residuals = list(intra)
-    for block in net.down_blocks:
+    for block in list(net.down_blocks)[:depth]:
         added = residuals.pop(0) if residuals else None
         own: dict[str, Any] = {"encoder_hidden_states": context} if getattr(block, "has_cross_attention", False) else {}
         if adds_inside(block):
@@ -75,7 +77,7 @@ def encode(
         if added is not None and not adds_inside(block):
             h = h + added  # the peer adds in place, so the block's last skip, the same tensor, has it too
             skips[-1] = h
-    if net.mid_block is not None:
+    if net.mid_block is not None and depth is None:
         with_text = getattr(net.mid_block, "has_cross_attention", False)
         h = net.mid_block(h, emb, encoder_hidden_states=context) if with_text else net.mid_block(h, emb)
         if residuals and residuals[0].shape[1:] == h.shape[1:]:
@@ -83,11 +85,10 @@ def encode(
     return h, skips
 
 
-def decode(net: Net, h: Tensor, skips: Sequence[Tensor], emb: Tensor, context: Context) -> Tensor:
-    """Up blocks and output convolution: the prediction (B, C, H, W)."""
-    skips = list(skips)
-    resize = any(size % 2**net.num_upsamplers for size in skips[0].shape[-2:])
-    for block in net.up_blocks:
+def decode(net: Net, blocks: Sequence[Net], h: Tensor, skips: list[Tensor], emb: Tensor, context: Context) -> Tensor:
+    """Up blocks of the network, which take the skip connections that they use from the end of the list."""
+    resize = any(size % 2**net.num_upsamplers for size in skips[0].shape[-2:]) if skips else False
+    for block in blocks:
         used = tuple(skips[-len(block.resnets) :])
         del skips[-len(block.resnets) :]
         size = skips[-1].shape[2:] if resize and skips else None
@@ -95,6 +96,11 @@ def decode(net: Net, h: Tensor, skips: Sequence[Tensor], emb: Tensor, context: C
             h = block(h, used, emb, encoder_hidden_states=context, upsample_size=size)
         else:
             h = block(h, used, emb, upsample_size=size)
+    return h
+
+
+def project(net: Net, h: Tensor) -> Tensor:
+    """Output convolution: the prediction (B, C, H, W)."""
     if net.conv_norm_out:
         h = net.conv_act(net.conv_norm_out(h))
     return net.conv_out(h)

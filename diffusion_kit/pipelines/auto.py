@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 
 from diffusers import DiffusionPipeline
 
-from diffusion_kit.models.sources import checkpoint_kind, locate, one_line, read_json
+from diffusion_kit.models.formats import describe, identify
+from diffusion_kit.models.sources import locate, one_line, read_json
 
 from . import kandinsky, kandinsky3, kandinsky_combined, kandinsky_peers, sd15, sd15_peers, sdxl, sdxl_peers
 from .base import ControlledPipeline
@@ -46,16 +47,12 @@ WITH_PRIOR: dict[type, type[kandinsky_combined.WithPrior]] = {
     kandinsky.Kandinsky21Pipeline: kandinsky_combined.Kandinsky21CombinedPipeline,
     kandinsky.Kandinsky22Pipeline: kandinsky_combined.Kandinsky22CombinedPipeline,
 }
-# Pipeline of each kind of single file, under diffusers' names of the kinds.
+# Pipeline of a single file, by the base that its header shows.
 SINGLE_FILES = {
-    "xl_base": "StableDiffusionXLPipeline",
-    "xl_inpaint": "StableDiffusionXLPipeline",
-    "xl_refiner": "StableDiffusionXLImg2ImgPipeline",
-    "playground-v2-5": "StableDiffusionXLPipeline",
-    "v1": "StableDiffusionPipeline",
-    "v2": "StableDiffusionPipeline",
-    "inpainting": "StableDiffusionPipeline",
-    "inpainting_v2": "StableDiffusionPipeline",
+    "SDXL": "StableDiffusionXLPipeline",
+    "SDXL's refiner": "StableDiffusionXLImg2ImgPipeline",
+    "SD 1.x": "StableDiffusionPipeline",
+    "SD 2.x": "StableDiffusionPipeline",
 }
 
 
@@ -129,10 +126,11 @@ def class_name(source: str | Path) -> str:
     """
     place = locate(source)
     if isinstance(place, Path) and place.is_file():
-        kind = checkpoint_kind(place)
-        if kind not in SINGLE_FILES:
-            raise ValueError(f"{place} is a checkpoint of kind {kind}; the families of this version are {_known()}")
-        return SINGLE_FILES[kind]
+        found = identify(place)
+        base = (found.base or "").partition(",")[0]
+        if found.kind != "checkpoint" or base not in SINGLE_FILES:
+            raise ValueError(f"{place} is {describe(place)}; the families of this version are {_known()}")
+        return SINGLE_FILES[base]
     if isinstance(place, Path):
         return str(read_json(place / "model_index.json", "model folder").get("_class_name"))
     with one_line(source, "model"):

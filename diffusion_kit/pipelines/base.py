@@ -6,14 +6,17 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.utils import is_xformers_available
 from diffusers.utils.peft_utils import scale_lora_layers, unscale_lora_layers
+from diffusers.utils.torch_utils import get_device
 from torch import Tensor, nn
 
 from diffusion_kit.adapters.control import (
@@ -25,8 +28,10 @@ from diffusion_kit.adapters.control import (
     named_kinds,
 )
 from diffusion_kit.models.attention import installed
+from diffusion_kit.models.denoiser import make_denoiser, with_kept_features
 from diffusion_kit.models.sources import check_folder, embedded, locate, one_line
 from diffusion_kit.models.unet import obstacle
+from diffusion_kit.sampling.cache import StepCache
 from diffusion_kit.sampling.engines import Compiled, Engine, eager
 from diffusion_kit.sampling.loop import Run, sample
 
@@ -45,6 +50,7 @@ class ControlledPipeline(DiffusionPipeline):
     defaults: ClassVar[Mapping[str, Any]] = {}
     peer_name: ClassVar[str] = ""
     engine: Engine = staticmethod(eager)
+    step_cache: StepCache | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -176,12 +182,45 @@ class ControlledPipeline(DiffusionPipeline):
         encoded = [encode_control(self.resolve_control(control), site) for control in controls]
         return [control for control in encoded if control is not None]
 
+    # Memory
+
+    def enable_xformers_memory_efficient_attention(self, attention_op: Any = None) -> None:
+        """diffusers' own; where xformers or CUDA is missing, a warning, and attention stays torch's."""
+        needs = {"the package xformers": is_xformers_available(), "a CUDA device": torch.cuda.is_available()}
+        missing = " and ".join(what for what, there in needs.items() if not there)
+        if missing:
+            warnings.warn(f"xformers' attention needs {missing}: torch's own attention is used", stacklevel=2)
+        else:
+            super().enable_xformers_memory_efficient_attention(attention_op)
+
+    def enable_model_cpu_offload(self, gpu_id: int | None = None, device: torch.device | str | None = None) -> None:
+        """diffusers' own; where there is no accelerator to load onto, a warning, and the models stay on the CPU."""
+        if device is None and get_device() == "cpu":
+            warnings.warn("there is no accelerator: nothing is offloaded, the models run on the CPU", stacklevel=2)
+        else:
+            super().enable_model_cpu_offload(gpu_id, device)
+
     # Running
 
     def compile_step(self, **options: Any) -> Compiled:
         """From now on whole steps run compiled, one graph for each signature; `options` are torch.compile's."""
         self.engine = Compiled(**options)
         return self.engine
+
+    def cache_steps(
+        self, every: int | None = 3, *, depth: int = 1, controls: Literal["reuse", "recompute"] = "reuse"
+    ) -> StepCache | None:
+        """From now on one step in `every` runs the whole UNet, the others only its `depth` shallowest levels over kept
+        features (see `sampling.cache`); None turns that off. ControlNets run in full steps only ("reuse"), or in all.
+
+        Raises:
+            ValueError: a value out of its range, or a UNet that does not run block by block.
+        """
+        cache = None if every is None else StepCache(every, depth, controls)
+        if cache is not None:
+            with_kept_features(make_denoiser(self.unet, self.unet.config.in_channels), depth)
+        self.step_cache = cache
+        return cache
 
     def explain(self) -> str:
         """What runs where, in a few lines."""
@@ -192,6 +231,7 @@ class ControlledPipeline(DiffusionPipeline):
             f"device     {self._execution_device}, {str(self.unet.dtype).removeprefix('torch.')}",
             f"unet       {runs}",
             f"engine     {'compiled steps' if isinstance(self.engine, Compiled) else 'eager'}",
+            f"cache      {self.step_cache or 'off'}",
             f"scheduler  {type(self.scheduler).__name__}",
         ]
         return "\n".join(lines)
@@ -227,6 +267,9 @@ class ControlledPipeline(DiffusionPipeline):
 
     def denoise(self, run: Run, latents: Tensor, on_call: Callable[..., Tensor]) -> Tensor:
         """The loop, with the executor's attention installed, LoRA scaled, and offloading told that the UNet is needed."""
+        if self.step_cache is not None:
+            run.cache = dataclasses.replace(self.step_cache)
+            run.denoiser = with_kept_features(run.denoiser, run.cache.depth)
         nets = [net for control in run.controls for net in control.nets]  # type: ignore[attr-defined]
         nets += run.denoiser.executed  # type: ignore[attr-defined]
         unique = list({id(net): net for net in nets}.values())

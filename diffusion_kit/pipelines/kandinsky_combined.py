@@ -28,8 +28,11 @@ class CombinedCall(Kandinsky2Call):
         prior_guidance_scale, prior_num_inference_steps: of its own denoising.
         prior_callback_on_step_end, prior_callback_on_step_end_tensor_inputs: called after each of its steps.
         latents: (N, D) is its noise, (B, 4, h, w) the decoder's.
+        height, width: 512 by default; None is the picture's, or what the model was made for.
     """
 
+    height: int | None = 512
+    width: int | None = 512
     prior_guidance_scale: float = 4.0
     prior_num_inference_steps: int = 25
     prior_callback_on_step_end: Any = None

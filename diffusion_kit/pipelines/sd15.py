@@ -114,8 +114,7 @@ class SD15Pipeline(
 
     @property
     def peer_name(self) -> str:  # type: ignore[override]
-        takes_picture = self.own_control == "instruct"
-        return f"StableDiffusion{'InstructPix2Pix' if takes_picture else ''}Pipeline"
+        return "StableDiffusionInstructPix2PixPipeline" if self.own_control == "instruct" else "StableDiffusionPipeline"
 
     upcasts = False  # the configurations of its autoencoders leave it at True, and float16 is enough for them
 

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+Prediction = tuple[Tensor, Tensor | None, *tuple[Any, ...]]
 Tree = Any  # a tensor, or a tuple, list or dict of trees
 Conditioning = Mapping[str, Tensor]  # named tensors; the conditional half comes last along the batch
 
@@ -98,8 +99,8 @@ class Denoiser(Protocol):
     def prepare(self, timesteps: Tensor, conditioning: Conditioning) -> Tree:
         """All that does not change from step to step: embeddings of every timestep, keys and values of the text."""
 
-    def __call__(self, tensors: Tree, x: Tensor, call: Tensor, answer: Answer) -> tuple[Tensor, Tensor | None]:
-        """(prediction, variance or None), each (rows, C, H, W)."""
+    def __call__(self, tensors: Tree, x: Tensor, call: Tensor, answer: Answer) -> Prediction:
+        """(prediction, variance or None), each (rows, C, H, W); behind them what a step cache is to keep."""
 
 
 class LatentRule(Protocol):

@@ -11,7 +11,7 @@ from torch import Tensor
 from .doors import Tree, shapes
 from .step import Step
 
-StepFunction = Callable[[Tensor, Tensor, Tree], tuple[Tensor, Tensor]]
+StepFunction = Callable[[Tensor, Tensor, Tree], tuple[Tensor, Tensor, *tuple[Tree, ...]]]
 
 
 class Engine(Protocol):
@@ -42,7 +42,7 @@ class Compiled:
         return self.graphs[signature]
 
     def _compile(self, step: Step) -> StepFunction:
-        def run(state: Tensor, call: Tensor, tensors: Tree) -> tuple[Tensor, Tensor]:
+        def run(state: Tensor, call: Tensor, tensors: Tree) -> tuple[Tensor, Tensor, *tuple[Tree, ...]]:
             return step(state, call, tensors)
 
         # A code object of its own: dynamo keeps its cache, and the limit of recompilations, by code object.

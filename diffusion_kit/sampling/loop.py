@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .cache import Repeat, StepCache
 from .doors import Conditioning, Denoiser, Encoded, LatentRule, Tree, branched, in_every, inside
 from .engines import Engine, eager
 from .noise import Generators, draw
@@ -28,6 +29,7 @@ class Run:
         rule: applied to the latents after every step, with its tensors, or None.
         guidance_scale: w; guidance is off at 1 and below.
         guidance_interval: fractions of the steps in which guidance is on.
+        cache: deep features that some steps reuse; for a denoiser that gives them.
         dtype: of the network's input; latents, guidance and sampler stay in float32.
     """
 
@@ -44,6 +46,7 @@ class Run:
     engine: Engine = eager
     dtype: torch.dtype = torch.float32
     stop: bool = False
+    cache: StepCache | None = None
     _prepared: dict[Any, Tree] = field(default_factory=dict)
 
     def guided(self, step: int) -> bool:
@@ -52,6 +55,8 @@ class Run:
     def forget(self) -> None:
         """What was prepared from the conditioning is made again before the next step."""
         self._prepared.clear()
+        if self.cache is not None:
+            self.cache.forget()
 
     def prepared(self, name: Any, make: Callable[[], Tree]) -> Tree:
         if name not in self._prepared:
@@ -81,13 +86,18 @@ def sample(run: Run, latents: Tensor, on_call: Callable[[int, Tensor, Tensor, Te
             break
         step, tensors = _step(run, k, noise, latents.shape[0], device)
         before = state[0]
-        state, prediction = run.engine(step, state, tensors)(state, calls[k : k + 1], tensors)
+        state, prediction, *kept = run.engine(step, state, tensors)(state, calls[k : k + 1], tensors)
+        if run.cache is not None and kept:
+            run.cache.keep(*kept)
         if transition is None:
             state = _own_step(run, k, state, prediction, calls[k : k + 1], tensors)
         if on_call is not None:
-            after = on_call(k, before, prediction, state[0])
-            if after is not state[0]:
+            given = state[0]
+            after = on_call(k, before, prediction, given)
+            if after is not given:
                 state = torch.cat([after[None].to(state), state[1:]])
+                if run.cache is not None:
+                    run.cache.forget()
     return state[0]
 
 
@@ -147,6 +157,11 @@ def _step(run: Run, k: int, noise: Tensor | None, rows: int, device: torch.devic
         "matrix": None if transition is None else transition.matrix,
         "log_spread": None if transition is None else transition.log_spread,
     }
+    if run.cache is not None and (kept := run.cache.recall(number, (branches, *map(id, active)))):
+        deep, answer = kept
+        tensors["denoiser"] = {**tensors["denoiser"], "deep": deep}
+        if run.cache.controls == "reuse":
+            step, tensors["controls"] = replace(step, injections=(Repeat(),)), (answer,)
     return step, tensors
 
 

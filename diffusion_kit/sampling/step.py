@@ -12,7 +12,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from .doors import Answer, Denoiser, Injection, LatentRule, Tree, add_answers, in_every, pick
+from .doors import Answer, Denoiser, Injection, LatentRule, Prediction, Tree, add_answers, in_every, pick
 from .guidance import guide
 from .transition import advance, noise_factor
 
@@ -44,19 +44,21 @@ class Step:
     linear: bool
     learned: bool
 
-    def __call__(self, state: Tensor, call: Tensor, tensors: Tree) -> tuple[Tensor, Tensor]:
+    def __call__(self, state: Tensor, call: Tensor, tensors: Tree) -> tuple[Tensor, Tensor, *tuple[Tree, ...]]:
         """Args:
             state: (R, B, C, H, W); the latents are row 0.
             call: (1,) index of the call, on the device.
             tensors: the tree that `loop.Run` builds.
 
         Returns:
-            The next state and the prediction (B, C', H, W), guided. Without a linear sampler the state is unchanged.
+            The next state and the prediction (B, C', H, W), guided; behind them what a step cache is to keep. Without a
+            linear sampler the state is unchanged.
         """
         latents = state[0]
-        prediction, variance = self.predict(latents, call, tensors)
+        prediction, variance, *features = self.predict(latents, call, tensors)
         if not self.linear:
-            return state, torch.cat([prediction, variance], 1) if self.learned and variance is not None else prediction
+            both = torch.cat([prediction, variance], 1) if self.learned and variance is not None else prediction
+            return state, both, *features
         noise = pick(tensors["noise"], call)[0] if self.noise else None
         if noise is not None and self.variance and variance is not None:
             noise = noise * noise_factor(variance, self.variance, pick(tensors["log_spread"], call)[0])
@@ -69,10 +71,10 @@ class Step:
         if self.rule is not None:
             kept = self.rule(tensors["rule"], state[0], call)
             state = torch.cat([kept[None], state[1:]])
-        return state, prediction
+        return state, prediction, *features
 
-    def predict(self, latents: Tensor, call: Tensor, tensors: Tree) -> tuple[Tensor, Tensor | None]:
-        """Guided prediction (B, C, H, W) and the conditional branch's variance, if the network learned one."""
+    def predict(self, latents: Tensor, call: Tensor, tensors: Tree) -> Prediction:
+        """Guided prediction (B, C, H, W); the conditional branch's variance, if learned; what a cache is to keep."""
         x = latents * pick(tensors["input_scale"], call) if self.scaled else latents
         x = in_every(x.to(self.dtype), self.branches)
         answers = [
@@ -82,9 +84,9 @@ class Step:
         answer = reduce(add_answers, answers, Answer())
         if tensors["channels"] is not None:
             x = torch.cat([x, tensors["channels"]], 1)
-        prediction, variance = self.denoiser(tensors["denoiser"], x, call, answer)
+        prediction, variance, *features = self.denoiser(tensors["denoiser"], x, call, answer)
         prediction = prediction.float()
         if self.branches > 1:
             prediction = guide(prediction, tensors["guidance"], tensors["rescale"] if self.rescaled else None)
             variance = None if variance is None else variance.chunk(self.branches)[-1]
-        return prediction, variance
+        return prediction, variance, *features

@@ -1,0 +1,309 @@
+"""The step cache: exact where nothing is kept, a plain loop over the same blocks where something is, and never a feature of
+other controls, of another batch or of what a callback replaced."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from conftest import (
+    distance,
+    half_mask,
+    lines,
+    make_adapter,
+    make_controlnet,
+    make_unet,
+    picture,
+    pipeline,
+    seeds,
+    unet,
+)
+from test_schedulers import make
+from test_step import CREATIONS, SYNCS, Backend, Count, small
+
+from diffusion_kit import Control, SDXLPipeline
+from diffusion_kit.sampling.cache import StepCache
+
+TASKS: dict[str, dict[str, Any]] = {
+    "text": {},
+    "image": {"image": picture(), "strength": 0.75},
+    "inpaint": {"image": picture(), "mask_image": half_mask(), "strength": 0.75},
+}
+CALL = {"prompt": "a red fox", "num_inference_steps": 8, "guidance_scale": 8.0, "output_type": "latent"}
+DEEP, SHALLOW = "mid_block", "down_blocks.0"
+
+
+@pytest.fixture(scope="module")
+def controls() -> list[Control]:
+    adapter, controlnet = make_adapter(), make_controlnet()
+    return [Control(adapter, lines(1)), Control(controlnet, lines(2), scale=0.7)]
+
+
+def cached(cache: dict[str, Any] | None = None, **parts: Any) -> Any:
+    pipe = pipeline(SDXLPipeline, **parts)
+    if cache is not None:
+        pipe.cache_steps(**cache)
+    return pipe
+
+
+def run(pipe: Any, controls: Any = (), task: str = "text", **more: Any) -> torch.Tensor:
+    return pipe(**{**CALL, "generator": seeds(1), **TASKS[task], **more}, controls=controls).images
+
+
+@contextmanager
+def counts(pipe: Any, controls: list[Control]) -> Iterator[Counter]:
+    """How often the deep and the shallow blocks of the UNet, and the ControlNet, run."""
+    count: Counter = Counter()
+    modules = {name: pipe.unet.get_submodule(name) for name in (DEEP, SHALLOW)}
+    modules["controlnet"] = controls[1].model.conv_in
+    hooks = [m.register_forward_hook(lambda *_, n=name: count.update([n])) for name, m in modules.items()]
+    try:
+        yield count
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("reuse", ["reuse", "recompute"])
+def test_every_step_full_is_the_run_without_a_cache(task: str, reuse: str, controls: list[Control]) -> None:
+    plain = run(cached(), controls, task)
+    assert torch.equal(run(cached({"every": 1, "controls": reuse}), controls, task), plain)
+    kept = run(cached({"every": 3, "controls": reuse}), controls, task)
+    assert torch.isfinite(kept).all()
+    assert distance(kept, plain) > 1e-2
+
+
+class Cached(torch.nn.Module):
+    """Stands in for the UNet of the peer's pipelines: in one call of `every` its own forward, with adapter and ControlNet;
+    in the others its shallow blocks one by one, over what went into the deepest of their up blocks."""
+
+    def __init__(self, net: Any, every: int, depth: int, reuse: bool, controls: list[Control]):
+        super().__init__()
+        self.net, self.every, self.depth, self.reuse, self.calls = net, every, depth, reuse, 0
+        self.adapter, self.controlnet = (control.model for control in controls)
+        self.config, self.dtype, self.add_embedding = net.config, net.dtype, net.add_embedding
+        self.device = torch.device("cpu")
+
+    def forward(self, x: torch.Tensor, t: Any, encoder_hidden_states: Any, added_cond_kwargs: Any, **_: Any) -> Any:
+        net, text, full = self.net, encoder_hidden_states, self.calls % self.every == 0
+        self.calls += 1
+        if full or not self.reuse:
+            image = pixels(lines(2)).repeat(len(x), 1, 1, 1)
+            options = {"conditioning_scale": 0.7, "added_cond_kwargs": added_cond_kwargs, "return_dict": False}
+            self.down, self.mid = self.controlnet(x, t, text, image, **options)
+        features = [feature.repeat(len(x), 1, 1, 1) for feature in self.adapter(pixels(lines(1)))]
+        if full:
+
+            def keep(block: Any, args: Any, kwargs: Any) -> None:
+                self.deep = kwargs["hidden_states"].clone()
+
+            hook = net.up_blocks[-self.depth].register_forward_pre_hook(keep, with_kwargs=True)
+            output = net(
+                x,
+                t,
+                text,
+                added_cond_kwargs=added_cond_kwargs,
+                down_block_additional_residuals=self.down,
+                mid_block_additional_residual=self.mid,
+                down_intrablock_additional_residuals=features,
+            ).sample
+            hook.remove()
+            return (output,)
+        emb = net.time_embedding(net.get_time_embed(x, t))
+        emb = emb + net.get_aug_embed(emb, text, added_cond_kwargs)
+        h = net.conv_in(x)
+        skips = [h]
+        for block, feature in zip(net.down_blocks[: self.depth], features, strict=False):
+            if hasattr(block, "attentions"):
+                h, outputs = block(h, emb, text, additional_residuals=feature)
+                skips += outputs
+            else:
+                h, outputs = block(h, emb)
+                h = h + feature
+                skips += [*outputs[:-1], h]
+        skips = [skip + residual for skip, residual in zip(skips, self.down, strict=False)]
+        skips = skips[: 3 * self.depth]
+        h = self.deep
+        for block in net.up_blocks[-self.depth :]:
+            own, skips = tuple(skips[-3:]), skips[:-3]
+            h = block(h, own, emb, text) if hasattr(block, "attentions") else block(h, own, emb)
+        return (net.conv_out(net.conv_act(net.conv_norm_out(h))),)
+
+
+def pixels(image: Any) -> torch.Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("reuse", [True, False])
+@pytest.mark.parametrize("task", TASKS)
+def test_a_plain_loop_over_the_same_blocks(task: str, reuse: bool, depth: int, controls: list[Control]) -> None:
+    peer = pipeline(
+        getattr(diffusers, f"StableDiffusionXL{dict(image='Img2Img', inpaint='Inpaint').get(task, '')}Pipeline")
+    )
+    peer.unet = Cached(unet(), 4, depth, reuse, controls)
+    want = peer(**CALL, **TASKS[task], generator=seeds(1)).images
+    mode = {"controls": "reuse" if reuse else "recompute"}
+    assert distance(run(cached({"every": 4, "depth": depth, **mode}), controls, task), want) < 1e-4
+    assert distance(run(cached(), controls, task), want) > 1e-2
+    for other in ({"every": 2}, {"depth": 3 - depth}, {"controls": "recompute" if reuse else "reuse"}):
+        options = {"every": 4, "depth": depth, **mode, **other}
+        assert distance(run(cached(options), controls, task), want) > 10 * 1e-4
+
+
+@pytest.mark.parametrize("every", [1, 2, 3, 5, 20])
+@pytest.mark.parametrize("name", ["euler", "heun", "pndm", "unipc"])
+def test_how_often_each_part_runs(name: str, every: int, controls: list[Control]) -> None:
+    """A second-order sampler's step is one step, full in all its calls."""
+    for mode in ("reuse", "recompute"):
+        pipe = cached({"every": every, "controls": mode}, scheduler=make(name))
+        with counts(pipe, controls) as count:
+            run(pipe, controls)
+        calls = pipe.num_timesteps
+        steps = Counter(pipe_steps(pipe))
+        full = sum(steps[step] for step in range(0, 8, every))
+        assert (count[SHALLOW], count[DEEP]) == (calls, full)
+        assert count["controlnet"] == (full if mode == "reuse" else calls)
+        if calls == 8:
+            assert full == math.ceil(8 / every)
+
+
+def pipe_steps(pipe: Any) -> list[int]:
+    """The sampling step of every call."""
+    from diffusion_kit.sampling.schedule import make_schedule
+
+    return list(make_schedule(pipe.scheduler, 8).step_of_call)
+
+
+def replaced(name: str, at: int) -> dict[str, Any]:
+    """A callback that replaces a tensor by an equal one after a step."""
+
+    def callback(pipe: Any, k: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        return {name: tensors[name].clone()} if k == at else {}
+
+    return {"callback_on_step_end": callback, "callback_on_step_end_tensor_inputs": [name]}
+
+
+FULL: dict[str, tuple[dict[str, Any], dict[str, Any], list[int]]] = {
+    "undisturbed": ({}, {}, [0, 6]),
+    "window": ({"end": 0.5}, {}, [0, 4]),
+    "start": ({"start": 0.25}, {}, [0, 2]),
+    "guidance": ({}, {"guidance_interval": (0.0, 0.5)}, [0, 4]),
+    "prompt": ({}, replaced("prompt_embeds", 2), [0, 3]),
+    "latents": ({}, replaced("latents", 2), [0, 3]),
+    "watching": ({}, {"callback_on_step_end": lambda *_: {}}, [0, 6]),
+}
+
+
+@pytest.mark.parametrize("name", FULL)
+@pytest.mark.parametrize("mode", ["reuse", "recompute"])
+def test_what_changes_the_features_makes_a_full_step(name: str, mode: str, controls: list[Control]) -> None:
+    window, call, full = FULL[name]
+    own = [controls[0], Control(controls[1].model, lines(2), scale=0.7, **window)]
+    pipe = cached({"every": 6, "controls": mode})
+    deep: list[bool] = []  # of each step
+    hooks = [
+        pipe.unet.get_submodule(SHALLOW).register_forward_hook(lambda *_: deep.append(False)),
+        pipe.unet.get_submodule(DEEP).register_forward_hook(lambda *_: deep.__setitem__(-1, True)),
+    ]
+    try:
+        run(pipe, own, **call)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert len(deep) == 8
+    assert [step for step in range(8) if deep[step]] == full
+
+
+def test_nothing_is_left_after_a_run(controls: list[Control]) -> None:
+    pipe = cached()
+    plain, processors = run(pipe, controls), dict(pipe.unet.attn_processors)
+    pipe.cache_steps(every=4)
+    first = run(pipe, controls)
+    assert distance(first, plain) > 1e-2
+    assert torch.equal(run(pipe, controls), first), "features of another run"
+    assert pipe.unet.attn_processors == processors
+    assert pipe.step_cache == StepCache(every=4), "features are kept in a run, not in the pipeline"
+    pipe.cache_steps(None)
+    assert torch.equal(run(pipe, controls), plain)
+
+
+def test_a_batch_is_single_runs(controls: list[Control]) -> None:
+    prompts = ["a red fox", "two blue boats"]
+    pipe = cached({"every": 3})
+    batch = run(pipe, controls, prompt=prompts, generator=seeds(1, 2))
+    for k, prompt in enumerate(prompts):
+        assert distance(batch[k], run(pipe, controls, prompt=prompt, generator=seeds(k + 1))[0]) < 1e-4
+
+
+@pytest.mark.parametrize(("mode", "backend"), [("reuse", "aot_eager"), ("recompute", Backend())])
+def test_full_and_reusing_steps_are_two_graphs(mode: str, backend: Any) -> None:
+    controls, net = small()
+    pipe, plain = (cached({"every": 2, "controls": mode}, unet=net) for _ in range(2))
+    pipe.compile_step(backend=backend)
+    results = [run(p, controls, num_inference_steps=4) for p in (pipe, plain)]
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+    assert len(pipe.engine.graphs) == 2
+
+
+def test_no_host_read_and_no_new_tensor_in_a_step(controls: list[Control]) -> None:
+    pipe = cached({"every": 2})
+    with Count() as count:
+
+        def mark(*_: Any) -> dict[str, Any]:
+            count.mark()
+            return {}
+
+        run(pipe, controls, callback_on_step_end=mark)
+    for operations in count.steps:
+        assert not (SYNCS | CREATIONS) & set(operations)
+    reusing, full = len(count.steps[0]), len(count.steps[1])
+    assert reusing < 0.4 * full
+
+
+def own_forward() -> Any:
+    net = make_unet()
+    net.forward = net.forward
+    return net
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"every": 0}, "every is 0; it must be 1 or more"),
+        ({"depth": 0}, "depth is 0; for this UNet it must be 1 to 2"),
+        ({"depth": 3}, "depth is 3; for this UNet it must be 1 to 2"),
+        ({"controls": "never"}, "it must be 'reuse' or 'recompute'"),
+    ],
+)
+def test_errors_are_one_line(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        cached(options)
+    assert "\n" not in str(error.value)
+
+
+def test_a_unet_that_does_not_run_block_by_block_has_no_cache() -> None:
+    kandinsky = diffusers.Kandinsky3UNet(block_out_channels=(32, 32), groups=8, cross_attention_dim=16)
+    for net in (own_forward(), kandinsky):
+        pipe = cached()
+        pipe.unet = net
+        with pytest.raises(ValueError, match="no step cache for this UNet"):
+            pipe.cache_steps()
+    pipe = cached({})
+    with pytest.raises(ValueError, match=r"no step cache for this UNet: .*cache_steps\(None\)"):
+        run(pipe, cross_attention_kwargs={"gligen": 1})
+
+
+def test_explained() -> None:
+    pipe = cached()
+    assert "cache      off" in pipe.explain()
+    pipe.cache_steps(every=5, depth=2, controls="recompute")
+    assert "cache      every 5 steps, depth 2, controls: recompute" in pipe.explain()
