@@ -19,16 +19,19 @@ from conftest import (
     lines,
     make_adapter,
     make_controlnet,
+    make_sd_unet,
     make_unet,
     picture,
     pipeline,
+    sd_pipeline,
     seeds,
     unet,
 )
+from kandinsky_models import WIDTH, decoder22_components
 from test_schedulers import make
 from test_step import CREATIONS, SYNCS, Backend, Count, small
 
-from diffusion_kit import Control, SDXLPipeline
+from diffusion_kit import Control, Kandinsky22Pipeline, SD15Pipeline, SDXLPipeline
 from diffusion_kit.sampling.cache import StepCache
 
 TASKS: dict[str, dict[str, Any]] = {
@@ -79,6 +82,25 @@ def test_every_step_full_is_the_run_without_a_cache(task: str, reuse: str, contr
     kept = run(cached({"every": 3, "controls": reuse}), controls, task)
     assert torch.isfinite(kept).all()
     assert distance(kept, plain) > 1e-2
+
+
+@pytest.mark.parametrize("base", ["kandinsky", "instruct"])
+def test_other_bases(base: str) -> None:
+    """Blocks of another kind and a learned variance; three branches of guidance."""
+    call: dict[str, Any] = {"num_inference_steps": 6, "guidance_scale": 8.0, "output_type": "latent"}
+    if base == "kandinsky":
+        pipe = Kandinsky22Pipeline(**decoder22_components())
+        call |= {name: torch.randn(1, WIDTH, generator=seeds(9)) for name in ("image_embeds", "negative_image_embeds")}
+    else:
+        pipe = sd_pipeline(SD15Pipeline, unet=make_sd_unet(8))
+        call |= {"prompt": "make it a fox", "controls": [Control("instruct", picture(), scale=1.5)]}
+    pipe.set_progress_bar_config(disable=True)
+    results = []
+    for every in (None, 1, 6):
+        pipe.cache_steps(every)
+        results.append(pipe(**call, generator=seeds(1)).images)
+    assert torch.equal(results[0], results[1])
+    assert distance(results[2], results[0]) > 1e-2
 
 
 class Cached(torch.nn.Module):

@@ -33,6 +33,7 @@ from safetensors.torch import save_file
 
 import diffusion_kit
 from diffusion_kit import Control
+from diffusion_kit.adapters.control import load_control_model
 from diffusion_kit.adapters.control_lora import FILES, ControlLoRA
 
 CALL = {"prompt": "a red fox", "num_inference_steps": 4, "guidance_scale": 4.0, "output_type": "latent"}
@@ -235,6 +236,7 @@ def test_files_and_folders(tmp_path: Path) -> None:
     for model in (
         ControlLoRA.from_pretrained(file),
         ControlLoRA.from_pretrained(tmp_path),
+        load_control_model(file),
         FILES["control_lora"](str(tmp_path), weight_name=file.name, torch_dtype=torch.float64),
     ):
         assert model.shapes == lora().shapes
@@ -245,7 +247,7 @@ def test_files_and_folders(tmp_path: Path) -> None:
     for cut in (4, 100, len(data) // 2, len(data) - 1):
         (tmp_path / "cut.safetensors").write_bytes(data[:cut])
         fails(lambda: ControlLoRA.from_pretrained(tmp_path / "cut.safetensors"), "cut.safetensors is cut short")
-    fails(lambda: ControlLoRA.from_pretrained(tmp_path), r"needs one .safetensors file.* it has control-lora.*, cut")
+    fails(lambda: ControlLoRA.from_pretrained(tmp_path), r"has control-lora.*, cut.safetensors: say weight_name=")
     fails(lambda: ControlLoRA.from_pretrained("owner/name"), "weight_name is None; it must name a .safetensors file")
     with pytest.raises(FileNotFoundError, match=r"no model '.*other.safetensors'"):
         ControlLoRA.from_pretrained(tmp_path, weight_name="other.safetensors")

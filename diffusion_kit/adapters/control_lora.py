@@ -15,7 +15,7 @@ from diffusers.utils.state_dict_utils import convert_sai_sd_control_lora_state_d
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from diffusion_kit.models.sources import locate, one_line, tensor_shapes
+from diffusion_kit.models.sources import find_weights, tensor_shapes
 from diffusion_kit.models.unet import Net
 
 from . import controlnet
@@ -81,7 +81,7 @@ class ControlLoRA:
         Raises:
             FileNotFoundError: no such file. ValueError: a pickle, cut short, or no Control-LoRA.
         """
-        file = _find(source, subfolder, weight_name, hub)
+        file, *_ = find_weights(source, subfolder, weight_name, hub)
         tensor_shapes(file)
         return cls({name: value.to(torch_dtype or value.dtype) for name, value in load_file(file).items()}, str(file))
 
@@ -154,23 +154,3 @@ def _check_fit(given: Mapping[str, tuple[int, ...]], base: Mapping[str, Tensor])
 def _sum_of_bits(weight: Tensor) -> Tensor:
     """Differs where a number of the weight does, whoever changed it: one pass over it, no host read."""
     return weight.detach().view(INTEGERS[weight.element_size()]).sum(dtype=torch.int64)
-
-
-def _find(source: str | Path, subfolder: str, name: str | None, hub: Mapping[str, Any]) -> Path:
-    place = locate(source)
-    if isinstance(place, Path) and place.is_file():
-        return place
-    if isinstance(place, Path):
-        files = [place / subfolder / name] if name else sorted((place / subfolder).glob("*.safetensors"))
-        if len(files) != 1:
-            has = ", ".join(file.name for file in files) or "none"
-            raise ValueError(
-                f"{place / subfolder} needs one .safetensors file, or weight_name= to say which: it has {has}"
-            )
-        return Path(locate(files[0].absolute()))
-    if not name or not name.endswith(".safetensors"):
-        raise ValueError(f"weight_name is {name!r}; it must name a .safetensors file of {place}")
-    from huggingface_hub import hf_hub_download
-
-    with one_line(place, "Control-LoRA"):
-        return Path(hf_hub_download(place, name, subfolder=subfolder or None, **hub))

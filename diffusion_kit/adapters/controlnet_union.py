@@ -118,7 +118,7 @@ def _shown(control: Control) -> list[tuple[int, Any]]:
         ValueError: not a mapping, a type that is not known or that the network does not have.
     """
     if not isinstance(control.image, Mapping) or not control.image:
-        found = type(control.image).__name__ if control.image else "an empty one"
+        found = "an empty one" if isinstance(control.image, Mapping) else type(control.image).__name__
         raise ValueError(
             f"a ControlNet-Union is shown images by their type, such as {{'canny': image}}; its image is {found}"
         )

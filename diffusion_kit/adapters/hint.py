@@ -54,7 +54,9 @@ def encode(control: Control, site: Site) -> EncodedControl:
     hint = picture_tensor(control.image, site.height, site.width).to(site.device, net.dtype)
     if obstacle(net) is None:
         hint = net.add_embedding.input_hint_block(hint)
-        _check_size(hint, site)
+        if hint.shape[-2:] != site.latent_size:
+            made, needed = (" x ".join(map(str, size)) for size in (hint.shape[-2:], site.latent_size))
+            raise ValueError(f"the UNet makes {made} of a hint, its latents are {needed}")
         hint = weight.to(hint) * spread(hint, site.prompts, site.per_prompt, "a hint")
     elif (control.scale, control.start, control.end, control.mask) != (1.0, 0.0, 1.0, None):
         raise ValueError(
@@ -63,11 +65,3 @@ def encode(control: Control, site: Site) -> EncodedControl:
     else:
         hint = spread(hint, site.prompts, site.per_prompt, "a hint")
     return EncodedChannels(AddChannels(), (control.start, control.end), channels=hint)
-
-
-def _check_size(hint: Tensor, site: Site) -> None:
-    if hint.shape[-2:] != site.latent_size:
-        raise ValueError(
-            f"the UNet makes {hint.shape[-2]} x {hint.shape[-1]} of a hint, its latents are "
-            f"{site.latent_size[0]} x {site.latent_size[1]}"
-        )

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from diffusion_kit.models.attention import Tokens, attention_layers, joint, split_heads
-from diffusion_kit.models.sources import locate, one_line, tensor_shapes
+from diffusion_kit.models.sources import find_weights, one_line, tensor_shapes
 from diffusion_kit.models.unet import Net, layout, obstacle
 from diffusion_kit.sampling.doors import Answer, Conditioning, Tree, branched, in_every, spread
 
@@ -104,7 +104,7 @@ class IPAdapter(nn.Module):
             FileNotFoundError: no such file. ValueError: a pickle, no IP-Adapter, one for FaceID, or an encoder that does
                 not fit.
         """
-        file, root, subfolder = _find(source, subfolder, weight_name, hub)
+        file, root, subfolder = find_weights(source, subfolder, weight_name, hub)
         reads = _reads(tensor_shapes(file), str(file))
         if isinstance(image_encoder, str):
             near = [str(PurePosixPath(folder, image_encoder)) for folder in (subfolder, "models")]
@@ -295,21 +295,6 @@ def _reads(shapes: Mapping[str, tuple[int, ...]], what: str) -> tuple[str, int]:
     if not projects or not any(name.endswith("to_k_ip.weight") for name in shapes):
         raise ValueError(f"{what} is no IP-Adapter: it has no image_proj and ip_adapter tensors of a known kind")
     return READS[projects[0]], shapes[projects[0]][1]
-
-
-def _find(source: str | Path, subfolder: str, name: str | None, hub: Mapping[str, Any]) -> tuple[Path, str, str]:
-    """The file, and the root and the folder in it, beside which an image encoder may be."""
-    place = locate(source)
-    if isinstance(place, Path) and place.is_file():
-        return place, str(place.parent.parent), place.parent.name
-    if not name or not name.endswith(".safetensors"):
-        raise ValueError(f"weight_name is {name!r}; it must name a .safetensors file of {place}")
-    if isinstance(place, Path):
-        return Path(locate((place / subfolder / name).absolute())), str(place), subfolder
-    from huggingface_hub import hf_hub_download
-
-    with one_line(place, "IP-Adapter"):
-        return Path(hf_hub_download(place, name, subfolder=subfolder or None, **hub)), place, subfolder
 
 
 def _find_encoder(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -134,12 +134,9 @@ def one_line(source: str | Path, what: str) -> Iterator[None]:
         ) from None
 
 
-def component_class(source: str | Path) -> str | None:
-    """Name of a network's class in its config.json; None for a single file, which has no config."""
+def component_class(source: str | Path) -> str:
+    """Name of a network's class in the config.json of its folder or hub id."""
     place = locate(source)
-    if isinstance(place, Path) and place.is_file():
-        tensor_shapes(place)
-        return None
     if isinstance(place, Path):
         return str(read_json(place / "config.json", "network").get("_class_name"))
     from diffusers import ModelMixin
@@ -149,13 +146,35 @@ def component_class(source: str | Path) -> str | None:
 
 
 def load_component(cls: Any, source: str | Path, **kwargs: Any) -> Any:
-    """A network (T2IAdapter, ControlNetModel, ...) from a folder, a safetensors file or a hub id; safetensors only."""
+    """A network (T2IAdapter, ControlNetModel, ...) from a folder or a hub id; safetensors only."""
     place = locate(source)
     with one_line(source, cls.__name__):
-        if isinstance(place, Path) and place.is_file():
-            return cls.from_single_file(str(place), **kwargs)
         if isinstance(place, Path):
-            read_json(place / "config.json", cls.__name__)
             for file in place.glob("*.safetensors"):
                 tensor_shapes(file)
         return cls.from_pretrained(str(place), use_safetensors=True, **kwargs)
+
+
+def find_weights(source: str | Path, subfolder: str, name: str | None, hub: Mapping[str, Any]) -> tuple[Path, str, str]:
+    """A safetensors file: `source` itself, or `name` in the subfolder of a folder or hub id, of a folder also its only one;
+    and the root and the folder in it where it lies.
+
+    Raises:
+        FileNotFoundError: it is not there. ValueError: not said which, or no safetensors file.
+    """
+    place = locate(source)
+    if isinstance(place, Path) and place.is_file():
+        return place, str(place.parent.parent), place.parent.name
+    if isinstance(place, Path) and name is None:
+        files = sorted(file.name for file in (place / subfolder).glob("*.safetensors"))
+        if len(files) != 1:
+            raise ValueError(f"{place / subfolder} has {', '.join(files) or 'no .safetensors file'}: say weight_name=")
+        name = files[0]
+    if not name or not name.endswith(".safetensors"):
+        raise ValueError(f"weight_name is {name!r}; it must name a .safetensors file of {place}")
+    if isinstance(place, Path):
+        return Path(locate((place / subfolder / name).absolute())), str(place), subfolder
+    from huggingface_hub import hf_hub_download
+
+    with one_line(place, name):
+        return Path(hf_hub_download(place, name, subfolder=subfolder or None, **hub)), place, subfolder

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -31,8 +31,8 @@ class Canvas(NamedTuple):
 
     height: int
     width: int
-    picture: Tensor | None = None
-    mask: Tensor | None = None
+    picture: Any = None
+    mask: Any = None
     crop: Box | None = None
     fit: str = "stretch"
 
@@ -52,6 +52,8 @@ class Canvas(NamedTuple):
         def placed(pictures: Any) -> Any:
             if isinstance(pictures, (list, tuple)):
                 return [placed(picture) for picture in pictures]
+            if isinstance(pictures, Mapping):
+                return {name: placed(picture) for name, picture in pictures.items()}
             if self.crop is None:
                 return fitted(pictures, self.width, self.height, self.fit)
             if not isinstance(pictures, Image.Image):

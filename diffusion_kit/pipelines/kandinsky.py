@@ -116,17 +116,7 @@ class Kandinsky2Pipeline(MoVQPipeline):
     def _start(self, call: Any, batch: Batch, schedule: Schedule, canvas: Canvas) -> Start:
         if canvas.mask is None or self.unet.config.in_channels != 2 * batch.shape[0] + 1:
             return super()._start(call, batch, schedule, canvas)
-        return from_worn_picture(
-            batch,
-            schedule,
-            canvas.picture,  # type: ignore[arg-type]
-            canvas.mask,
-            self.encoder(batch),
-            blends=self.blends,
-            strength=call.share,
-            add_noise=call.denoising_start is None,
-            latents=call.latents,
-        )
+        return from_worn_picture(call, batch, schedule, canvas, self.encoder(batch), blends=self.blends)
 
 
 class Kandinsky22Pipeline(Kandinsky2Pipeline):
@@ -137,14 +127,9 @@ class Kandinsky22Pipeline(Kandinsky2Pipeline):
     peer_name = "KandinskyV22Pipeline"
     blends = True
     model_cpu_offload_seq = "unet->movq"
-    _callback_tensor_inputs: ClassVar[list[str]] = [
-        "latents",
-        "image_embeds",
-        "negative_image_embeds",
-        "masked_image",
-        "mask_image",
-        "preview",
-    ]
+    _callback_tensor_inputs: ClassVar[list[str]] = (
+        "latents image_embeds negative_image_embeds masked_image mask_image preview"
+    ).split()
 
     def __init__(self, unet: UNet2DConditionModel, scheduler: DDPMScheduler, movq: VQModel):
         super().__init__()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from diffusers import DDPMScheduler, Kandinsky3UNet, VQModel
@@ -16,7 +16,7 @@ from .call import LatentCall
 from .canvas import Canvas
 from .kandinsky import MoVQPipeline
 from .latent import texts
-from .peers import need
+from .peers import ImageArguments
 
 TEXT_LENGTH = 128  # tokens
 
@@ -64,6 +64,12 @@ PEER = (  # the peer's order; what it does not take comes behind
 )
 
 
+TEXT_ARGUMENTS = (
+    "prompt negative_prompt prompt_embeds negative_prompt_embeds attention_mask negative_attention_mask "
+    "num_images_per_prompt"
+).split()
+
+
 class Kandinsky3Pipeline(MoVQPipeline):
     """The family of Kandinsky 3: see `Kandinsky3Call`. Its inpainting puts kept parts back after every step."""
 
@@ -72,15 +78,9 @@ class Kandinsky3Pipeline(MoVQPipeline):
     arguments = " ".join(dict.fromkeys([*PEER.split(), *(own.name for own in fields(Kandinsky3Call))]))
     model_cpu_offload_seq = "text_encoder->unet->movq"
     native_size: ClassVar[tuple[int, int]] = (1024, 1024)
-    _callback_tensor_inputs: ClassVar[list[str]] = [
-        "latents",
-        "prompt_embeds",
-        "negative_prompt_embeds",
-        "negative_attention_mask",
-        "attention_mask",
-        "mask",
-        "preview",
-    ]
+    _callback_tensor_inputs: ClassVar[list[str]] = (
+        "latents prompt_embeds negative_prompt_embeds negative_attention_mask attention_mask mask preview"
+    ).split()
 
     def __init__(
         self,
@@ -101,16 +101,10 @@ class Kandinsky3Pipeline(MoVQPipeline):
 
     def conditioning(self, call: Kandinsky3Call, canvas: Canvas, device: torch.device) -> dict[str, Tensor]:
         states, negative, mask, negative_mask = self.encode_prompt(
-            call.prompt,
-            self.do_classifier_free_guidance,
-            call.num_images_per_prompt,
-            device,
-            call.negative_prompt,
-            call.prompt_embeds,
-            call.negative_prompt_embeds,
-            True,
-            call.attention_mask,
-            call.negative_attention_mask,
+            device=device,
+            do_classifier_free_guidance=self.do_classifier_free_guidance,
+            _cut_context=True,
+            **{name: getattr(call, name) for name in TEXT_ARGUMENTS},
         )
         tokens = torch.arange(states.shape[1], device=mask.device)
         lengths = mask.sum(-1, keepdim=True) + 1 if call.prompt_embeds is None else states.shape[1]
@@ -186,7 +180,7 @@ class Kandinsky3Pipeline(MoVQPipeline):
         return self.text_encoder(tokens.input_ids.to(device), attention_mask=mask)[0] * mask[..., None], mask
 
 
-class Kandinsky3Img2ImgPipeline(Kandinsky3Pipeline):
+class Kandinsky3Img2ImgPipeline(ImageArguments, Kandinsky3Pipeline):
     peer_name = "Kandinsky3Img2ImgPipeline"
     arguments = (
         "prompt image strength num_inference_steps guidance_scale negative_prompt num_images_per_prompt generator "
@@ -194,6 +188,3 @@ class Kandinsky3Img2ImgPipeline(Kandinsky3Pipeline):
         "callback_on_step_end callback_on_step_end_tensor_inputs"
     )
     defaults: ClassVar = {"strength": 0.3}
-
-    def translate(self, values: dict[str, Any]) -> dict[str, Any]:
-        return need(values, type(self).__name__, "image")

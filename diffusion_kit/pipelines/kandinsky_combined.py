@@ -16,7 +16,7 @@ from diffusion_kit.models.sources import locate, read_json
 
 from .call import LatentCall
 from .kandinsky import Kandinsky2Call, Kandinsky2Pipeline, Kandinsky21Pipeline, Kandinsky22Pipeline
-from .kandinsky_prior import KandinskyPriorPipeline, KandinskyV22PriorPipeline
+from .kandinsky_prior import KandinskyPriorPipeline, KandinskyV22PriorPipeline, PriorCall
 
 PRIOR = "prior_"  # before the names of the prior's components
 
@@ -74,23 +74,19 @@ class WithPrior(Kandinsky2Pipeline):
     def _with_embeds(self, call: CombinedCall) -> CombinedCall:
         """The call with the prior's embeddings in it."""
         of_prior = call.latents is not None and call.latents.ndim == 2
-        callback = {}
-        if call.prior_callback_on_step_end is not None:
-            callback = {
-                "callback_on_step_end": call.prior_callback_on_step_end,
-                "callback_on_step_end_tensor_inputs": call.prior_callback_on_step_end_tensor_inputs,
-            }
-        embeds, negative_embeds = self.prior_pipe(
-            call.prompt,
+        prior = PriorCall(
+            prompt=call.prompt,
             negative_prompt=call.negative_prompt,
             num_images_per_prompt=call.num_images_per_prompt,
             num_inference_steps=call.prior_num_inference_steps,
             generator=call.generator,
             latents=call.latents if of_prior else None,
             guidance_scale=call.prior_guidance_scale,
+            callback_on_step_end=call.prior_callback_on_step_end,
+            callback_on_step_end_tensor_inputs=call.prior_callback_on_step_end_tensor_inputs,
             return_dict=False,
-            **callback,
         )
+        embeds, negative_embeds = self.prior_pipe.generate(prior)
         return dataclasses.replace(
             call,
             image_embeds=embeds,

@@ -84,12 +84,7 @@ class PriorPipeline(ControlledPipeline):
     Call: ClassVar[type] = PriorCall
     model_cpu_offload_seq = "text_encoder->image_encoder->prior"
     _exclude_from_cpu_offload: ClassVar[list[str]] = ["prior"]
-    _callback_tensor_inputs: ClassVar[list[str]] = [
-        "latents",
-        "prompt_embeds",
-        "text_encoder_hidden_states",
-        "text_mask",
-    ]
+    _callback_tensor_inputs: ClassVar[list[str]] = "latents prompt_embeds text_encoder_hidden_states text_mask".split()
 
     def __init__(
         self,

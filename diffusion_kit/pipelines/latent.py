@@ -226,18 +226,7 @@ class LatentPipeline(ControlledPipeline):
             level = self.start_level(call, schedule)
             options: dict[str, Any] = {"add_noise": add_noise, "latents": call.latents, "level": level}
             return from_picture(batch, schedule, canvas.picture, encoder, **options)
-        return from_masked_picture(
-            batch,
-            schedule,
-            canvas.picture,
-            canvas.mask,
-            encoder,
-            unet_channels=takes,
-            strength=call.share,
-            add_noise=add_noise,
-            latents=call.latents,
-            masked_latents=call.masked_image_latents,
-        )
+        return from_masked_picture(call, batch, schedule, canvas, encoder, takes)
 
     def _beside(self, canvas: Canvas, batch: Batch) -> dict[str, Tensor]:
         """What an autoencoder made for inpainting sees beside the latents: picture and mask, a row for each result."""

@@ -33,6 +33,11 @@ class SD15Call(TextCall):
     strengths: ClassVar[tuple[float, float]] = (0.8, 1.0)
 
 
+TEXT_ARGUMENTS = (
+    "prompt negative_prompt prompt_embeds negative_prompt_embeds num_images_per_prompt clip_skip prompt_syntax"
+).split()
+
+
 class SD15Pipeline(
     IPAdapterMixin,
     LatentPipeline,
@@ -48,16 +53,9 @@ class SD15Pipeline(
     model_cpu_offload_seq = "text_encoder->image_encoder->unet->vae"
     _exclude_from_cpu_offload: ClassVar[list[str]] = ["safety_checker"]
     _optional_components: ClassVar[list[str]] = ["safety_checker", "feature_extractor", "image_encoder"]
-    _callback_tensor_inputs: ClassVar[list[str]] = [
-        "latents",
-        "prompt_embeds",
-        "negative_prompt_embeds",
-        "image",
-        "control_image",
-        "mask",
-        "masked_image_latents",
-        "preview",
-    ]
+    _callback_tensor_inputs: ClassVar[list[str]] = (
+        "latents prompt_embeds negative_prompt_embeds image control_image mask masked_image_latents preview"
+    ).split()
     # What old scheduler configurations say and the peer's class of this task sets right.
     scheduler_settings: ClassVar[Mapping[str, Any]] = {"steps_offset": 1, "clip_sample": False}
 
@@ -140,16 +138,10 @@ class SD15Pipeline(
 
     def conditioning(self, call: SD15Call, canvas: Canvas, device: torch.device) -> dict[str, Tensor]:
         prompt, negative = self.encode_prompt(
-            call.prompt,
-            device,
-            call.num_images_per_prompt,
-            self.do_classifier_free_guidance,
-            call.negative_prompt,
-            prompt_embeds=call.prompt_embeds,
-            negative_prompt_embeds=call.negative_prompt_embeds,
+            device=device,
+            do_classifier_free_guidance=self.do_classifier_free_guidance,
             lora_scale=(call.cross_attention_kwargs or {}).get("scale"),
-            clip_skip=call.clip_skip,
-            prompt_syntax=call.prompt_syntax,
+            **{name: getattr(call, name) for name in TEXT_ARGUMENTS},
         )
         states = prompt if negative is None else torch.cat([negative, prompt])
         return {"prompt_embeds": states, **self.guidance_condition(len(prompt), device)}

@@ -29,6 +29,11 @@ from .ip_adapters import IPAdapterMixin
 from .latent import LatentPipeline, texts
 from .sdxl_call import SDXLCall
 
+TEXT_ARGUMENTS = (
+    "prompt prompt_2 negative_prompt negative_prompt_2 prompt_embeds negative_prompt_embeds pooled_prompt_embeds "
+    "negative_pooled_prompt_embeds num_images_per_prompt clip_skip prompt_syntax"
+).split()
+
 
 class SDXLPipeline(
     IPAdapterMixin,
@@ -42,29 +47,14 @@ class SDXLPipeline(
 
     Call = SDXLCall
     model_cpu_offload_seq = "text_encoder->text_encoder_2->image_encoder->unet->vae"
-    _optional_components: ClassVar[list[str]] = [
-        "tokenizer",
-        "tokenizer_2",
-        "text_encoder",
-        "text_encoder_2",
-        "image_encoder",
-        "feature_extractor",
-    ]
-    _callback_tensor_inputs: ClassVar[list[str]] = [
-        "latents",
-        "prompt_embeds",
-        "negative_prompt_embeds",
-        "add_text_embeds",
-        "negative_pooled_prompt_embeds",
-        "add_time_ids",
-        "negative_add_time_ids",
-        "add_neg_time_ids",
-        "image",
-        "control_image",
-        "mask",
-        "masked_image_latents",
-        "preview",
-    ]
+    _optional_components: ClassVar[list[str]] = (
+        "tokenizer tokenizer_2 text_encoder text_encoder_2 image_encoder feature_extractor"
+    ).split()
+    _callback_tensor_inputs: ClassVar[list[str]] = (
+        "latents prompt_embeds negative_prompt_embeds add_text_embeds negative_pooled_prompt_embeds "
+        "add_time_ids negative_add_time_ids add_neg_time_ids image control_image mask masked_image_latents "
+        "preview"
+    ).split()
 
     def __init__(
         self,
@@ -122,20 +112,10 @@ class SDXLPipeline(
         """(unconditional, conditional) embeddings along the batch, or the conditional ones without guidance."""
         guided = self.do_classifier_free_guidance
         prompt, negative, pooled, negative_pooled = self.encode_prompt(
-            call.prompt,
-            call.prompt_2,
-            device,
-            call.num_images_per_prompt,
-            guided,
-            call.negative_prompt,
-            call.negative_prompt_2,
-            prompt_embeds=call.prompt_embeds,
-            negative_prompt_embeds=call.negative_prompt_embeds,
-            pooled_prompt_embeds=call.pooled_prompt_embeds,
-            negative_pooled_prompt_embeds=call.negative_pooled_prompt_embeds,
+            device=device,
+            do_classifier_free_guidance=guided,
             lora_scale=(call.cross_attention_kwargs or {}).get("scale"),
-            clip_skip=call.clip_skip,
-            prompt_syntax=call.prompt_syntax,
+            **{name: getattr(call, name) for name in TEXT_ARGUMENTS},
         )
         ids, negative_ids = (values.expand(len(prompt), -1) for values in self._time_ids(call, canvas, prompt, pooled))
         conditioning = {"prompt_embeds": prompt, "add_text_embeds": pooled, "add_time_ids": ids}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,9 @@ from torch import Tensor
 from diffusion_kit.sampling.doors import KeepUnmasked, LatentRule, spread
 from diffusion_kit.sampling.noise import Generators, draw
 from diffusion_kit.sampling.schedule import Schedule
+
+from .call import LatentCall
+from .canvas import Canvas
 
 
 @dataclass
@@ -90,19 +94,9 @@ def from_picture(
 
 
 def from_masked_picture(
-    batch: Batch,
-    schedule: Schedule,
-    picture: Tensor,
-    mask: Tensor,
-    encoder: Encoder,
-    *,
-    unet_channels: int,
-    strength: float,
-    add_noise: bool,
-    latents: Tensor | None,
-    masked_latents: Tensor | None,
+    call: LatentCall, batch: Batch, schedule: Schedule, canvas: Canvas, encoder: Encoder, unet_channels: int
 ) -> Start:
-    """Inpainting: white of the mask (N, 1, H, W), 0 or 1, is repainted.
+    """Inpainting: white of the canvas's mask is repainted.
 
     A UNet with as many input channels as the latents keeps the rest by blending after every step; one with 2 C + 1 sees
     the mask and the masked picture's latents as extra channels.
@@ -111,45 +105,35 @@ def from_masked_picture(
         ValueError: a UNet of other input channels.
     """
     channels = batch.shape[0]
+    picture, mask, add_noise = canvas.picture, canvas.mask, call.denoising_start is None
+    image: Any = None
     blends, sees = unet_channels == channels, unet_channels == 2 * channels + 1
     if not blends and not sees:
         raise ValueError(
             f"inpainting needs a UNet of {channels} or {2 * channels + 1} input channels, not {unet_channels}"
         )
-    whole = strength == 1.0 or latents is not None
-    image = None
-    if blends or not whole or not add_noise:
+    if blends or not _whole(call) or not add_noise:
         image = _latents_of(batch, picture, encoder)
-    noise = batch.noise() if latents is None or not add_noise else _given(latents, batch)
-    start = _started(schedule, image, noise, whole=whole, add_noise=add_noise)
-    masked = _masked_latents(batch, picture, mask, encoder, masked_latents, needed=sees)
+    noise = batch.noise() if call.latents is None or not add_noise else _given(call.latents, batch)
+    start = _started(call, schedule, image, noise)
+    masked = _masked_latents(batch, picture, mask, encoder, call.masked_image_latents, needed=sees)
     small = batch.spread(F.interpolate(mask, batch.shape[1:]), "mask_image").to(batch.device)
     if sees:
-        return Start(start, channels=torch.cat([small.to(masked), masked], 1))  # type: ignore[list-item]
-    tensors = {"image": image.float(), "noise": noise.float(), "mask": small.float()}  # type: ignore[union-attr]
+        return Start(start, channels=torch.cat([small.to(masked), masked], 1))
+    tensors = {"image": image.float(), "noise": noise.float(), "mask": small.float()}
     return Start(start, rule=(KeepUnmasked(), {**tensors, "noise_level": schedule.noise_level}))
 
 
 def from_worn_picture(
-    batch: Batch,
-    schedule: Schedule,
-    picture: Tensor,
-    mask: Tensor,
-    encoder: Encoder,
-    *,
-    blends: bool,
-    strength: float,
-    add_noise: bool,
-    latents: Tensor | None,
+    call: LatentCall, batch: Batch, schedule: Schedule, canvas: Canvas, encoder: Encoder, *, blends: bool
 ) -> Start:
     """Inpainting as Kandinsky 2.x was trained for it: (picture's latents x kept, kept) are extra channels, where kept is
     worn away by a latent around white of the mask (N, 1, H, W), 0 or 1. Kandinsky 2.2 also `blends` after every step.
     """
-    image = _latents_of(batch, picture, encoder)
-    noise = batch.noise() if latents is None else _given(latents, batch)
-    start = _started(schedule, image, noise, whole=strength == 1.0 or latents is not None, add_noise=add_noise)
-    hole = grown(F.interpolate(mask.float(), batch.shape[1:]))
-    hole = batch.spread(hole, "mask_image").to(image)
+    image = _latents_of(batch, canvas.picture, encoder)
+    noise = batch.noise() if call.latents is None else _given(call.latents, batch)
+    start = _started(call, schedule, image, noise)
+    hole = batch.spread(grown(F.interpolate(canvas.mask, batch.shape[1:])), "mask_image").to(image)
     channels = torch.cat([image * (1 - hole), 1 - hole], 1)
     tensors = {
         "image": image.float(),
@@ -160,11 +144,16 @@ def from_worn_picture(
     return Start(start, channels, (KeepUnmasked(), tensors) if blends else None)
 
 
-def _started(schedule: Schedule, image: Tensor | None, noise: Tensor, *, whole: bool, add_noise: bool) -> Tensor:
+def _whole(call: LatentCall) -> bool:
+    """Whether inpainting starts from noise only."""
+    return call.share == 1.0 or call.latents is not None
+
+
+def _started(call: LatentCall, schedule: Schedule, image: Any, noise: Tensor) -> Tensor:
     """Where inpainting starts: at what another run left, at noise, or at the noised picture."""
-    if not add_noise:
-        return image  # type: ignore[return-value]
-    return noise * schedule.init_scale if whole else _noised(schedule, image, noise)  # type: ignore[arg-type]
+    if call.denoising_start is not None:
+        return image
+    return noise * schedule.init_scale if _whole(call) else _noised(schedule, image, noise)
 
 
 def grown(hole: Tensor) -> Tensor:
@@ -175,8 +164,8 @@ def grown(hole: Tensor) -> Tensor:
 
 
 def _masked_latents(
-    batch: Batch, picture: Tensor, mask: Tensor, encoder: Encoder, given: Tensor | None, *, needed: bool
-) -> Tensor | None:
+    batch: Batch, picture: Any, mask: Any, encoder: Encoder, given: Tensor | None, *, needed: bool
+) -> Any:
     """Latents of the picture without what the mask hides. Where nobody needs them the peer still draws their posterior, so
     the same numbers are drawn and thrown away."""
     if given is not None:
@@ -190,7 +179,7 @@ def _masked_latents(
     return None
 
 
-def _latents_of(batch: Batch, picture: Tensor, encoder: Encoder) -> Tensor:
+def _latents_of(batch: Batch, picture: Any, encoder: Encoder) -> Any:
     if picture.shape[1] == batch.shape[0]:  # latents already
         return batch.spread(picture.to(batch.device, batch.dtype), "image")
     return batch.encode(picture, encoder, "image")
