@@ -128,22 +128,14 @@ class LatentCall:
 
 
 @dataclass
-class TextCall(LatentCall):
+class EmbedsCall(LatentCall):
     __doc__ = f"""{LatentCall.__doc__}
-    Of families with CLIP's text encoders:
+    Of families that take text as embeddings too:
         prompt_embeds, negative_prompt_embeds: ready embeddings in place of prompts, as `encode_prompt` returns them.
-        ip_adapter_image, ip_adapter_image_embeds: pictures for the adapters of `load_ip_adapter`, a list with one for each
-            (several pictures that act together are a list themselves), or their embeddings; see `adapters.ip_adapter`.
-        prompt_syntax: "weighted" reads (word:1.3) and prompts of any length (see `models.text`); None takes text as it is.
-        clip_skip: layers of the text encoders to leave out at the end.
     """
 
     prompt_embeds: Tensor | None = None
     negative_prompt_embeds: Tensor | None = None
-    ip_adapter_image: Any = None
-    ip_adapter_image_embeds: Any = None
-    prompt_syntax: str | None = None
-    clip_skip: int | None = None
 
     @property
     def prompts(self) -> int:
@@ -152,17 +144,36 @@ class TextCall(LatentCall):
     def rules(self, tensors: Sequence[str]) -> list[tuple[bool, str]]:
         return [
             *super().rules(tensors),
-            (
-                self.ip_adapter_image is not None and self.ip_adapter_image_embeds is not None,
-                "give ip_adapter_image or ip_adapter_image_embeds, one of the two",
-            ),
             ((self.prompt is None) == (self.prompt_embeds is None), "give a prompt or prompt_embeds, one of the two"),
             (
                 self.negative_prompt is not None and self.negative_prompt_embeds is not None,
                 "give a negative_prompt or negative_prompt_embeds, one of the two",
             ),
+        ]
+
+
+@dataclass
+class TextCall(EmbedsCall):
+    __doc__ = f"""{EmbedsCall.__doc__}
+    Of families with CLIP's text encoders:
+        ip_adapter_image, ip_adapter_image_embeds: pictures for the adapters of `load_ip_adapter`, a list with one for each
+            (several pictures that act together are a list themselves), or their embeddings; see `adapters.ip_adapter`.
+        prompt_syntax: "weighted" reads (word:1.3) and prompts of any length (see `models.text`); None takes text as it is.
+        clip_skip: layers of the text encoders to leave out at the end.
+    """
+
+    ip_adapter_image: Any = None
+    ip_adapter_image_embeds: Any = None
+    prompt_syntax: str | None = None
+    clip_skip: int | None = None
+
+    def rules(self, tensors: Sequence[str]) -> list[tuple[bool, str]]:
+        syntax = self.prompt_syntax
+        return [
+            *super().rules(tensors),
             (
-                self.prompt_syntax not in (None, "weighted"),
-                f"prompt_syntax is {self.prompt_syntax!r}; it must be 'weighted' or None",
+                self.ip_adapter_image is not None and self.ip_adapter_image_embeds is not None,
+                "give ip_adapter_image or ip_adapter_image_embeds, one of the two",
             ),
+            (syntax not in (None, "weighted"), f"prompt_syntax is {syntax!r}; it must be 'weighted' or None"),
         ]

@@ -12,7 +12,7 @@ from diffusers.utils.torch_utils import get_module_execution_device
 from torch import Tensor
 from transformers import T5EncoderModel, T5Tokenizer
 
-from .call import LatentCall
+from .call import EmbedsCall
 from .canvas import Canvas
 from .kandinsky import MoVQPipeline
 from .latent import texts
@@ -22,34 +22,21 @@ TEXT_LENGTH = 128  # tokens
 
 
 @dataclass
-class Kandinsky3Call(LatentCall):
-    __doc__ = f"""{LatentCall.__doc__}
+class Kandinsky3Call(EmbedsCall):
+    __doc__ = f"""{EmbedsCall.__doc__}
     Of Kandinsky 3 (`guidance_scale` w is c + w (c - u) here, as its authors write it):
-        prompt_embeds, negative_prompt_embeds: ready embeddings in place of prompts, (N, tokens, width).
-        attention_mask, negative_attention_mask: (N, tokens), which of them are seen.
+        attention_mask, negative_attention_mask: which tokens of the embeddings are seen, (N, tokens).
     """
 
     strengths: ClassVar[tuple[float, float]] = (0.3, 1.0)
 
     num_inference_steps: int = 25
     guidance_scale: float = 3.0
-    prompt_embeds: Tensor | None = None
-    negative_prompt_embeds: Tensor | None = None
     attention_mask: Tensor | None = None
     negative_attention_mask: Tensor | None = None
 
-    @property
-    def prompts(self) -> int:
-        return super().prompts if self.prompt_embeds is None else len(self.prompt_embeds)
-
     def rules(self, tensors: Sequence[str]) -> list[tuple[bool, str]]:
-        own = [
-            ((self.prompt is None) == (self.prompt_embeds is None), "give a prompt or prompt_embeds, one of the two"),
-            (
-                self.negative_prompt is not None and self.negative_prompt_embeds is not None,
-                "give a negative_prompt or negative_prompt_embeds, one of the two",
-            ),
-        ]
+        own = []
         for side in ("", "negative_"):
             embeds, mask = getattr(self, f"{side}prompt_embeds"), getattr(self, f"{side}attention_mask")
             wrong = embeds is not None and (mask is None or mask.shape != embeds.shape[:2])

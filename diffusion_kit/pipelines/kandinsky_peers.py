@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 
 from diffusion_kit.adapters.control import Control
 
-from .kandinsky import Kandinsky2Pipeline, Kandinsky21Pipeline, Kandinsky22Pipeline
+from .kandinsky import Kandinsky21Pipeline, Kandinsky22Pipeline
 from .kandinsky_combined import Kandinsky21CombinedPipeline, Kandinsky22CombinedPipeline
-from .peers import ImageArguments, made_of, need
+from .peers import ImageArguments, InpaintArguments, made_of, need
 
 _EMBEDS = "image_embeds negative_image_embeds"
 _SIZE = "height width num_inference_steps"
@@ -23,13 +23,6 @@ _PRIOR_CALLBACK = (
     "callback_on_step_end callback_on_step_end_tensor_inputs"
 )
 SQUARE: Mapping[str, Any] = {"height": 512, "width": 512}
-
-
-class MaskArguments(Kandinsky2Pipeline):
-    """The peer's inpainting classes."""
-
-    def translate(self, values: dict[str, Any]) -> dict[str, Any]:
-        return need(values, type(self).__name__, "image", "mask_image")
 
 
 class WithoutPrompt(Kandinsky22Pipeline):
@@ -49,7 +42,7 @@ class HintArguments(WithoutPrompt):
     """The decoders whose UNet takes a hint."""
 
     def translate(self, values: dict[str, Any]) -> dict[str, Any]:
-        need(values, type(self).__name__, "hint")
+        values = need(super().translate(values), type(self).__name__, "hint")
         hint, more = Control("hint", values.pop("hint")), values.pop("controls", ())
         return {**values, "controls": [hint, *more]}
 
@@ -69,7 +62,7 @@ class KandinskyImg2ImgPipeline(ImageArguments, Kandinsky21Pipeline):
     __init__ = made_of(Kandinsky21Pipeline, "text_encoder movq tokenizer unet scheduler")
 
 
-class KandinskyInpaintPipeline(MaskArguments, Kandinsky21Pipeline):
+class KandinskyInpaintPipeline(InpaintArguments, Kandinsky21Pipeline):
     peer_name = "KandinskyInpaintPipeline"
     arguments = f"prompt image mask_image {_EMBEDS} negative_prompt {_SIZE} guidance_scale {_MANY} latents {_OLD}"
     defaults: ClassVar = SQUARE
@@ -92,7 +85,7 @@ class KandinskyImg2ImgCombinedPipeline(ImageArguments, Kandinsky21CombinedPipeli
     defaults: ClassVar = {**SQUARE, "strength": 0.3}
 
 
-class KandinskyInpaintCombinedPipeline(MaskArguments, Kandinsky21CombinedPipeline):
+class KandinskyInpaintCombinedPipeline(InpaintArguments, Kandinsky21CombinedPipeline):
     peer_name = "KandinskyInpaintCombinedPipeline"
     arguments = (
         "prompt image mask_image negative_prompt num_inference_steps guidance_scale num_images_per_prompt height width "
@@ -115,7 +108,7 @@ class KandinskyV22Img2ImgPipeline(ImageArguments, WithoutPrompt):
     defaults: ClassVar = {**SQUARE, "strength": 0.3}
 
 
-class KandinskyV22InpaintPipeline(MaskArguments, WithoutPrompt):
+class KandinskyV22InpaintPipeline(InpaintArguments, WithoutPrompt):
     peer_name = "KandinskyV22InpaintPipeline"
     arguments = f"image_embeds image mask_image negative_image_embeds {_SIZE} guidance_scale {_MANY} latents {_NEW}"
     defaults: ClassVar = SQUARE
@@ -127,13 +120,10 @@ class KandinskyV22ControlnetPipeline(HintArguments):
     defaults: ClassVar = SQUARE
 
 
-class KandinskyV22ControlnetImg2ImgPipeline(ImageArguments, HintArguments):
+class KandinskyV22ControlnetImg2ImgPipeline(HintArguments, ImageArguments):
     peer_name = "KandinskyV22ControlnetImg2ImgPipeline"
     arguments = f"image_embeds image negative_image_embeds hint {_SIZE} guidance_scale strength {_MANY} {_OLD}"
     defaults: ClassVar = {**SQUARE, "strength": 0.3}
-
-    def translate(self, values: dict[str, Any]) -> dict[str, Any]:
-        return HintArguments.translate(self, ImageArguments.translate(self, values))
 
 
 class KandinskyV22CombinedPipeline(Kandinsky22CombinedPipeline):
@@ -153,7 +143,7 @@ class KandinskyV22Img2ImgCombinedPipeline(ImageArguments, Kandinsky22CombinedPip
     defaults: ClassVar = {**SQUARE, "strength": 0.3}
 
 
-class KandinskyV22InpaintCombinedPipeline(MaskArguments, Kandinsky22CombinedPipeline):
+class KandinskyV22InpaintCombinedPipeline(InpaintArguments, Kandinsky22CombinedPipeline):
     peer_name = "KandinskyV22InpaintCombinedPipeline"
     arguments = (
         "prompt image mask_image negative_prompt num_inference_steps guidance_scale num_images_per_prompt height width "
