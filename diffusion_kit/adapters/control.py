@@ -39,9 +39,11 @@ class Control:
     """A condition on a run, beside any other, in any task.
 
     Attributes:
-        model: a T2IAdapter, MultiAdapter, ControlNetModel or IPAdapter, or the name of a control that comes with the base,
-            among them "hint" and "instruct" for bases whose own UNet takes a picture.
-        image: the control image, or one for each prompt; for a MultiAdapter a list, one for each of its nets.
+        model: a T2IAdapter, MultiAdapter, ControlNetModel, ControlNetUnionModel, ControlLoRA or IPAdapter; a folder, file
+            or hub id of one; or the name of a control that comes with the base, among them "hint" and "instruct" for bases
+            whose own UNet takes a picture.
+        image: the control image, or one for each prompt; for a MultiAdapter a list, one for each of its nets; for a
+            ControlNet-Union a mapping from types to images; for an IPAdapter see there.
         scale: strength; a number, or one for each level: down levels from shallow to deep, then the middle. For a
             MultiAdapter a list has one for each net, and a number s means s / n for each of the n. For an IPAdapter also
             a mapping from beginnings of layers' names ("up_blocks.0.attentions.1"); layers not named have 0.
