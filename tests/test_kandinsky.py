@@ -388,3 +388,12 @@ def test_no_host_read_and_no_new_tensor_in_a_step(name: str, scheduler: Any) -> 
         assert not (SYNCS | CREATIONS) & set(operations)
         assert not [operation for operation in operations if "rand" in operation]
         assert len(operations) == len(count.steps[0])
+
+
+@pytest.mark.parametrize("name", ["Kandinsky21Pipeline", "KandinskyV22ControlnetPipeline", "Kandinsky3Pipeline"])
+def test_a_step_on_fake_cuda_tensors(name: str) -> None:
+    from test_step import captured, runs_on_fake_cuda
+
+    call = {**CALL, **({} if "Controlnet" in name else {"prompt": "a fox"}), **({} if "3P" in name else EMBEDS)}
+    call |= {"hint": HINT, "output_type": "np"} if "Controlnet" in name else {}
+    runs_on_fake_cuda(*captured(build(diffusion_kit, name), **call))

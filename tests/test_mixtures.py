@@ -24,6 +24,7 @@ from conftest import (
 )
 from test_control_lora import lora
 from test_ip_adapter import make_ip
+from test_step import captured, runs_on_fake_cuda
 from test_union import union
 
 from diffusion_kit import Control, SDXLPipeline
@@ -113,3 +114,12 @@ def test_a_batch_under_all_is_its_single_runs() -> None:
     for k in range(4):
         single = run(shown(k // 2), "inpaint", prompt=prompts[k // 2], generator=seeds(k + 1))
         assert distance(single, batch[k : k + 1]) < 1e-4
+
+
+@pytest.mark.parametrize("cache", [None, 2])
+def test_all_at_once_on_fake_cuda_tensors(cache: int | None) -> None:
+    """A host read or a CPU tensor inside a step raises there; a step cache gives what it keeps behind the prediction."""
+    pipe = pipeline(SDXLPipeline, vae=make_vae(4))
+    pipe.cache_steps(cache)
+    made = [make(scale=0.7, mask=half_mask()) for make in KINDS.values()]
+    runs_on_fake_cuda(*captured(pipe, prompt="a fox", controls=made, **TASKS["inpaint"]))
