@@ -500,6 +500,8 @@ def v_of(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
 def test_missing_files_and_pickles_are_one_line(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="nothing.safetensors"):
         IPAdapter.from_pretrained(tmp_path, weight_name="nothing.safetensors")
-    for source, name in ((tmp_path, None), ("h94/IP-Adapter", None), (tmp_path, "old.bin")):
+    with pytest.raises(ValueError, match=f"{tmp_path} has no .safetensors file: say weight_name="):
+        IPAdapter.from_pretrained(tmp_path)
+    for source, name in (("h94/IP-Adapter", None), (tmp_path, "old.bin")):
         with pytest.raises(ValueError, match=f"weight_name is {name!r}; it must name a .safetensors file of {source}"):
             IPAdapter.from_pretrained(source, weight_name=name)
