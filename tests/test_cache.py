@@ -317,10 +317,10 @@ def test_a_unet_that_does_not_run_block_by_block_has_no_cache() -> None:
     for net in (own_forward(), kandinsky):
         pipe = cached()
         pipe.unet = net
-        with pytest.raises(ValueError, match="no step cache for this UNet"):
+        with pytest.raises(ValueError, match="no step cache for this network"):
             pipe.cache_steps()
     pipe = cached({})
-    with pytest.raises(ValueError, match=r"no step cache for this UNet: .*cache_steps\(None\)"):
+    with pytest.raises(ValueError, match=r"no step cache for this network: .*cache_steps\(None\)"):
         run(pipe, cross_attention_kwargs={"gligen": 1})
 
 

@@ -397,3 +397,10 @@ def test_a_step_on_fake_cuda_tensors(name: str) -> None:
     call = {**CALL, **({} if "Controlnet" in name else {"prompt": "a fox"}), **({} if "3P" in name else EMBEDS)}
     call |= {"hint": HINT, "output_type": "np"} if "Controlnet" in name else {}
     runs_on_fake_cuda(*captured(build(diffusion_kit, name), **call))
+
+
+def test_one_run_hands_over_to_another() -> None:
+    pipe = build(diffusion_kit, "Kandinsky22Pipeline", scheduler=DDIM)
+    call = {**CALL, "num_inference_steps": 10, **EMBEDS, "output_type": "latent"}
+    half = run(pipe, **call, denoising_end=0.5)
+    assert distance(run(pipe, **call, image=half, denoising_start=0.5), run(pipe, **call)) < 1e-5

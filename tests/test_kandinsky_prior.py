@@ -388,3 +388,9 @@ def test_an_unknown_argument_names_the_nearest() -> None:
         make(PLAIN[0])("a", guidance_scal=1.0)
     with pytest.raises(TypeError, match="takes no argument 'image'"):
         make(PLAIN[1])("a", image=picture())
+
+
+def test_a_prior_has_no_step_cache() -> None:
+    with pytest.raises(ValueError, match="no step cache for this network") as error:
+        diffusion_kit.KandinskyV22PriorPipeline(**prior_components()).cache_steps(2)
+    assert "\n" not in str(error.value)

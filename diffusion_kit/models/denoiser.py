@@ -118,16 +118,15 @@ def make_denoiser(net: Any, channels: int, cross_attention_kwargs: dict[str, Any
     return PeerDenoiser(net, channels, more, (("cross_attention_kwargs", _Frozen(own)),) if own else ())
 
 
-def with_kept_features(denoiser: Denoiser, depth: int) -> UNetDenoiser:
+def with_kept_features(denoiser: Denoiser | None, depth: int) -> UNetDenoiser:
     """The denoiser for a step cache of that depth.
 
     Raises:
         ValueError: it does not run block by block, or has no such depth.
     """
     if not isinstance(denoiser, UNetDenoiser):
-        raise ValueError(
-            "no step cache for this UNet: it runs through its own forward, or is Kandinsky 3's; use cache_steps(None)"
-        )
+        why = "it runs through its own forward, or is of another kind (Kandinsky 3, a prior)"
+        raise ValueError(f"no step cache for this network: {why}; use cache_steps(None)")
     most = len(denoiser.net.down_blocks) - 1
     if not 1 <= depth <= most:
         raise ValueError(f"step cache depth is {depth}; for this UNet it must be 1 to {most}")

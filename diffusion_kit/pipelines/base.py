@@ -218,7 +218,8 @@ class ControlledPipeline(DiffusionPipeline):
         """
         cache = None if every is None else StepCache(every, depth, controls)
         if cache is not None:
-            with_kept_features(make_denoiser(self.unet, self.unet.config.in_channels), depth)
+            plain = hasattr(self.unet, "mid_block")
+            with_kept_features(make_denoiser(self.unet, self.unet.config.in_channels) if plain else None, depth)
         self.step_cache = cache
         return cache
 
