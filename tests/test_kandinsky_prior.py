@@ -392,5 +392,5 @@ def test_an_unknown_argument_names_the_nearest() -> None:
 
 def test_a_prior_has_no_step_cache() -> None:
     with pytest.raises(ValueError, match="no step cache for this network") as error:
-        diffusion_kit.KandinskyV22PriorPipeline(**prior_components()).cache_steps(2)
+        kandinsky_prior.KandinskyV22PriorPipeline(**prior_components()).cache_steps(2)
     assert "\n" not in str(error.value)
