@@ -12,6 +12,7 @@ from torch import Tensor
 from diffusion_kit.sampling.doors import Answer, Conditioning, Denoiser, Prediction, Tree, pick
 
 from .kandinsky3 import Kandinsky3Denoiser, Kandinsky3PeerDenoiser, is_kandinsky3
+from .own_forward import OwnForward
 from .unet import Net, decode, embeddings, encode, layout, obstacle, project, text_tokens
 
 # The conditioning's names, and the peer's for the same.
@@ -66,23 +67,15 @@ class UNetDenoiser:
 
 
 @dataclass(frozen=True)
-class PeerDenoiser:
+class PeerDenoiser(OwnForward):
     """Runs any UNet of diffusers' signature through its own forward.
 
     `kwargs` are passed on with every call (cross_attention_kwargs). The others are as in `UNetDenoiser`.
     """
 
-    net: Net
     channels: int
     more: int = 0
     kwargs: tuple[tuple[str, Any], ...] = ()
-
-    @property
-    def executed(self) -> tuple[Net, ...]:
-        return ()
-
-    def prepare(self, timesteps: Tensor, conditioning: Conditioning) -> Tree:
-        return {"timesteps": timesteps, **conditioning}
 
     def __call__(self, tensors: Tree, x: Tensor, call: Tensor, answer: Answer) -> tuple[Tensor, Tensor | None]:
         if answer.tokens:

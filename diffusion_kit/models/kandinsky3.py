@@ -13,6 +13,7 @@ from torch import Tensor
 from diffusion_kit.sampling.doors import Answer, Conditioning, Tree, pick
 
 from .attention import Context, Net, Tokens, attend, attention_layers, changed, split_heads
+from .own_forward import OwnForward
 
 POOLING = "add_time_condition."  # attention that pools the text, outside the blocks
 
@@ -109,17 +110,8 @@ class Kandinsky3Denoiser:
 
 
 @dataclass(frozen=True)
-class Kandinsky3PeerDenoiser:
+class Kandinsky3PeerDenoiser(OwnForward):
     """Runs the UNet through its own forward, which takes no residuals, and one span for all rows."""
-
-    net: Net
-
-    @property
-    def executed(self) -> tuple[Net, ...]:
-        return ()
-
-    def prepare(self, timesteps: Tensor, conditioning: Conditioning) -> Tree:
-        return {"timesteps": timesteps, **conditioning}
 
     def __call__(self, tensors: Tree, x: Tensor, call: Tensor, answer: Answer) -> tuple[Tensor, None]:
         if answer.intra:

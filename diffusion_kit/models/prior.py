@@ -17,6 +17,7 @@ from torch import Tensor
 from diffusion_kit.sampling.doors import Answer, Conditioning, Denoiser, Tree, pick
 
 from .attention import Net, Tokens, attend, attention_layers, changed, split_heads
+from .own_forward import OwnForward
 
 HIDDEN = -10000.0  # added to the score of a token that is not seen
 MOVING = 3  # tokens that change from step to step, the last ones
@@ -78,17 +79,8 @@ def run(net: Net, x: Tensor, bias: Tensor, before: Tree = ()) -> tuple[Tensor, T
 
 
 @dataclass(frozen=True)
-class PriorPeerDenoiser:
+class PriorPeerDenoiser(OwnForward):
     """Runs any PriorTransformer through its own forward; latents and conditioning as in `PriorDenoiser`."""
-
-    net: Net
-
-    @property
-    def executed(self) -> tuple[Net, ...]:
-        return ()
-
-    def prepare(self, timesteps: Tensor, conditioning: Conditioning) -> Tree:
-        return {"timesteps": timesteps, **conditioning}
 
     def __call__(self, tensors: Tree, x: Tensor, call: Tensor, answer: Answer) -> tuple[Tensor, Tensor | None]:
         text = (tensors[name] for name in ("prompt_embeds", "text_encoder_hidden_states", "text_mask"))
