@@ -20,8 +20,21 @@ COMMANDS = {  # name: line of help, and what it does
         "Text-to-image; with --image image-to-image; with --mask too, inpainting. Controls work in all.",
     ),
     "detect": ("make control images from photos", "Runs a detector on images: edges, lines, depth, poses and more."),
+    "evaluate": (
+        "measure how faithfully a control is followed",
+        "Makes pictures with and without a control, extracts its condition from them again and compares.",
+    ),
     "show": ("print the recipe of a picture", "Prints what a picture was made from, as its file says."),
+    "train": (
+        "train a control, or a base",
+        "What is trained, on what and how, stands in one configuration; KEY=VALUE changes it.",
+    ),
     "models": ("say what a model is", "What is embedded; what a folder, a file or a hub id is."),
+    "data": (
+        "check, export and import training data",
+        "Looks through training data; moves it between folders and tars.",
+    ),
+    "weights": ("write controls for other programs", "Writes a control or adapter in another program's layout."),
     "doctor": ("say what is installed and what is missing", "Versions, devices, optional parts and how to get them."),
 }
 

@@ -17,6 +17,8 @@ ROOT = Path(diffusion_kit.__file__).parent
 ORDER = [
     "cli",
     "commands",
+    "training",
+    "evaluation",
     "pipelines",
     "adapters",
     "models",

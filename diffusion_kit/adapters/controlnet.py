@@ -146,7 +146,6 @@ def encoded(cls: type[RunControlNet], control: Control, site: Site, pixels: Tens
     )
 
 
-@torch.no_grad()
 def embed(net: Net, pixels: Tensor) -> Tensor:
     """The control image's embedding (N, C, h, w), which is added after the network's first convolution."""
     flipped = net.config.controlnet_conditioning_channel_order == "bgr"

@@ -53,7 +53,7 @@ class PriorDenoiser:
 
     def __call__(self, tensors: Tree, x: Tensor, call: Tensor, answer: Answer) -> tuple[Tensor, Tensor | None]:
         net, rows = self.net, len(x)
-        emb = pick(tensors["emb"], call)[:, None].expand(rows, -1, -1)
+        emb = pick(tensors["emb"], call).flatten(0, -2)[:, None].expand(rows, -1, -1)
         moving = torch.cat([emb, net.proj_in(x[:, :, 0, 0])[:, None], net.prd_embedding.expand(rows, -1, -1)], 1)
         h, _ = run(net, moving, tensors["bias"], tensors["seen"])
         return net.proj_to_clip_embeddings(net.norm_out(h[:, -1]))[:, :, None, None], None

@@ -137,12 +137,13 @@ def embeddings(
     """Time plus added embedding of every timestep, (n, rows, D).
 
     Args:
-        timesteps: (n,).
+        timesteps: (n,), or (n, rows) of which each row has its own.
         added: "text_embeds" (rows, P), "time_ids" (rows, k), "image_embeds" (rows, D), those that the network takes.
         timestep_cond: (rows, E) embedding of the guidance scale, for networks distilled with it.
     """
     dtype = net.dtype
-    sinusoids = net.time_proj(timesteps).to(dtype)[:, None].expand(-1, rows, -1)
+    table = timesteps if timesteps.ndim == 2 else timesteps[:, None]
+    sinusoids = net.time_proj(table.flatten()).to(dtype).unflatten(0, table.shape).expand(-1, rows, -1)
     condition = None if timestep_cond is None else timestep_cond.to(dtype).expand(len(timesteps), -1, -1)
     emb = net.time_embedding(sinusoids, condition)
     kind = net.config.addition_embed_type

@@ -33,8 +33,8 @@ def encode_picture(
             latents = torch.cat(rows)
         else:
             latents = _posterior(vae, pixels, generator)  # type: ignore[arg-type]
-    shift, std = _statistics(vae, latents)
-    return ((latents - shift) * (_scaling(vae) / std)).to(dtype)
+    shift, std = statistics(vae, latents)
+    return ((latents - shift) * (scaling(vae) / std)).to(dtype)
 
 
 @torch.no_grad()
@@ -60,11 +60,11 @@ def decode_latents(vae: Any, latents: Tensor, *, upcast: bool = True, **beside: 
         raise RuntimeError("the latents are not finite: the UNet overflowed, or the scheduler diverged")
     with _upcast(vae, upcast):
         latents = latents.to(vae.dtype)
-        shift, std = _statistics(vae, latents)
+        shift, std = statistics(vae, latents)
         options: dict[str, Any] = {name: value.to(latents) for name, value in beside.items()}
         if isinstance(vae, VQModel):
             options["force_not_quantize"] = True  # the diffusion model works between the codes
-        pixels = vae.decode(latents * (std / _scaling(vae)) + shift, return_dict=False, **options)[0]
+        pixels = vae.decode(latents * (std / scaling(vae)) + shift, return_dict=False, **options)[0]
     if not torch.isfinite(pixels).all():
         raise RuntimeError(
             f"the VAE overflowed in {str(vae.dtype).removeprefix('torch.')}: use pipe.vae.to(torch.float32), "
@@ -92,12 +92,12 @@ def _posterior(vae: Any, pixels: Tensor, generator: torch.Generator | None) -> T
     return out.latent_dist.sample(generator) if hasattr(out, "latent_dist") else out.latents
 
 
-def _scaling(vae: Any) -> float:
+def scaling(vae: Any) -> float:
     """A VQModel has a scaling_factor in its configuration that nobody applies."""
     return 1.0 if isinstance(vae, VQModel) else vae.config.scaling_factor
 
 
-def _statistics(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
+def statistics(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of the latents where the config gives them, else 0 and 1; (1, C, 1, 1)."""
     mean, std = vae.config.get("latents_mean"), vae.config.get("latents_std")
     if mean is None or std is None:

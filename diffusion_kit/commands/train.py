@@ -1,0 +1,29 @@
+"""`diffusion-kit train`: a training from its configuration."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG.yaml", help="the configuration; `configs/` holds examples")
+    parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="put over it: data.resolution=512")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of the run")
+    parser.add_argument(
+        "--allow-change", metavar="KEY", action="append", default=[], help="resume although this key has another value"
+    )
+    parser.add_argument("--print-config", action="store_true", help="print the whole configuration and do nothing")
+
+
+def run(options: argparse.Namespace) -> None:
+    from diffusion_kit.training.config import read
+
+    config = read(options.config, options.overrides)
+    if options.print_config:
+        print(config.dump(), end="")
+        return
+    from diffusion_kit.training.train import train
+
+    command = ["diffusion-kit", *sys.argv[1:]]
+    train(config, resume=options.resume, allow=options.allow_change, command=command)

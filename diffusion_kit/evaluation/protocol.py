@@ -1,0 +1,303 @@
+"""How faithfully a control is followed: its condition is extracted again from what was made, and compared.
+
+The protocol of ControlNet++ (Li et al., 2024, arXiv:2404.07987): several seeds a condition, the same detector with the same
+settings on both sides. Every figure stands beside the same one without the control, and beside that of the same pictures
+against another picture's condition.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from huggingface_hub import metadata_load
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+from diffusion_kit.adapters.control import Control
+from diffusion_kit.adapters.detectors import detect, detector, inverted, missing
+from diffusion_kit.adapters.pictures import fit_image, load_image
+from diffusion_kit.models.sources import embedded
+
+from .intervals import bootstrap
+from .measures import Measure, measures_of
+from .quality import quality_measures
+from .report import Figure, Line, Report, Shown
+
+STEPS, GUIDANCE = 20, 7.5  # of full-size bases, where their card says nothing
+EMBEDDED = 20, 4.0  # docs/embedded-model.md
+GALLERY = 64  # conditions at most, of which pictures are kept to be shown
+MakeControls = Callable[[list[Image.Image], float], Sequence[Control]]
+
+
+@dataclass(frozen=True, eq=False)
+class Condition:
+    """What a picture is asked for.
+
+    Attributes:
+        image: the control image (PIL, or a file's path); where there is none, the detector makes it from `photo`.
+        photo: what the control image was made from, likewise; FID, KID and LPIPS compare with it.
+    """
+
+    name: str
+    prompt: str
+    image: Any = None
+    photo: Any = None
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to make all pictures.
+
+    Attributes:
+        scale: of the control; 0 is without it.
+        neutral: the control is given a picture without content.
+    """
+
+    name: str
+    scale: float
+    neutral: bool = False
+
+
+@dataclass
+class Found:
+    """What an arm's pictures show.
+
+    Attributes:
+        own, shuffled: comparisons of each measure, condition by condition, in each seed by seed.
+        pictures: of each condition's first seed, and what was extracted from it.
+    """
+
+    own: dict[str, list[Any]] = field(default_factory=lambda: defaultdict(list))
+    shuffled: dict[str, list[Any]] = field(default_factory=lambda: defaultdict(list))
+    pictures: list[tuple[Image.Image, Image.Image | None]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is the same in every arm: see `evaluate`."""
+
+    pipe: Any
+    make_controls: MakeControls
+    conditions: Sequence[Condition]
+    detector: str
+    settings: Mapping[str, Any]
+    seeds: int
+    seed: int
+    batch: int
+    call: Mapping[str, Any]
+    fidelity: Sequence[Measure]
+    quality: Sequence[Measure]
+
+    def compare(self, measure: Measure, made: Image.Image, wanted: Image.Image) -> Any:
+        """White on black, whatever the control was given."""
+        if self.settings.get("invert"):
+            made, wanted = inverted(made), inverted(wanted)
+        return measure.compare(made, wanted)
+
+
+def evaluate(
+    pipe: Any,
+    make_controls: MakeControls,
+    conditions: Sequence[Condition],
+    *,
+    detector: str,
+    settings: Mapping[str, Any] | None = None,
+    scales: Sequence[float] = (1.0,),
+    seeds: int = 4,
+    seed: int = 0,
+    steps: int | None = None,
+    guidance: float | None = None,
+    batch: int = 8,
+    dropped: bool = False,
+    quality: Sequence[Measure] | None = None,
+) -> Report:
+    """Makes every condition's pictures without the control and with it at every scale, and measures them.
+
+    A condition's pictures start from the same noise in every arm, other noise for each of its seeds and each condition.
+
+    Args:
+        make_controls: from control images, one for each prompt of a call, and a scale to the call's controls; of scale 0
+            they do nothing.
+        conditions: pictures of another size than the model's own are brought to it (fit "cover").
+        detector: its name, see `measures.MEASURES`; where it lacks its weights, its measures are "not measured".
+        settings: the detector's options, those with which the conditions were made.
+        seeds: pictures for each condition and arm; `seed` is the first one's.
+        steps, guidance: by default as the model's card says, see `card`.
+        batch: pictures made in one call.
+        dropped: also with the control at its last scale given a picture without content: black, or white if inverted.
+        quality: see `quality.quality_measures`; by default those, which then are "not measured".
+
+    Raises:
+        ValueError: no conditions, two of one name, one that the measures cannot use, a number out of range.
+    """
+    for name, value in (("seeds", seeds), ("batch", batch), ("number of conditions", len(conditions))):
+        if value < 1:
+            raise ValueError(f"{name} is {value}; it must be 1 or more")
+    if len({condition.name for condition in conditions}) < len(conditions):
+        raise ValueError("two conditions have one name")
+    settings = dict(settings or {})
+    known, lack = measures_of(detector), missing(detector, settings.get("model"))
+    height, width = pipe.native_size
+    ready = [fitted(condition, (width, height), detector, settings) for condition in conditions]
+    own_steps, own_guidance = card(pipe)
+    plan = Plan(
+        pipe=pipe,
+        make_controls=make_controls,
+        conditions=ready,
+        detector=detector,
+        settings=settings,
+        seeds=seeds,
+        seed=seed,
+        batch=batch,
+        call={
+            "num_inference_steps": own_steps if steps is None else steps,
+            "guidance_scale": own_guidance if guidance is None else guidance,
+            "width": width,
+            "height": height,
+        },
+        fidelity=[replace(measure, reason=lack) for measure in known],
+        quality=measurable(quality_measures() if quality is None else quality, ready),
+    )
+    check(plan)
+    arms = [Arm("without", 0.0), *(Arm(f"scale {scale:g}", scale) for scale in dict.fromkeys(scales) if scale)]
+    arms += [Arm("neutral", arms[-1].scale, neutral=True)] if dropped else []
+    lines: list[Line] = []
+    shown: list[list[Any]] = [[] for _ in ready[:GALLERY]]
+    with tqdm(total=len(arms) * len(ready) * seeds, unit="picture", disable=None) as bar:
+        for arm in arms:
+            found = run(plan, arm, bar.update)
+            lines += figures(plan, arm, found)
+            for pictures, pair in zip(shown, found.pictures, strict=True):
+                pictures.append((arm.name, *pair))
+    not_measured = {m.name: m.reason for m in (*plan.fidelity, *plan.quality) if m.reason is not None}
+    gallery = [Shown(c.name, c.prompt, c.image, made) for c, made in zip(ready, shown, strict=False)]
+    return Report(about(plan), lines, not_measured, gallery)
+
+
+def card(pipe: Any) -> tuple[int, float]:
+    """Steps and guidance after the head of README.md in the model's folder (`num_inference_steps`, `guidance_scale`); else
+    20 and 7.5, and 4 for the embedded model."""
+    folder = Path(str(pipe.config.get("_name_or_path", "")))
+    if folder == embedded():
+        return EMBEDDED
+    file = folder / "README.md"
+    says = (metadata_load(file) if folder.is_absolute() and file.is_file() else None) or {}
+    return int(says.get("num_inference_steps", STEPS)), float(says.get("guidance_scale", GUIDANCE))
+
+
+def fitted(condition: Condition, size: tuple[int, int], name: str, settings: Mapping[str, Any]) -> Condition:
+    """The condition with its pictures at `size` (width, height), and its control image made if it has none.
+
+    Raises:
+        ValueError: it has no picture at all.
+    """
+    photo = None if condition.photo is None else fit_image(load_image(condition.photo), *size)
+    if condition.image is None and photo is None:
+        raise ValueError(f"condition {condition.name} has neither a control image nor a photo")
+    if condition.image is None:
+        return replace(condition, image=detect(name, photo, **settings), photo=photo)
+    image = load_image(condition.image)
+    flat = getattr(detector(name), "RESAMPLE", None) == Image.Resampling.NEAREST  # colours that must not mix
+    image = ImageOps.fit(image, size, Image.Resampling.NEAREST) if flat else fit_image(image, *size)
+    return replace(condition, image=image, photo=photo)
+
+
+def measurable(quality: Sequence[Measure], conditions: Sequence[Condition]) -> list[Measure]:
+    """The measures, with the reason why one cannot be measured on these conditions."""
+    photos = all(condition.photo for condition in conditions)
+
+    def reason(measure: Measure) -> str | None:
+        if measure.needs_photo and not photos:
+            return "it compares with photos, which the conditions have not"
+        return "it takes two conditions or more" if measure.of_sets and len(conditions) < 2 else None
+
+    return [replace(measure, reason=measure.reason or reason(measure)) for measure in quality]
+
+
+def check(plan: Plan) -> None:
+    """
+    Raises:
+        ValueError: a condition that a measure cannot use.
+    """
+    for condition in plan.conditions:
+        for measure in plan.fidelity:
+            try:
+                plan.compare(measure, condition.image, condition.image)
+            except ValueError as error:
+                raise ValueError(f"condition {condition.name}: {error}") from None
+
+
+def run(plan: Plan, arm: Arm, advance: Callable[[int], Any]) -> Found:
+    """Makes an arm's pictures, batch by batch, and compares them."""
+    found = Found()
+    wanted = [(k, s) for k in range(len(plan.conditions)) for s in range(plan.seeds)]
+    for start in range(0, len(wanted), plan.batch):
+        batch = wanted[start : start + plan.batch]
+        for (k, s), picture in zip(batch, make(plan, arm, batch), strict=True):
+            extracted = observe(plan, found, k, picture)
+            if s == 0 and k < GALLERY:
+                found.pictures.append((picture, extracted))
+        advance(len(batch))
+    return found
+
+
+def make(plan: Plan, arm: Arm, batch: Sequence[tuple[int, int]]) -> list[Image.Image]:
+    """Pictures of pairs of a condition's and a seed's number, in one call."""
+    conditions = [plan.conditions[k] for k, _ in batch]
+    images = [condition.image for condition in conditions]
+    if arm.neutral:
+        ground = "white" if plan.settings.get("invert") else "black"
+        images = [Image.new("RGB", image.size, ground) for image in images]
+    noise = [torch.Generator().manual_seed(plan.seed + k * plan.seeds + s) for k, s in batch]
+    prompts = [condition.prompt for condition in conditions]
+    made = plan.pipe(prompts, controls=plan.make_controls(images, arm.scale), generator=noise, **plan.call)
+    return list(made.images)
+
+
+def observe(plan: Plan, found: Found, k: int, picture: Image.Image) -> Image.Image | None:
+    """Compares a picture with condition k and with the next one, by every measure that there is.
+
+    Returns:
+        What was extracted from it.
+    """
+    condition, other = plan.conditions[k], plan.conditions[(k + 1) % len(plan.conditions)]
+    fidelity = [measure for measure in plan.fidelity if measure.reason is None]
+    extracted: Any = detect(plan.detector, picture, **plan.settings) if fidelity else None
+    for measure in fidelity:
+        found.own[measure.name].append(plan.compare(measure, extracted, condition.image))
+        if other is not condition:
+            found.shuffled[measure.name].append(plan.compare(measure, extracted, other.image))
+    for measure in plan.quality:
+        if measure.reason is None:
+            found.own[measure.name].append(measure.compare(picture, condition))
+    return extracted
+
+
+def figures(plan: Plan, arm: Arm, found: Found) -> list[Line]:
+    """A line for each measure."""
+
+    def figure(measure: Measure, comparisons: list[Any]) -> Figure:
+        rows = np.array(comparisons).reshape(len(plan.conditions), plan.seeds, *np.shape(comparisons[0]))
+        several = len(rows) > 1 and not measure.of_sets
+        return Figure(measure.figure(rows), *(bootstrap(rows, measure.figure) if several else ()))
+
+    lines = []
+    for measure in (*plan.fidelity, *plan.quality):
+        if measure.reason is None:
+            own, versus = figure(measure, found.own[measure.name]), found.shuffled.get(measure.name)
+            shuffled = figure(measure, versus) if versus else None
+            lines.append(Line(measure.name, measure.larger_is_better, arm.name, arm.scale, own, shuffled))
+    return lines
+
+
+def about(plan: Plan) -> dict[str, Any]:
+    """What the figures depend on."""
+    said = {"detector": plan.detector, "settings": dict(plan.settings), "conditions": len(plan.conditions)}
+    said |= {"seeds": plan.seeds, "seed": plan.seed, "steps": plan.call["num_inference_steps"]}
+    return said | {"guidance": plan.call["guidance_scale"], "width": plan.call["width"], "height": plan.call["height"]}

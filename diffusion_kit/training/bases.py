@@ -1,0 +1,238 @@
+"""The base of a training: its networks, frozen, and what they make of a batch."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diffusion_kit.models.denoiser import UNetDenoiser, control_channels
+from diffusion_kit.models.sources import load_component
+from diffusion_kit.models.text import Layer, Text, encode_text
+from diffusion_kit.models.unet import obstacle
+from diffusion_kit.models.vae import scaling, statistics
+from diffusion_kit.pipelines import auto, kandinsky, kandinsky_prior, sd15, sdxl
+from diffusion_kit.sampling.doors import Answer
+
+from .config import Config
+from .data.cache import Cache
+from .data.samples import Batch, Sample
+from .objective import Objective, make_objective, normal
+
+FAMILIES = (sdxl.SDXLPipeline, sd15.SD15Pipeline, kandinsky.Kandinsky22Pipeline)
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "no": torch.float32}
+Conditioning = dict[str, Tensor]
+
+
+@dataclass
+class Base:
+    """A pipeline's networks as training uses them.
+
+    Attributes:
+        encoders: the text encoders with their tokenizers, in the order of the pipeline.
+        prior: of a Kandinsky decoder, the prior's pipeline: its image encoder makes what the UNet is conditioned on.
+    """
+
+    pipe: Any
+    objective: Objective
+    encoders: list[tuple[Any, Any]]
+    layer: Layer
+    prior: Any = None
+    retried: set[str] = field(default_factory=set)
+
+    @property
+    def unet(self) -> Any:
+        return self.pipe.unet
+
+    @property
+    def vae(self) -> Any:
+        return self.pipe.movq if hasattr(self.pipe, "movq") else self.pipe.vae
+
+    @property
+    def device(self) -> torch.device:
+        return self.unet.device
+
+    def denoiser(self) -> UNetDenoiser:
+        channels = self.vae.config.latent_channels
+        return UNetDenoiser(self.unet, channels, control_channels(self.unet, channels))
+
+    def predict(self, x: Tensor, t: Tensor, conditioning: Conditioning, answer: Answer) -> Tensor:
+        """What the UNet says of noisy latents (B, C, h, w) at timesteps (B,)."""
+        denoiser = self.denoiser()
+        tensors = denoiser.prepare(t[None], conditioning)
+        return denoiser(tensors, x.to(self.unet.dtype), torch.zeros(1, dtype=torch.long, device=x.device), answer)[0]
+
+    @property
+    def frozen_encoders(self) -> dict[str, nn.Module]:
+        """Text encoders whose answers may be kept, since they do not learn."""
+        nets = {f"encoder {k}": encoder for k, (_, encoder) in enumerate(self.encoders)}
+        return {name: net for name, net in nets.items() if not any(p.requires_grad for p in net.parameters())}
+
+    def put_away(self, cache: Cache) -> None:
+        """Moves what a full cache makes needless off the accelerator."""
+        if cache.latents is not None:
+            self.vae.to("cpu")
+        if cache.text is not None:
+            for _, encoder in self.encoders:
+                encoder.to("cpu")
+
+    # Pictures
+
+    def latents(self, batch: Batch) -> Tensor:
+        """(B, C, h, w): mean + deviation x each place's own draw."""
+        mean, deviation = self.moments(batch.samples).chunk(2, 1)
+        return mean + deviation * normal(batch.places, "posterior", mean.shape[1:]).to(mean)
+
+    def moments(self, samples: Sequence[Sample]) -> Tensor:
+        """(B, 2 C, h, w) float32: scaled mean and deviation of latents, from the cache or of the pixels."""
+        new = [sample for sample in samples if sample.moments is None]
+        made = iter(self.encode(torch.stack([s.pixels for s in new]), [s.name for s in new]) if new else ())
+        rows = [next(made) if sample.moments is None else sample.moments.to(self.device) for sample in samples]
+        return torch.stack(rows)
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor, names: Sequence[str]) -> Tensor:
+        """Moments of pixels (B, 3, H, W) in [-1, 1]. What overflows in half precision is made again in float32."""
+        moments = posterior(self.vae, pixels.to(self.vae.device)).to(self.device)
+        bad = [k for k, row in enumerate(moments) if not torch.isfinite(row).all()]
+        if bad and self.vae.dtype != torch.float32:
+            dtype = self.vae.dtype
+            self.vae.to(torch.float32)
+            moments[bad] = posterior(self.vae, pixels[bad].to(self.vae.device)).to(self.device)
+            self.vae.to(dtype)
+            new = {names[k] for k in bad} - self.retried
+            self.retried |= new
+            if new:
+                kind = str(dtype).removeprefix("torch.")
+                warnings.warn(
+                    f"the VAE overflowed in {kind}, made again in float32: {', '.join(sorted(new))}", stacklevel=2
+                )
+        return moments
+
+    # Text
+
+    def conditioning(self, batch: Batch) -> Conditioning:
+        """What the UNet sees of the captions and sizes of a batch; of a Kandinsky decoder, of the pictures themselves."""
+        if self.prior is not None:
+            return {"image_embeds": embedded(self.prior, batch.samples, self.device, dropped=True)}
+        new = [sample for sample in batch.samples if sample.text is None]
+        found = self.text([sample.caption for sample in new], [sample.zeros for sample in new]) if new else {}
+        if len(new) < len(batch):
+            made = iter(range(len(new)))
+            rows = [
+                {name: value[k] for k in [next(made)] for name, value in found.items()} if s.text is None else s.text
+                for s in batch.samples
+            ]
+            found = {name: torch.stack([row[name].to(self.device) for row in rows]) for name in rows[0]}
+        if self.unet.config.get("addition_embed_type") == "text_time":
+            found["add_time_ids"] = batch.time_ids
+        return found
+
+    def text(self, captions: Sequence[str], zeros: Sequence[bool]) -> Conditioning:
+        """`prompt_embeds` (B, tokens, width) and, with a second encoder, `add_text_embeds` (B, P); zeros where `zeros`."""
+        texts = [encode_text(captions, tokenizer, encoder, self.layer) for tokenizer, encoder in self.encoders]
+        found = {name: value.to(self.device) for name, value in joined(texts).items()}
+        keep = ~torch.tensor(zeros, device=found["prompt_embeds"].device)
+        return {name: value * keep.view(-1, *(1,) * (value.ndim - 1)) for name, value in found.items()}
+
+
+def embedded(prior: Any, samples: Sequence[Sample], device: torch.device, *, dropped: bool = False) -> Tensor:
+    """(B, D) image embeddings, from the cache or of the pixels; with `dropped` a black picture's without caption."""
+    new = [s.pixels for s in samples if s.embed is None and s.pixels is not None]
+    made = iter(embed(prior, torch.stack(new).to(device)) if new else ())
+    rows = [next(made) if sample.embed is None else sample.embed.to(device) for sample in samples]
+    none = prior.get_zero_embed(1, device)[0].float() if dropped else None
+    return torch.stack([none if dropped and s.dropped else row for s, row in zip(samples, rows, strict=True)])
+
+
+def embed(prior: Any, pixels: Tensor) -> Tensor:
+    """(B, D) image embeddings of pixels (B, 3, H, W) in [-1, 1]."""
+    own, encoder = prior.image_processor, prior.image_encoder
+    side = encoder.config.image_size
+    small = F.interpolate(pixels, (side, side), mode="bicubic", antialias=True).clamp(-1, 1) / 2 + 0.5
+    mean, std = (small.new_tensor(values).view(1, 3, 1, 1) for values in (own.image_mean, own.image_std))
+    return encoder(((small - mean) / std).to(encoder.dtype)).image_embeds.float()
+
+
+def joined(texts: Sequence[Text]) -> Conditioning:
+    """Both encoders' states side by side, and the last one's pooled state."""
+    found = {"prompt_embeds": torch.cat([text.states for text in texts], -1)}
+    if len(texts) > 1 and texts[-1].pooled is not None:
+        found["add_text_embeds"] = texts[-1].pooled
+    return found
+
+
+def posterior(vae: Any, pixels: Tensor) -> Tensor:
+    """(B, 2 C, h, w) float32: mean and deviation of latents, scaled as the UNet sees them."""
+    out = vae.encode(pixels.to(vae.dtype))
+    if hasattr(out, "latent_dist"):
+        mean, deviation = out.latent_dist.mean.float(), out.latent_dist.std.float()
+    else:
+        mean = out.latents.float()
+        deviation = torch.zeros_like(mean)
+    shift, std = statistics(vae, mean)
+    factor = scaling(vae) / std
+    return torch.cat([(mean - shift) * factor, deviation * factor], 1)
+
+
+def load_base(config: Config, device: torch.device) -> Base:
+    """The base's networks on the device, frozen, in the training's precision.
+
+    Raises:
+        FileNotFoundError: no such base. ValueError: a family that is not trained, or a UNet that the executor cannot run.
+    """
+    own = config.base
+    hub = {name: getattr(own, name) for name in ("revision", "variant") if getattr(own, name) is not None}
+    family = auto.FAMILIES.get(auto.class_name(own.model))
+    if family not in FAMILIES:
+        known = ", ".join(cls.__name__.removesuffix("Pipeline") for cls in FAMILIES)
+        raise ValueError(f"base.model {own.model} is of no family that can be trained; these are {known}")
+    dtype = DTYPES[config.precision]
+    parts = {} if own.vae is None else {"vae": load_vae(own.vae, dtype)}
+    pipe = family.from_pretrained(own.model, torch_dtype=dtype, **parts, **hub)
+    if (why := obstacle(pipe.unet)) is not None:
+        raise ValueError(f"base.model {own.model} cannot be trained with: {why}")
+    frozen(pipe.to(device))
+    encoders, layer = text_parts(pipe)
+    prior = load_prior(config, device) if family is kandinsky.Kandinsky22Pipeline else None
+    return Base(pipe, make_objective(pipe.scheduler, config.objective), encoders, layer, prior)
+
+
+def load_prior(config: Config, device: torch.device) -> Any:
+    """The prior of Kandinsky 2.2, frozen.
+
+    Raises:
+        ValueError: it was not named.
+    """
+    if config.base.prior is None:
+        raise ValueError("base.prior is missing: name the prior of Kandinsky 2.2, whose image encoder is needed")
+    dtype = DTYPES[config.precision]
+    return frozen(kandinsky_prior.PriorPipeline.from_pretrained(config.base.prior, torch_dtype=dtype).to(device))
+
+
+def frozen(pipe: Any) -> Any:
+    for part in pipe.components.values():
+        if isinstance(part, nn.Module):
+            part.requires_grad_(False).eval()
+    return pipe
+
+
+def load_vae(source: str, dtype: torch.dtype) -> Any:
+    from diffusers import AutoencoderKL
+
+    return load_component(AutoencoderKL, source, torch_dtype=dtype)
+
+
+def text_parts(pipe: Any) -> tuple[list[tuple[Any, Any]], Layer]:
+    """(tokenizer, encoder) pairs and the layer whose states the family takes."""
+    if isinstance(pipe, sdxl.SDXLPipeline):
+        pairs = [(pipe.tokenizer, pipe.text_encoder), (pipe.tokenizer_2, pipe.text_encoder_2)]
+        return [pair for pair in pairs if pair[1] is not None], Layer(1, normed=False)
+    if isinstance(pipe, sd15.SD15Pipeline):
+        return [(pipe.tokenizer, pipe.text_encoder)], Layer(0, normed=True)
+    return [], Layer(0, normed=False)

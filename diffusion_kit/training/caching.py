@@ -1,0 +1,144 @@
+"""Filling the cache: every view of every picture, every caption, once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from diffusion_kit.adapters.detectors import detect
+from diffusion_kit.adapters.pictures import eight_bit
+
+from .bases import Base, embed
+from .config import DTYPES_OF, Config
+from .data.cache import Cache, caption_key, picture_bytes, view_key
+from .data.samples import Pictures, View, opened, seen
+from .loader import quiet_worker
+
+TOGETHER = 8  # pictures that go through the autoencoder at once
+CAPTIONS = 64  # captions that go through the encoders at once
+
+
+@dataclass(frozen=True)
+class Job:
+    """A view of a picture that is not whole in the cache, decoded; `problem` where that failed."""
+
+    key: str
+    name: str
+    pixels: Tensor | None
+    condition: Tensor | None
+    problem: str | None = None
+
+
+@dataclass
+class Missing:
+    """Views that the cache lacks, as a dataset: `jobs` are (picture, view)."""
+
+    pictures: Pictures
+    cache: Cache
+    jobs: list[tuple[int, View]]
+
+    def __len__(self) -> int:
+        return len(self.jobs)
+
+    def __getitem__(self, number: int) -> Job | None:
+        index, view = self.jobs[number]
+        record = self.pictures.record(index)
+        try:
+            key, plain = (view_key(record, view.crop, flip) for flip in (view.flip, False))
+            latents, conditions = self.cache.latents, self.cache.conditions
+            pixels = self.pictures.pixels(record, view) if latents is not None and key not in latents else None
+            condition = None
+            if conditions is not None and not view.flip and plain not in conditions:
+                own = self.pictures.config.data.condition
+                part = seen(eight_bit(opened(record.image, record.name)), view)
+                condition = picture_bytes(detect(str(own.detector), part, **own.options))
+            return Job(key, record.name, pixels, condition)
+        except Exception as error:  # a reader of a damaged file may raise anything
+            return Job("", record.name, None, None, f"{type(error).__name__}: {error}")
+
+
+def fill(
+    config: Config,
+    base: Base | None,
+    pictures: Pictures,
+    cache: Cache,
+    say: Callable[[str], None],
+    part: tuple[int, int],
+) -> int:
+    """Puts what is missing into the cache; how many views were made.
+
+    Args:
+        part: (k, n): the k-th of n shares of the pictures, for several processes.
+    """
+    dtype = DTYPES_OF[config.cache.dtype]
+    if cache.text is not None and base is not None:
+        fill_text(base, pictures, cache, dtype, part)
+    if cache.latents is None and cache.conditions is None:
+        return 0
+    jobs = [(k, view) for k in range(part[0], len(pictures), part[1]) for view in views(pictures, k)]
+    made = 0
+    for group in grouped(Missing(pictures, cache, jobs), config.data.workers):
+        for job in group:
+            if job.problem is not None:
+                say(f"left out: {job.problem}")
+            if job.condition is not None and cache.conditions is not None:
+                cache.conditions.put(job.key, {"picture": job.condition})
+        new = [job for job in group if job.pixels is not None]
+        if new and base is not None and cache.latents is not None:
+            pixels = torch.stack([job.pixels for job in new])
+            moments = base.encode(pixels, [job.name for job in new]).to(dtype)
+            embeds = embed(base.prior, pixels.to(base.device)).to(dtype) if base.prior is not None else None
+            for k, job in enumerate(new):
+                more = {} if embeds is None else {"embed": embeds[k]}
+                cache.latents.put(job.key, {"moments": moments[k], **more})
+        made += sum(job.pixels is not None or job.condition is not None for job in group)
+    cache.flush()
+    return made
+
+
+def views(pictures: Pictures, index: int) -> Sequence[View]:
+    """Of a picture; none of one whose header cannot be read, which training names."""
+    try:
+        return pictures.views(index)
+    except Exception:
+        return []
+
+
+def grouped(missing: Missing, workers: int) -> Iterator[list[Job]]:
+    """Jobs whose pixels have one shape, a few at a time."""
+    loader: DataLoader[Any] = DataLoader(
+        missing,  # type: ignore[arg-type]
+        batch_size=None,
+        num_workers=workers,
+        worker_init_fn=quiet_worker,
+        generator=torch.Generator(),
+    )
+    group: list[Job] = []
+    for job in loader:
+        shape = None if job.pixels is None else job.pixels.shape
+        if len(group) == TOGETHER or any(own.pixels is not None and own.pixels.shape != shape for own in group):
+            yield group
+            group = []
+        group.append(job)
+    if group:
+        yield group
+
+
+def fill_text(base: Base, pictures: Pictures, cache: Cache, dtype: torch.dtype, part: tuple[int, int]) -> None:
+    store = cache.text
+    assert store is not None
+    captions = {c for k in range(part[0], len(pictures), part[1]) for c in pictures.record(k).captions} | {""}
+    new = [(c, False) for c in sorted(captions) if caption_key(c, False) not in store]
+    if caption_key("", True) not in store:
+        new.append(("", True))
+    for start in range(0, len(new), CAPTIONS):
+        some = new[start : start + CAPTIONS]
+        with torch.no_grad():
+            found = base.text([caption for caption, _ in some], [zeros for _, zeros in some])
+        for k, (caption, zeros) in enumerate(some):
+            store.put(caption_key(caption, zeros), {name: value[k].to(dtype) for name, value in found.items()})

@@ -1,0 +1,107 @@
+"""What need not be computed again in every epoch: latents, text embeddings and detected conditions, by content and setting.
+
+A latent is kept as the mean and the deviation of its distribution, so that the draw stays each place's own. The settings
+that shape an entry name its folder, the content of the picture and the view of it name the entry.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from diffusion_kit.training.config import Config
+
+from .crops import Crop
+from .sources import Record
+from .store import Store
+
+
+@dataclass
+class Cache:
+    """The stores that a configuration asks for; None where it does not."""
+
+    latents: Store | None = None
+    conditions: Store | None = None
+    text: Store | None = None
+
+    @property
+    def stores(self) -> list[Store]:
+        return [store for store in (self.latents, self.conditions, self.text) if store is not None]
+
+    def flush(self) -> None:
+        for store in self.stores:
+            store.flush()
+
+
+def open_cache(config: Config, vae: nn.Module | None, encoders: Mapping[str, nn.Module], conditioned: bool) -> Cache:
+    """
+    Args:
+        vae: makes the latents, None where the target sees pixels. encoders: make the text embeddings, none where they are
+            trained.
+    """
+    own = config.cache
+    if own.folder is None:
+        return Cache()
+    root = Path(own.folder).expanduser()
+    cache = Cache()
+    if own.latents and vae is not None:
+        cache.latents = Store(root / f"latents-{digest([fingerprint(vae), own.dtype])}")
+    if own.text and encoders:
+        cache.text = Store(root / f"text-{digest([*map(fingerprint, encoders.values()), own.dtype])}")
+    detector = config.data.condition
+    if own.conditions and conditioned and detector.detector is not None:
+        settings = [detector.detector, sorted(detector.options.items()), detector.channels]
+        cache.conditions = Store(root / f"{detector.detector}-{digest(settings)}")
+    return cache
+
+
+def digest(values: Any) -> str:
+    """Sixteen letters for values that JSON can write."""
+    return hashlib.sha256(json.dumps(values, default=str).encode()).hexdigest()[:16]
+
+
+def fingerprint(net: nn.Module) -> str:
+    """Changes with any weight of a network, and with its type."""
+    found = hashlib.sha256()
+    for name, value in net.state_dict().items():
+        found.update(name.encode())
+        found.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return found.hexdigest()[:16]
+
+
+def content_key(record: Record) -> str:
+    """Of the picture's bytes, whatever its name."""
+    data = record.image.read_bytes() if isinstance(record.image, Path) else record.image
+    return hashlib.sha256(data).hexdigest()[:32]
+
+
+def view_key(record: Record, crop: Crop, flip: bool) -> str:
+    """Of a view of a picture: the size it is scaled to, the part that is kept, and mirrored or not."""
+    scaled, size = ("x".join(map(str, pair)) for pair in (crop.scaled, crop.size))
+    return f"{content_key(record)}-{scaled}-{size}+{crop.left}+{crop.top}{'-flip' if flip else ''}"
+
+
+def caption_key(caption: str, zeros: bool) -> str:
+    return "zeros" if zeros else hashlib.sha256(caption.encode()).hexdigest()[:32]
+
+
+def picture_bytes(picture: Image.Image) -> Tensor:
+    """(C, H, W) of eight or sixteen bits, as it is."""
+    values = np.asarray(picture)
+    values = values[..., None] if values.ndim == 2 else values
+    return torch.from_numpy(np.ascontiguousarray(values.transpose(2, 0, 1)))
+
+
+def picture_of(values: Tensor) -> Image.Image:
+    """The picture again."""
+    array = values.permute(1, 2, 0).numpy()
+    return Image.fromarray(array[..., 0] if array.shape[2] == 1 else array)

@@ -1,0 +1,112 @@
+"""Where training pictures come from: folders and lists of files. Tables and tars are in `tables` and `webdataset`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from diffusion_kit.training.config import SourceConfig
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
+Content = Path | bytes  # of an image file
+
+
+@dataclass(frozen=True)
+class Record:
+    """One picture before anything is read.
+
+    Attributes:
+        name: tells a person which it is: a file, or a row.
+        condition: the control image that comes with it, if one does.
+        captions: one or several for the same picture.
+        size: (width, height) in pixels, where the list says it.
+    """
+
+    name: str
+    image: Content
+    condition: Content | None
+    captions: tuple[str, ...]
+    size: tuple[int, int] | None = None
+
+
+class Source(Protocol):
+    """Records by their number."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Record: ...
+
+
+def open_source(settings: SourceConfig) -> Source:
+    """
+    Raises:
+        FileNotFoundError: nothing there. ValueError: nothing usable, or a list that lacks a column.
+    """
+    path = Path(settings.path).expanduser()
+    if path.suffix == ".tar":
+        from .webdataset import open_tars
+
+        return open_tars(settings)
+    if not path.exists():
+        raise FileNotFoundError(f"no data {path.absolute()}")
+    if path.suffix == ".jsonl":
+        return open_list(path, settings)
+    if (path / "metadata.jsonl").is_file():
+        return open_list(path / "metadata.jsonl", settings)
+    if path.is_dir() and not any(path.glob("*.arrow")) and not any(path.glob("**/*.parquet")):
+        return open_folder(path, settings)
+    from .tables import open_table
+
+    return open_table(settings)
+
+
+def open_list(file: Path, settings: SourceConfig) -> list[Record]:
+    """A JSON object in each line; paths are relative to the file. The caption is a text or a list of texts."""
+    records = []
+    for number, line in enumerate(file.read_text().splitlines(), 1):
+        if not line.strip():
+            continue
+        where = f"{file}, line {number}"
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{where} is no JSON: {error}") from None
+        if not isinstance(row, dict) or settings.image not in row:
+            known = ", ".join(row) if isinstance(row, dict) else "no object"
+            raise ValueError(f"{where} has no column {settings.image!r}; it has {known}: set image=NAME")
+        condition, text = row.get(settings.condition), row.get(settings.caption, "")
+        size = (row["width"], row["height"]) if {"width", "height"} <= row.keys() else None
+        captions = (text,) if isinstance(text, str) else tuple(text)
+        records.append(
+            Record(
+                row[settings.image],
+                file.parent / row[settings.image],
+                None if condition is None else file.parent / condition,
+                captions or ("",),
+                size,
+            )
+        )
+    return _some(records, file)
+
+
+def open_folder(folder: Path, settings: SourceConfig) -> list[Record]:
+    """Pictures of a folder and its subfolders; captions, a line each, in .txt files beside them."""
+    conditions = folder / settings.condition
+    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES and not f.is_relative_to(conditions))
+    given = {
+        f.relative_to(conditions).with_suffix(""): f for f in conditions.rglob("*") if f.suffix.lower() in SUFFIXES
+    }
+    records = []
+    for file in files:
+        name, text = file.relative_to(folder), file.with_suffix(".txt")
+        captions = tuple(line for line in text.read_text().splitlines() if line.strip()) if text.is_file() else ()
+        records.append(Record(str(name), file, given.get(name.with_suffix("")), captions or ("",)))
+    return _some(records, folder)
+
+
+def _some(records: list[Record], where: Path) -> list[Record]:
+    if not records:
+        raise ValueError(f"{where} has no pictures: {', '.join(sorted(SUFFIXES))} are read")
+    return records

@@ -1,0 +1,85 @@
+"""Tensors by key in safetensors shards of a folder. Shards are written whole and renamed and never change, so any number of
+processes may write and read at once; what two of them wrote is there twice and does no harm."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+SHARD = 64 * 2**20  # bytes that are kept before a shard is written
+SEPARATOR = "/"  # between a key and the name of one of its tensors
+
+
+class Store:
+    """
+    Args:
+        folder: of the shards, made if need be.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self._places: dict[str, tuple[Path, list[str]]] = {}
+        self._known: set[Path] = set()
+        self._open: dict[Path, Any] = {}
+        self._kept: dict[str, Tensor] = {}
+        self._bytes = 0
+        self.refresh()
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._places
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Open files stay in the process that opened them."""
+        return {**vars(self), "_open": {}}
+
+    def refresh(self) -> None:
+        """Reads the headers of shards that are new. A damaged shard counts as missing."""
+        for shard in sorted(set(self.folder.glob("*.safetensors")) - self._known):
+            self._known.add(shard)
+            try:
+                with safe_open(shard, "pt") as tensors:
+                    names = list(tensors.keys())
+            except (SafetensorError, OSError):
+                continue
+            for full in names:
+                key, _, name = full.rpartition(SEPARATOR)
+                if self._places.setdefault(key, (shard, []))[0] == shard:
+                    self._places[key][1].append(name)
+
+    def get(self, key: str) -> dict[str, Tensor] | None:
+        """The tensors of a key, mapped from the file, or None."""
+        if key not in self._places:
+            return None
+        shard, names = self._places[key]
+        if shard not in self._open:
+            self._open[shard] = safe_open(shard, "pt").__enter__()
+        return {name: self._open[shard].get_tensor(f"{key}{SEPARATOR}{name}") for name in names}
+
+    def put(self, key: str, tensors: Mapping[str, Tensor]) -> None:
+        """Keeps tensors until there are enough for a shard; `flush` writes the rest."""
+        for name, value in tensors.items():
+            self._kept[f"{key}{SEPARATOR}{name}"] = value.detach().cpu().contiguous()
+            self._bytes += value.nbytes
+        if self._bytes >= SHARD:
+            self.flush()
+
+    def flush(self) -> None:
+        if not self._kept:
+            return
+        name = uuid.uuid4().hex
+        beside = self.folder / f".{name}.part"
+        save_file(self._kept, beside)
+        os.replace(beside, self.folder / f"{name}.safetensors")
+        self._kept, self._bytes = {}, 0
+        self.refresh()

@@ -1,0 +1,67 @@
+"""The batches of one process, from any step on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from .data.order import Order, share
+from .data.samples import Batch, Pictures, collate
+from .keyed import Place
+
+
+@dataclass(frozen=True)
+class Part:
+    """A process among several, and how many of its pictures go through the network at once."""
+
+    rank: int
+    processes: int
+    micro: int
+
+
+@dataclass(frozen=True)
+class MicroBatches:
+    """(place, picture) of every sample, a list for each micro-batch, from step `first` to the end."""
+
+    order: Order
+    part: Part
+    first: int
+    steps: int
+
+    def __iter__(self) -> Iterator[list[tuple[Place, int]]]:
+        for step in range(self.first, self.steps):
+            own = share(self.order.step(step), self.part.rank, self.part.processes)
+            for start in range(0, len(own), self.part.micro):
+                yield list(own[start : start + self.part.micro])
+
+
+def batches(pictures: Pictures, plan: MicroBatches, workers: int) -> Iterator[list[Batch]]:
+    """The micro-batches of each step."""
+    loader: DataLoader[Any] = DataLoader(
+        pictures,  # type: ignore[arg-type]
+        batch_sampler=plan,
+        collate_fn=collate,
+        num_workers=workers,
+        worker_init_fn=quiet_worker,
+        generator=torch.Generator(),  # its seed is of no consequence, but must not come from the global generator
+    )
+    each = plan.order.batch // plan.part.processes
+    count = -(-each // plan.part.micro)
+    step: list[Batch] = []
+    for batch in loader:
+        step.append(batch)
+        if len(step) == count:
+            yield step
+            step = []
+
+
+def quiet_worker(_: int) -> None:
+    """One thread each: the workers are the parallelism."""
+    import cv2
+
+    cv2.setNumThreads(0)
+    torch.set_num_threads(1)

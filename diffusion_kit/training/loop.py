@@ -1,0 +1,221 @@
+"""The loop that every target is trained in: it reads from top to bottom."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from diffusion_kit.models.attention import installed
+
+from . import checkpoints
+from .checkpoints import Checkpoint
+from .config import Config
+from .data.order import Order
+from .data.samples import Batch, Pictures
+from .ema import Average
+from .loader import MicroBatches, Part, batches
+from .optimizers import learning_rate, make_optimizer
+from .targets.target import Target
+
+BANDS = 10  # of noise levels, for the loss by band
+SPIKE = 6.0  # standard deviations above the running mean of the loss
+PATIENCE = 20  # steps with a loss that is not finite, one after the other, before the run stops
+
+
+@dataclass
+class Figures:
+    """What is known of the steps since the last line of the log, and of the whole run.
+
+    Attributes:
+        bad: samples that could not be used, and why.
+    """
+
+    losses: list[float] = field(default_factory=list)
+    band_sums: list[float] = field(default_factory=lambda: [0.0] * BANDS)
+    band_counts: list[int] = field(default_factory=lambda: [0] * BANDS)
+    mean: float = 0.0
+    variance: float = 0.0
+    seen: int = 0
+    lost: int = 0
+    bad: dict[str, str] = field(default_factory=dict)
+
+    def add(self, losses: Tensor, levels: Tensor) -> None:
+        """(B,) of a step."""
+        for value, level in zip(losses.tolist(), levels.tolist(), strict=True):
+            band = min(int(level * BANDS), BANDS - 1)
+            self.band_sums[band] += value
+            self.band_counts[band] += 1
+
+    def step(self, loss: float) -> bool:
+        """Whether a step's loss stands out."""
+        self.losses.append(loss)
+        self.seen += 1
+        gap = loss - self.mean
+        spike = self.seen > 50 and gap > SPIKE * math.sqrt(self.variance)
+        share = max(0.01, 1 / self.seen)
+        self.mean += share * gap
+        self.variance += share * (gap * gap - self.variance)
+        return spike
+
+    def line(self) -> dict[str, Any]:
+        """Means since the last line, which are forgotten."""
+        bands = [total / n if n else None for total, n in zip(self.band_sums, self.band_counts, strict=True)]
+        loss = sum(self.losses) / max(1, len(self.losses))
+        self.losses, self.band_sums, self.band_counts = [], [0.0] * BANDS, [0] * BANDS
+        return {"loss": loss, "loss_by_noise": bands, "bad_samples": len(self.bad)}
+
+
+@dataclass
+class Trainer:
+    """A training at one of its steps.
+
+    Attributes:
+        step: how many steps were made.
+        say: takes a line for the user.
+    """
+
+    config: Config
+    accelerator: Accelerator
+    target: Target
+    pictures: Pictures
+    say: Callable[[str], None] = print
+    step: int = 0
+    figures: Figures = field(default_factory=Figures)
+
+    def __post_init__(self) -> None:
+        config = self.config
+        named = [(name, p) for name, p in self.target.named_parameters() if p.requires_grad]
+        self.names = [name for name, _ in named]
+        self.weights = [p for _, p in named]
+        if config.gradient_checkpointing:
+            self.target.checkpoint_gradients()
+        self.optimizer = make_optimizer(config.optimizer, self.weights)
+        self.average = Average(self.target, config.ema) if config.ema else None
+        self.module = self.accelerator.prepare_model(self.target)
+        self.scaler = self.accelerator.scaler
+        held = config.data.holdout
+        count = len(self.pictures) - held
+        batch = int(config.batch)
+        self.order = Order(self.pictures.shapes[:count], self.pictures.weights[:count], batch, config.seed)
+        processes = self.accelerator.num_processes
+        self.part = Part(self.accelerator.process_index, processes, config.micro_batch or batch // processes)
+
+    def run(self, after: Callable[[Trainer], bool]) -> None:
+        """Steps to the end, or until `after`, called after each, is true."""
+        plan = MicroBatches(self.order, self.part, self.step, self.config.steps)
+        with torch.enable_grad(), installed(*self.target.executed), attention():
+            for micro_batches in batches(self.pictures, plan, self.config.data.workers):
+                self.learn(micro_batches)
+                if after(self):
+                    return
+
+    def learn(self, micro_batches: list[Batch]) -> None:
+        """One step of the optimizer."""
+        rate = learning_rate(self.config.optimizer, self.step, self.config.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        torch.manual_seed(hash((self.config.seed, self.step)) & 0x7FFFFFFF)  # of networks that have dropout
+        parts = []
+        for k, batch in enumerate(micro_batches):
+            self._note_bad(batch)
+            last = k == len(micro_batches) - 1
+            with self.accelerator.no_sync(self.module) if not last else nullcontext():
+                losses, levels = self.module(batch.to(self.accelerator.device))
+                losses = losses * batch.weight.to(losses)
+                # Processes' gradients are averaged, so each sum is over the batch of one process.
+                self._backward(losses.sum() * self.part.processes / self.order.batch)
+            parts.append((batch, losses.detach(), levels))
+        self._update()
+        self._note(parts)
+        self.step += 1
+
+    def _backward(self, loss: Tensor) -> None:
+        (self.scaler.scale(loss) if self.scaler is not None else loss).backward()
+
+    def _update(self) -> None:
+        """Steps down the gradient, if it is finite."""
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.weights, self.config.optimizer.clip or math.inf)
+        if self.scaler is not None:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        elif torch.isfinite(norm):
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.average is not None:
+            self.average.update(self.step)
+
+    def _note_bad(self, batch: Batch) -> None:
+        for sample in batch.samples:
+            if sample.problem and sample.name not in self.figures.bad:
+                self.figures.bad[sample.name] = sample.problem
+                self.say(f"left out: {sample.problem}")
+
+    def _note(self, parts: list[tuple[Batch, Tensor, Tensor]]) -> None:
+        losses = self.accelerator.gather(torch.cat([losses for _, losses, _ in parts])).float().cpu()
+        levels = self.accelerator.gather(torch.cat([levels for _, _, levels in parts])).float().cpu()
+        names = [sample.name for batch, _, _ in parts for sample in batch.samples]
+        finite = torch.isfinite(losses)
+        if not finite.all():
+            self.figures.lost += 1
+            own = torch.cat([losses for _, losses, _ in parts]).cpu()
+            wrong = [name for name, ok in zip(names, torch.isfinite(own), strict=True) if not ok]
+            self.say(f"step {self.step + 1}: the loss is not finite, the step is left out: {', '.join(wrong)}")
+            if self.figures.lost >= PATIENCE:
+                raise RuntimeError(
+                    f"the loss was not finite in {PATIENCE} steps one after the other: lower optimizer.learning_rate, "
+                    "or set precision=bf16 or no"
+                )
+            return
+        self.figures.lost = 0
+        self.figures.add(losses, levels)
+        if self.figures.step(float(losses.double().mean())):
+            worst = losses[: len(names)].argsort(descending=True)[:4].tolist()
+            told = ", ".join(f"{names[k]} ({float(losses[k]):.3g})" for k in worst if k < len(names))
+            self.say(f"step {self.step + 1}: the loss stands out, {float(losses.mean()):.4g}: {told}")
+
+    # State
+
+    def checkpoint(self) -> Checkpoint:
+        tensors: dict[str, dict[str, Tensor]] = {"weights": self.target.kept()}
+        if self.average is not None:
+            tensors["ema"] = self.average.means
+        tensors["optimizer"], optimizer = checkpoints.flat_optimizer(self.optimizer, self.names)
+        state = {
+            "step": self.step,
+            "figures": vars(self.figures),
+            "optimizer": optimizer,
+            "scaler": self.scaler.state_dict() if self.scaler is not None else None,
+        }
+        return Checkpoint(tensors, state)
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        self.target.load_state_dict(checkpoint.tensors["weights"], strict=False)  # `kept` may be less than all
+        if self.average is not None:
+            self.average.load(checkpoint.tensors["ema"])
+        own = checkpoint.state["optimizer"]
+        checkpoints.load_optimizer(self.optimizer, self.names, checkpoint.tensors["optimizer"], own)
+        self.step = checkpoint.state["step"]
+        self.figures = Figures(**checkpoint.state["figures"])
+        if self.scaler is not None:
+            self.scaler.load_state_dict(checkpoint.state["scaler"])
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The target wears its averaged weights inside the block, if there are any."""
+        with self.average.worn() if self.average is not None else nullcontext():
+            yield
+
+
+def attention() -> Any:
+    """On a CPU the fused attention is slow backwards."""
+    return nullcontext() if torch.cuda.is_available() else sdpa_kernel(SDPBackend.MATH)

@@ -1,0 +1,207 @@
+"""A run: its folder, its log, its checkpoints, and how it begins, goes on and ends.
+
+OUTPUT/config.yaml          the whole configuration
+OUTPUT/metrics.jsonl        what was measured; the same in every run of the configuration
+OUTPUT/timing.jsonl         how fast it was
+OUTPUT/checkpoints/         where it can go on
+OUTPUT/result/              what diffusers loads, written at the end
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from . import checkpoints
+from .config import Config, parse
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+# What a run may change without being another: places, and how long it lasts and what it keeps.
+FREE = {"output", "steps", "checkpoints", "validation", "log_every", "license", "cache", "data.workers", "threads"}
+
+
+@dataclass
+class Run:
+    """The folder of a run, written by one process."""
+
+    folder: Path
+    main: bool = True
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    @property
+    def result(self) -> Path:
+        return self.folder / "result"
+
+    def say(self, line: str) -> None:
+        if self.main:
+            print(line, flush=True)
+
+    def log(self, name: str, row: dict[str, Any]) -> None:
+        """Adds a line to `metrics` or `timing`."""
+        if self.main:
+            with (self.folder / f"{name}.jsonl").open("a") as file:
+                file.write(json.dumps(row) + "\n")
+
+    def cut_logs(self, step: int) -> None:
+        """Drops lines of steps after the one from which the run goes on."""
+        for file in self.folder.glob("*.jsonl"):
+            lines = [line for line in file.read_text().splitlines() if _step(line) <= step]
+            beside = file.with_suffix(".part")
+            beside.write_text("".join(line + "\n" for line in lines))
+            os.replace(beside, file)
+
+
+def _step(line: str) -> float:
+    """Of a line of a log; one that was cut short belongs to no step that counts."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError):
+        return float("inf")
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """
+    Raises:
+        ValueError: another process writes this run, or the folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("w")
+    except OSError as error:
+        raise ValueError(f"output {folder} cannot be written: {error.strerror}") from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise ValueError(f"output {folder} is being written by another run: give another folder") from None
+    try:
+        yield
+    finally:
+        lock.close()
+
+
+def begin(config: Config, resume: bool, allow: Sequence[str]) -> checkpoints.Checkpoint | None:
+    """The checkpoint from which a run goes on, None for a new one; checks that the folder and the configuration belong.
+
+    Raises:
+        ValueError: the folder holds a run and `resume` was not said, or another configuration's.
+    """
+    folder = Path(config.output)
+    found = checkpoints.whole(folder / "checkpoints")
+    file = folder / "config.yaml"
+    if resume and file.is_file():
+        check_same(parse(yaml.safe_load(file.read_text()), str(file)), config, allow, found[-1] if found else None)
+    elif found or (folder / "result").exists():
+        raise ValueError(f"output {folder} holds a run already: add --resume to go on with it, or give another folder")
+    beside = file.with_suffix(".part")
+    beside.write_text(config.dump())
+    os.replace(beside, file)
+    return checkpoints.read(found[-1]) if resume and found else None
+
+
+def check_same(old: Config, new: Config, allow: Sequence[str], checkpoint: Path | None) -> None:
+    """
+    Raises:
+        ValueError: a value that shapes the run is another one, and was not allowed.
+    """
+    before, after = (dict(leaves(config.model_dump(mode="json"))) for config in (old, new))
+    for key in {**before, **after}:
+        free = any(key == name or key.startswith(f"{name}.") for name in (*FREE, *allow))
+        if before.get(key) != after.get(key) and not free:
+            where = f"{checkpoint or old.output}"
+            raise ValueError(
+                f"{key} is {after.get(key)!r}, the run of {where} has {before.get(key)!r}: "
+                f"leave it, or allow the change with --allow-change {key}"
+            )
+
+
+def leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Values of a tree by their dotted names."""
+    if isinstance(tree, dict) and tree:
+        for name, value in tree.items():
+            yield from leaves(value, f"{prefix}.{name}" if prefix else name)
+    else:
+        yield prefix, tree
+
+
+def environment(processes: int) -> dict[str, Any]:
+    """What a run's bits depend on beside its configuration."""
+    import accelerate
+    import diffusers
+    import transformers
+
+    return {
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "transformers": transformers.__version__,
+        "accelerate": accelerate.__version__,
+        "python": sys.version.split()[0],
+        "threads": torch.get_num_threads(),
+        "processes": processes,
+    }
+
+
+@dataclass
+class Signals:
+    """Asks a run to stop after the step at hand."""
+
+    received: int | None = None
+    _before: dict[int, Any] = field(default_factory=dict)
+
+    def __enter__(self) -> Signals:
+        for number in SIGNALS:
+            self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _: Any) -> None:
+        if self.received is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt  # a second Ctrl-C does not wait for the step
+        self.received = number
+
+
+def resume_command(arguments: Sequence[str]) -> str:
+    """The command line again, with --resume."""
+    parts = [part for part in arguments if part != "--resume"]
+    return shlex.join([*parts, "--resume"])
+
+
+@dataclass
+class Clock:
+    """Pictures a second and time left, of the steps since the process began."""
+
+    steps: int
+    batch: int
+    first: int
+    now: Callable[[], float] = time.monotonic
+
+    def __post_init__(self) -> None:
+        self.start = self.last = self.now()
+        self.last_step = self.first
+
+    def row(self, step: int) -> dict[str, float]:
+        now = self.now()
+        rate = (step - self.last_step) / max(now - self.last, 1e-9)
+        whole = (step - self.first) / max(now - self.start, 1e-9)
+        self.last, self.last_step = now, step
+        left = (self.steps - step) / max(whole, 1e-9)
+        return {"images_per_second": rate * self.batch, "seconds_left": left}

@@ -1,0 +1,101 @@
+"""The autoencoder of a base, or a new one: pictures to latents and back.
+
+The loss is a weighted sum of absolute and squared errors, of errors of the gradients (edges), of 1 - SSIM (Wang et al.
+2004), of the colours of small areas, and of the KL divergence of the latents from a normal distribution (Kingma and Welling
+2014, arXiv 1312.6114).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+from diffusion_kit.models.sources import load_component, locate
+from diffusion_kit.training.config import Config
+from diffusion_kit.training.data.samples import Batch
+from diffusion_kit.training.objective import normal
+
+from .target import Losses, Target, in_float32
+
+WEIGHTS = {"absolute": 1.0, "squared": 2.0, "gradients": 0.5, "structure": 0.2, "colours": 1.0, "kl": 1e-4}
+# Light, orange against blue, and green against magenta; the last, which is learned last, counts three times.
+OPPONENTS = ((0.58, 0.58, 0.58), (1.0, 0.0, -1.0), (1.22, -2.45, 1.22))
+AREA = 4  # pixels of a side of the areas whose colours are compared
+
+
+class AutoencoderTarget(Target):
+    def __init__(self, config: Config, device: torch.device) -> None:
+        super().__init__(config)
+        network = dict(config.network)
+        self.weights = {name: float(network.pop(name, default)) for name, default in WEIGHTS.items()}
+        self.vae = in_float32(AutoencoderKL(**network) if network else _existing(config)).to(device)
+
+    def forward(self, batch: Batch) -> Losses:
+        pixels = torch.stack([sample.pixels for sample in batch.samples]).to(self.vae.device)
+        posterior = self.vae.encode(pixels).latent_dist
+        mean, deviation = posterior.mean.float(), posterior.std.float()
+        latents = mean + deviation * normal(batch.places, "posterior", mean.shape[1:]).to(mean)
+        made = self.vae.decode(latents).sample.float()
+        parts = compared(made, pixels) | {
+            "kl": 0.5 * (mean**2 + deviation**2 - 1 - 2 * deviation.log()).mean((1, 2, 3))
+        }
+        loss = torch.stack([self.weights[name] * part for name, part in parts.items()]).sum(0)
+        return Losses(loss, torch.zeros_like(loss))
+
+    def save(self, folder: Path) -> None:
+        self.vae.save_pretrained(folder, safe_serialization=True)
+
+    def checkpoint_gradients(self) -> None:
+        self.vae.enable_gradient_checkpointing()
+
+    @torch.no_grad()
+    def finish(self, batches: list[Batch]) -> None:
+        """Writes mean and deviation of the latents' channels into the configuration: the UNet sees them with 0 and 1."""
+        self.vae.register_to_config(scaling_factor=1.0, latents_mean=None, latents_std=None)
+        pixels = torch.cat([torch.stack([s.pixels for s in batch.samples]) for batch in batches])
+        means = torch.cat([self.vae.encode(part.to(self.vae.device)).latent_dist.mean for part in pixels.split(32)])
+        std, mean = torch.std_mean(means.float(), (0, 2, 3))
+        self.vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
+
+
+def make(config: Config, device: torch.device) -> Any:
+    return AutoencoderTarget(config, device)
+
+
+def _existing(config: Config) -> AutoencoderKL:
+    if config.base.vae is not None:
+        return load_component(AutoencoderKL, config.base.vae)
+    return load_component(AutoencoderKL, Path(locate(config.base.model)) / "vae")
+
+
+def compared(made: Tensor, wanted: Tensor) -> dict[str, Tensor]:
+    """Differences of pictures (B, 3, H, W) in [-1, 1], each (B,)."""
+    error = made - wanted
+    axes = error.new_tensor(OPPONENTS)[None, :, :, None, None]
+    flat = F.avg_pool2d((axes * error[:, None]).sum(2), AREA)
+    return {
+        "absolute": error.abs().mean((1, 2, 3)),
+        "squared": error.square().mean((1, 2, 3)),
+        "gradients": error.diff(dim=2).abs().mean((1, 2, 3)) + error.diff(dim=3).abs().mean((1, 2, 3)),
+        "structure": 1 - similarity(made, wanted),
+        "colours": flat.square().mean((1, 2, 3)),
+    }
+
+
+def similarity(a: Tensor, b: Tensor) -> Tensor:
+    """SSIM over boxes of 7 x 7, every second one, of pictures in [-1, 1]; (B,)."""
+
+    def box(x: Tensor) -> Tensor:
+        return F.avg_pool2d(x, 7, stride=2)
+
+    mean_a, mean_b = box(a), box(b)
+    var_a, var_b = box(a * a) - mean_a**2, box(b * b) - mean_b**2
+    covariance = box(a * b) - mean_a * mean_b
+    c1, c2 = 0.02**2, 0.06**2  # (0.01 x range)^2 and (0.03 x range)^2
+    values = (2 * mean_a * mean_b + c1) * (2 * covariance + c2) / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))
+    return values.mean((1, 2, 3))

@@ -1,0 +1,81 @@
+"""A ControlNet (Zhang et al. 2023, arXiv 2302.05543) for a frozen base; it begins as a copy of the base's encoder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import ControlNetModel
+from torch import Tensor
+
+from diffusion_kit.adapters.control import load_control_model
+from diffusion_kit.adapters.controlnet import RunControlNet
+from diffusion_kit.models.vae import scale_factor
+from diffusion_kit.pipelines.kandinsky import Kandinsky22Pipeline
+from diffusion_kit.sampling.doors import Answer
+from diffusion_kit.training.bases import Base, Conditioning, load_base
+from diffusion_kit.training.config import Config
+from diffusion_kit.training.data.samples import Batch
+
+from .target import Denoising, in_float32
+
+WIDTHS = (16, 32, 96, 256)  # of the embedding of the control image, as published; one for each halving and one
+
+
+class ControlNetTarget(Denoising):
+    conditioned = True
+
+    def __init__(self, config: Config, device: torch.device) -> None:
+        super().__init__(config)
+        self.base = load_base(config, device)
+        self.controlnet = in_float32(self.network()).to(device)
+        self.run = RunControlNet(self.controlnet, half=False, own_forward=False)
+
+    def network(self) -> Any:
+        if self.config.init_from:
+            return load_control_model(self.config.init_from)
+        return ControlNetModel.from_unet(self.base.unet, **hint_settings(self.config, self.base))
+
+    @property
+    def executed(self) -> list[Any]:
+        return [self.base.unet, self.controlnet]
+
+    @property
+    def control(self) -> Any:
+        return self.controlnet
+
+    def answer(self, batch: Batch, noisy: Tensor, t: Tensor, conditioning: Conditioning) -> Answer:
+        prepared = self.run.prepare(t[None], conditioning)
+        hint = self.run.embed(batch.condition)  # type: ignore[arg-type]
+        call = torch.zeros(1, dtype=torch.long, device=noisy.device)
+        answer = self.run({**prepared, "hint": hint, "weights": self.ones(noisy)}, noisy, call, 1)
+        dtype = self.base.unet.dtype
+        return Answer(skips=tuple(own.to(dtype) for own in answer.skips), mid=answer.mid.to(dtype))  # type: ignore[union-attr]
+
+    def ones(self, like: Tensor) -> list[Tensor]:
+        return [like.new_ones(1)] * (len(self.controlnet.controlnet_down_blocks) + 1)
+
+    def save(self, folder: Path) -> None:
+        self.controlnet.save_pretrained(folder, safe_serialization=True)
+
+
+def make(config: Config, device: torch.device) -> Any:
+    return ControlNetTarget(config, device)
+
+
+def hint_settings(config: Config, base: Base) -> dict[str, Any]:
+    """
+    Raises:
+        ValueError: a base whose UNet has no ControlNet.
+    """
+    if isinstance(base.pipe, Kandinsky22Pipeline):
+        raise ValueError(
+            "Kandinsky 2.2 has no ControlNet of this kind: train target=hint_decoder, or target=t2i_adapter"
+        )
+    halvings = scale_factor(base.vae).bit_length() - 1
+    settings = {
+        "conditioning_channels": config.data.condition.channels,
+        "conditioning_embedding_out_channels": WIDTHS[: halvings + 1],
+    }
+    return {**settings, **config.network}

@@ -1,0 +1,82 @@
+"""Kandinsky's prior (arXiv 2310.03502): learns to say which image embedding belongs to a text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from diffusion_kit.models.prior import PriorDenoiser, obstacle
+from diffusion_kit.models.text import Layer, encode_text
+from diffusion_kit.sampling.doors import Answer
+from diffusion_kit.training.bases import embedded, load_prior
+from diffusion_kit.training.config import Config
+from diffusion_kit.training.data.samples import Batch
+from diffusion_kit.training.objective import Objective
+
+from .target import Losses, Target, in_float32
+
+
+class PriorTarget(Target):
+    def __init__(self, config: Config, device: torch.device) -> None:
+        super().__init__(config)
+        self.pipe = load_prior(config, device)
+        if (why := obstacle(self.pipe.prior)) is not None:
+            raise ValueError(f"base.prior {config.base.prior} cannot be trained: {why}")
+        self.prior = in_float32(self.pipe.prior)
+        self.prior.clip_mean.requires_grad_(False)  # measured, not learned
+        self.prior.clip_std.requires_grad_(False)
+        alphas = self.pipe.scheduler.alphas_cumprod.float()
+        self.objective = Objective(alphas, self.pipe.scheduler.config.prediction_type, config.objective)
+
+    @property
+    def executed(self) -> list[Any]:
+        return [self.prior]
+
+    def forward(self, batch: Batch) -> Losses:
+        objective = self.objective
+        x = (self.embeds(batch) - self.prior.clip_mean) / self.prior.clip_std  # (B, D), as the prior sees them
+        noise = objective.noise(batch.places, x.shape[1:]).to(x)
+        t = objective.timesteps(batch.places).to(x.device)
+        denoiser = PriorDenoiser(self.prior)
+        tensors = denoiser.prepare(t, self.conditioning(batch))
+        tensors["emb"] = tensors["emb"][None]  # one row for each sample, in one call
+        noisy = objective.add_noise(x, noise, t)[:, :, None, None]
+        call = torch.zeros(1, dtype=torch.long, device=x.device)
+        prediction = denoiser(tensors, noisy, call, Answer())[0][:, :, 0, 0]
+        error = F.mse_loss(prediction.float(), objective.target(x, noise, t), reduction="none").mean(1)
+        return Losses(error * objective.weights(t), t / len(objective.alphas))
+
+    def embeds(self, batch: Batch) -> Tensor:
+        return embedded(self.pipe, batch.samples, self.prior.device)
+
+    def conditioning(self, batch: Batch) -> dict[str, Tensor]:
+        captions = [sample.caption for sample in batch.samples]
+        text = encode_text(captions, self.pipe.tokenizer, self.pipe.text_encoder, Layer(0, normed=True))
+        tokens = self.pipe.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")
+        return {
+            "prompt_embeds": text.pooled,
+            "text_encoder_hidden_states": text.states,
+            "text_mask": tokens.attention_mask.bool().to(text.states.device),
+        }
+
+    @torch.no_grad()
+    def begin(self, batches: list[Batch]) -> None:
+        """Measures mean and deviation of image embeddings, which the prior keeps with its weights."""
+        rows = torch.cat([self.embeds(batch) for batch in batches])
+        std, mean = torch.std_mean(rows, 0)
+        self.prior.clip_mean.data = mean[None]
+        self.prior.clip_std.data = std[None].clamp(min=1e-4)
+
+    def save(self, folder: Path) -> None:
+        self.pipe.save_pretrained(folder, safe_serialization=True)
+
+    def checkpoint_gradients(self) -> None:
+        self.prior.enable_gradient_checkpointing()
+
+
+def make(config: Config, device: torch.device) -> Any:
+    return PriorTarget(config, device)

@@ -1,0 +1,76 @@
+"""A T2I-Adapter (Mou et al. 2023, arXiv 2302.08453) for a frozen base."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import T2IAdapter
+from torch import Tensor
+
+from diffusion_kit.adapters.control import load_control_model
+from diffusion_kit.models.denoiser import residual_fit
+from diffusion_kit.models.vae import scale_factor
+from diffusion_kit.sampling.doors import Answer
+from diffusion_kit.training.bases import Base, Conditioning, load_base
+from diffusion_kit.training.config import Config
+from diffusion_kit.training.data.samples import Batch
+
+from .target import Denoising, in_float32
+
+PROBE = 64  # side of the latents at which the shapes of residuals are compared
+
+
+class T2IAdapterTarget(Denoising):
+    conditioned = True
+
+    def __init__(self, config: Config, device: torch.device) -> None:
+        super().__init__(config)
+        self.base = load_base(config, device)
+        settings = {"in_channels": config.data.condition.channels, **fitting(self.base), **config.network}
+        adapter = load_control_model(config.init_from) if config.init_from else T2IAdapter(**settings)
+        self.adapter = in_float32(adapter).to(device)
+        check_fit(self.adapter, self.base)
+
+    def answer(self, batch: Batch, noisy: Tensor, t: Tensor, conditioning: Conditioning) -> Answer:
+        return Answer(intra=tuple(feature.to(self.base.unet.dtype) for feature in self.adapter(batch.condition)))
+
+    @property
+    def control(self) -> Any:
+        return self.adapter
+
+    def save(self, folder: Path) -> None:
+        self.adapter.save_pretrained(folder, safe_serialization=True)
+
+
+def make(config: Config, device: torch.device) -> Any:
+    return T2IAdapterTarget(config, device)
+
+
+def fitting(base: Base) -> dict[str, Any]:
+    """Settings of an adapter that fits a base: as many levels as there is a type of adapter for."""
+    fit = residual_fit(base.unet, (PROBE, PROBE))
+    channels, sides = [own for own, _ in fit], [size[0] for _, size in fit]
+    first = scale_factor(base.vae) * PROBE // sides[0]
+    if sides == [sides[0], sides[0], sides[0] // 2, sides[0] // 2]:
+        return {"adapter_type": "full_adapter_xl", "channels": channels, "downscale_factor": first}
+    levels = next((k for k in range(1, len(sides)) if sides[k] * 2 != sides[k - 1]), len(sides))
+    return {"adapter_type": "full_adapter", "channels": channels[:levels], "downscale_factor": first}
+
+
+@torch.no_grad()
+def check_fit(adapter: Any, base: Base) -> None:
+    """
+    Raises:
+        ValueError: the adapter's features are not what the base takes.
+    """
+    side = PROBE * scale_factor(base.vae)
+    features = adapter(torch.zeros(1, adapter.config.in_channels, side, side, device=adapter.device))
+    gives = [(own.shape[1], tuple(own.shape[2:])) for own in features]
+    takes = residual_fit(base.unet, (PROBE, PROBE))
+    if gives != takes[: len(gives)]:
+        told = [", ".join(f"{c} x {h} x {w}" for c, (h, w) in shapes) for shapes in (gives, takes)]
+        raise ValueError(
+            f"network: this adapter gives {told[0]} for latents of {PROBE} x {PROBE}, the base takes {told[1]}"
+        )

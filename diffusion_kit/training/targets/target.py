@@ -1,0 +1,95 @@
+"""What every target is: a module whose parameters are trained and whose forward is the loss of a batch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diffusion_kit.sampling.doors import Answer
+from diffusion_kit.training.bases import Base, Conditioning
+from diffusion_kit.training.config import Config
+from diffusion_kit.training.data.samples import Batch
+
+
+class Losses(NamedTuple):
+    """Of each sample of a batch: the loss (B,), weighted, and the noise level in [0, 1) that it belongs to, (B,)."""
+
+    loss: Tensor
+    level: Tensor
+
+
+class Target(nn.Module):
+    """
+    Attributes:
+        conditioned: whether it sees condition images.
+        base: the frozen networks; no part of the module, so that only what is trained is saved and averaged.
+        executed: networks that run through the executor, whose attention the loop installs.
+    """
+
+    conditioned: ClassVar[bool] = False
+    base: Base | None = None
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+
+    @property
+    def executed(self) -> list[Any]:
+        return []
+
+    def forward(self, batch: Batch) -> Losses:
+        raise NotImplementedError
+
+    def save(self, folder: Path) -> None:
+        """Writes what diffusers loads."""
+        raise NotImplementedError
+
+    def checkpoint_gradients(self) -> None:
+        """Trades time for memory."""
+
+    def kept(self) -> dict[str, Tensor]:
+        """What a checkpoint holds of it."""
+        return dict(self.state_dict())
+
+    def begin(self, batches: list[Batch]) -> None:
+        """Before the first step: what is measured once over some batches."""
+
+    def finish(self, batches: list[Batch]) -> None:
+        """After the last step: what is measured once over some batches."""
+
+
+class Denoising(Target):
+    """Learns to say what a denoising network should of noisy latents; `answer` is what the trained part adds."""
+
+    base: Base
+
+    @property
+    def executed(self) -> list[Any]:
+        return [self.base.unet]
+
+    def forward(self, batch: Batch) -> Losses:
+        base, objective = self.base, self.base.objective
+        x = base.latents(batch)
+        noise = objective.noise(batch.places, x.shape[1:]).to(x)
+        t = objective.timesteps(batch.places).to(x.device)
+        noisy = objective.add_noise(x, noise, t)
+        conditioning = base.conditioning(batch)
+        prediction = base.predict(noisy, t, conditioning, self.answer(batch, noisy, t, conditioning))
+        error = F.mse_loss(prediction.float(), objective.target(x, noise, t), reduction="none").mean((1, 2, 3))
+        return Losses(error * objective.weights(t), t / len(objective.alphas))
+
+    def answer(self, batch: Batch, noisy: Tensor, t: Tensor, conditioning: Conditioning) -> Answer:
+        return Answer()
+
+    def checkpoint_gradients(self) -> None:
+        for net in self.executed:
+            net.enable_gradient_checkpointing()
+
+
+def in_float32(net: Any) -> Any:
+    """A network that is trained: its weights in float32, whatever the base's precision."""
+    return net.to(torch.float32).requires_grad_(True).train()

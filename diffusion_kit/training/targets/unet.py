@@ -1,0 +1,40 @@
+"""The UNet of a base, with its text encoders if they are to learn along."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffusion_kit.training.bases import load_base
+from diffusion_kit.training.config import Config
+
+from .target import Denoising, in_float32
+
+KEYS = {"text_encoders": False}  # of `network`: whether the text encoders are trained too
+
+
+class UNetTarget(Denoising):
+    def __init__(self, config: Config, device: torch.device) -> None:
+        super().__init__(config)
+        self.base = load_base(config, device)
+        self.unet = in_float32(self.base.unet)
+        own = {**KEYS, **config.network}
+        if unknown := set(own) - set(KEYS):
+            raise ValueError(f"no key network.{min(unknown)} for the target unet; there is {', '.join(KEYS)}")
+        encoders = [encoder for _, encoder in self.base.encoders] if own["text_encoders"] else []
+        self.encoders = nn.ModuleList(in_float32(encoder) for encoder in encoders)
+
+    def save(self, folder: Path) -> None:
+        self.base.pipe.save_pretrained(folder, safe_serialization=True)
+
+    def checkpoint_gradients(self) -> None:
+        super().checkpoint_gradients()
+        for encoder in self.encoders:
+            encoder.gradient_checkpointing_enable()  # type: ignore[operator]
+
+
+def make(config: Config, device: torch.device) -> Any:
+    return UNetTarget(config, device)
