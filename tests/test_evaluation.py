@@ -288,6 +288,14 @@ def test_conditions_are_made_from_photos(pipe: Any, adapter: Any) -> None:
     assert made.lines == given.lines
 
 
+def test_regions_of_another_size_keep_their_colours(pipe: Any, adapter: Any) -> None:
+    regions = Condition("regions", "", detect("regions", picture(3, 150).crop((0, 0, 150, 100))))
+    report = run(pipe, adapter, [regions], detector="regions", seeds=1, scales=())
+    kept = report.gallery[0].condition
+    assert kept.size == (64, 64)
+    assert set(kept.get_flattened_data()) <= set(regions.image.get_flattened_data())
+
+
 def test_inverted_conditions_measure_the_same(pipe: Any) -> None:
     """A control that does nothing: only the maps differ."""
     cases = conditions(2)

@@ -44,3 +44,26 @@ def test_every_target_learns_one_batch(tmp_path, target, family):
     assert list(result.rglob("*.safetensors"))
     first = load_file(next(iter(sorted((tmp_path / "checkpoints").glob("*/weights.safetensors")))))
     assert all(value.dtype == torch.float32 for value in first.values())
+
+
+@pytest.mark.parametrize(("target", "family"), [t for t in TARGETS if t[1] != "sd15"])
+def test_validation_shows_and_measures(tmp_path, target, family):
+    config = training_models.config(
+        target,
+        tmp_path,
+        family,
+        steps=2,
+        network={"rank": 4} if target == "control_lora" else {},
+        data={"holdout": 2, "condition": {"detector": "canny"}},
+        validation={"every": 1, "pictures": 2, "steps": 2},
+        checkpoints={"every": 1, "keep": 1},
+    )
+    train(config)
+    rows = [row["validation"] for row in metrics(tmp_path) if "validation" in row]
+    assert len(rows) == 2
+    assert {"loss_seen", "loss_unseen", "fidelity"} <= rows[0].keys()
+    kept = sorted(folder.name for folder in (tmp_path / "checkpoints").iterdir())
+    best = max((row["fidelity"], -k) for k, row in enumerate(rows))
+    assert kept == sorted({"step-00000002", f"step-0000000{1 - best[1]}"})
+    if target != "prior":
+        assert (tmp_path / "validation" / "step-00000002" / "unseen.png").is_file()

@@ -39,11 +39,14 @@ class ControlLoRA:
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], name: str = "this file"):
-        missing = [needed for needed in NEEDED if needed not in tensors]
+        own = any(
+            key.endswith(DOWN) for key in tensors
+        )  # diffusers' names, for bases that the published ones do not fit
+        missing = [needed for needed in (NEEDED[:1] if own else NEEDED) if needed not in tensors]
         if missing:
             raise ValueError(f"{name} is no Control-LoRA: it has no {', '.join(missing)}")
         self.config = {"_name_or_path": name}
-        converted = convert_sai_sd_control_lora_state_dict_to_peft(dict(tensors))
+        converted = dict(tensors) if own else convert_sai_sd_control_lora_state_dict_to_peft(dict(tensors))
         placed = {id(value) for value in converted.values()}
         lost = [own for own, value in tensors.items() if id(value) not in placed and own != "lora_controlnet"]
         if lost:  # also a downsampler's pair without its bias, by which the peer knows it
@@ -53,7 +56,8 @@ class ControlLoRA:
         if halves:
             raise ValueError(f"{name} is no whole Control-LoRA: it has no {halves[0]}")
         self.pairs = {f"{n}.weight": (converted[n + UP], converted[n + DOWN]) for n in sorted(names)}
-        self.whole = {n: value for n, value in converted.items() if value is not None and not n.endswith((DOWN, UP))}
+        skipped = (DOWN, UP, NEEDED[0])
+        self.whole = {n: value for n, value in converted.items() if value is not None and not n.endswith(skipped)}
         self.shapes = {name: (up.shape[0], *down.shape[1:]) for name, (up, down) in self.pairs.items()}
         self.shapes |= {name: tuple(value.shape) for name, value in self.whole.items()}
         try:

@@ -62,6 +62,8 @@ def run(options: argparse.Namespace) -> None:
     name, _, path = options.control.partition("=")
     cases = read_conditions(Path(options.conditions), photos=options.photos)
 
+    from transformers.utils import logging
+
     from diffusion_kit.adapters.control import Control
     from diffusion_kit.adapters.detectors import detector
     from diffusion_kit.evaluation import Condition, evaluate, quality_measures
@@ -72,6 +74,8 @@ def run(options: argparse.Namespace) -> None:
     kind = options.detector or name
     measures_of(kind)
     settings = parse_options(detector(kind), kind, options.option) | ({"invert": True} if options.invert else {})
+    if not options.debug:
+        logging.disable_progress_bar()
     quality = quality_measures(inception=options.inception, clip=options.clip, lpips=options.lpips)
     pipe = load_pipeline(_settings(options), debug=options.debug)
     pipe.set_progress_bar_config(disable=True)
@@ -93,7 +97,7 @@ def run(options: argparse.Namespace) -> None:
     )
     report = replace(report, about={"model": options.model, "control": options.control, **report.about})
     write(report, out)
-    print(report.to_json() if options.json else f"{report.table()}\n\n{out / 'index.html'}")
+    print(report.to_json().rstrip() if options.json else f"{report.table()}\n\n{out / 'index.html'}")
 
 
 def parse_scales(text: str) -> list[float]:

@@ -167,16 +167,21 @@ def evaluate(
     check(plan)
     arms = [Arm("without", 0.0), *(Arm(f"scale {scale:g}", scale) for scale in dict.fromkeys(scales) if scale)]
     arms += [Arm("neutral", arms[-1].scale, neutral=True)] if dropped else []
+    return measured(plan, arms)
+
+
+def measured(plan: Plan, arms: Sequence[Arm]) -> Report:
+    """Runs the arms one after the other; of their pictures only those that are shown are kept."""
     lines: list[Line] = []
-    shown: list[list[Any]] = [[] for _ in ready[:GALLERY]]
-    with tqdm(total=len(arms) * len(ready) * seeds, unit="picture", disable=None) as bar:
+    shown: list[list[Any]] = [[] for _ in plan.conditions[:GALLERY]]
+    with tqdm(total=len(arms) * len(plan.conditions) * plan.seeds, unit="picture", disable=None) as bar:
         for arm in arms:
             found = run(plan, arm, bar.update)
             lines += figures(plan, arm, found)
             for pictures, pair in zip(shown, found.pictures, strict=True):
                 pictures.append((arm.name, *pair))
     not_measured = {m.name: m.reason for m in (*plan.fidelity, *plan.quality) if m.reason is not None}
-    gallery = [Shown(c.name, c.prompt, c.image, made) for c, made in zip(ready, shown, strict=False)]
+    gallery = [Shown(c.name, c.prompt, c.image, made) for c, made in zip(plan.conditions, shown, strict=False)]
     return Report(about(plan), lines, not_measured, gallery)
 
 

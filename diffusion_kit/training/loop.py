@@ -79,6 +79,7 @@ class Trainer:
 
     Attributes:
         step: how many steps were made.
+        best: "step" and "fidelity" of the best validation so far.
         say: takes a line for the user.
     """
 
@@ -89,6 +90,7 @@ class Trainer:
     say: Callable[[str], None] = print
     step: int = 0
     figures: Figures = field(default_factory=Figures)
+    best: dict[str, float] | None = None
 
     def __post_init__(self) -> None:
         config = self.config
@@ -111,11 +113,19 @@ class Trainer:
     def run(self, after: Callable[[Trainer], bool]) -> None:
         """Steps to the end, or until `after`, called after each, is true."""
         plan = MicroBatches(self.order, self.part, self.step, self.config.steps)
-        with torch.enable_grad(), installed(*self.target.executed), attention():
-            for micro_batches in batches(self.pictures, plan, self.config.data.workers):
+        for micro_batches in batches(self.pictures, plan, self.config.data.workers):
+            with torch.enable_grad(), self.executing():
                 self.learn(micro_batches)
-                if after(self):
-                    return
+            if after(self):
+                return
+
+    @contextmanager
+    def executing(self) -> Iterator[None]:
+        """Networks see what the executor gives their attention; on a CPU by plain products, as the fused ones are slow
+        backwards there."""
+        fused = nullcontext() if self.accelerator.device.type == "cuda" else sdpa_kernel(SDPBackend.MATH)
+        with installed(*self.target.executed), fused:
+            yield
 
     def learn(self, micro_batches: list[Batch]) -> None:
         """One step of the optimizer."""
@@ -193,6 +203,7 @@ class Trainer:
         state = {
             "step": self.step,
             "figures": vars(self.figures),
+            "best": self.best,
             "optimizer": optimizer,
             "scaler": self.scaler.state_dict() if self.scaler is not None else None,
         }
@@ -206,6 +217,7 @@ class Trainer:
         checkpoints.load_optimizer(self.optimizer, self.names, checkpoint.tensors["optimizer"], own)
         self.step = checkpoint.state["step"]
         self.figures = Figures(**checkpoint.state["figures"])
+        self.best = checkpoint.state["best"]
         if self.scaler is not None:
             self.scaler.load_state_dict(checkpoint.state["scaler"])
 
@@ -214,8 +226,3 @@ class Trainer:
         """The target wears its averaged weights inside the block, if there are any."""
         with self.average.worn() if self.average is not None else nullcontext():
             yield
-
-
-def attention() -> Any:
-    """On a CPU the fused attention is slow backwards."""
-    return nullcontext() if torch.cuda.is_available() else sdpa_kernel(SDPBackend.MATH)

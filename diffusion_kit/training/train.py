@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from . import caching, checkpoints, run
+from . import caching, checkpoints, run, validation
 from .bases import Base
 from .config import Config
 from .data.cache import open_cache
@@ -69,6 +69,7 @@ def make_accelerator(config: Config) -> Accelerator:
 
 
 def make_trainer(config: Config, accelerator: Accelerator, own: run.Run) -> Trainer:
+    torch.manual_seed(config.seed)  # of weights that begin at random
     target = make_target(config, accelerator.device)
     pictures = open_pictures(config, target.conditioned)
     fill_cache(config, target.base, pictures, accelerator, own.say)
@@ -106,16 +107,36 @@ class Watch:
         config, step = trainer.config, trainer.step
         if step % config.log_every == 0 or step == config.steps:
             self.log(trainer)
-        stop = self.signals.received is not None
-        if stop or self.due(config, step):
+        validated = bool(config.validation.every) and (step % config.validation.every == 0 or step == config.steps)
+        if validated:
+            self.validate(trainer)
+        stop, late = self.agreed(trainer)
+        if stop or late or validated or step % config.checkpoints.every == 0 or step == config.steps:
             save(trainer, self.run)
             self.saved = time.monotonic()
         return stop
 
-    def due(self, config: Config, step: int) -> bool:
-        own = config.checkpoints
-        late = own.minutes is not None and time.monotonic() - self.saved > 60 * own.minutes
-        return late or step % own.every == 0 or step == config.steps
+    def validate(self, trainer: Trainer) -> None:
+        """Validates, and remembers the best."""
+        if self.run.main:
+            step = trainer.step
+            figures = validation.validate(trainer, self.run.folder / "validation" / f"step-{step:08d}")
+            self.run.log("metrics", {"step": step, "validation": figures})
+            if trainer.best is None or figures["fidelity"] > trainer.best["fidelity"]:
+                trainer.best = {"step": step, "fidelity": figures["fidelity"]}
+            self.run.say(f"step {step}  " + "  ".join(f"{name} {value:.4g}" for name, value in figures.items()))
+        trainer.accelerator.wait_for_everyone()
+
+    def agreed(self, trainer: Trainer) -> tuple[bool, bool]:
+        """Whether any process was asked to stop, and whether a checkpoint is late: the same answer in all of them."""
+        minutes = trainer.config.checkpoints.minutes
+        late = minutes is not None and time.monotonic() - self.saved > 60 * minutes
+        own = (self.signals.received is not None, late)
+        if trainer.part.processes == 1:
+            return own
+        flags = torch.tensor([own], dtype=torch.int32, device=trainer.accelerator.device)
+        stop, late = trainer.accelerator.gather(flags).amax(0).tolist()
+        return bool(stop), bool(late)
 
     def log(self, trainer: Trainer) -> None:
         line = {"step": trainer.step, **trainer.figures.line()}
@@ -136,7 +157,8 @@ def save(trainer: Trainer, own: run.Run) -> None:
         content = trainer.checkpoint()
         content.state["environment"] = run.environment(trainer.part.processes)  # type: ignore[index]
         checkpoints.write(own.checkpoints, trainer.step, content)
-        checkpoints.prune(own.checkpoints, trainer.config.checkpoints.keep)
+        best = int(trainer.best["step"]) if trainer.best is not None else None
+        checkpoints.prune(own.checkpoints, trainer.config.checkpoints.keep, best)
     trainer.accelerator.wait_for_everyone()
 
 

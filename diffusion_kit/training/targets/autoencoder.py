@@ -47,6 +47,10 @@ class AutoencoderTarget(Target):
         loss = torch.stack([self.weights[name] * part for name, part in parts.items()]).sum(0)
         return Losses(loss, torch.zeros_like(loss))
 
+    def reconstruct(self, pixels: Tensor) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] from the means of their latents."""
+        return self.vae.decode(self.vae.encode(pixels.to(self.vae.device)).latent_dist.mean).sample
+
     def save(self, folder: Path) -> None:
         self.vae.save_pretrained(folder, safe_serialization=True)
 

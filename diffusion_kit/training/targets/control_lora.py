@@ -4,6 +4,7 @@ and the output convolutions, is trained whole."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,8 @@ class ControlLoRATarget(ControlNetTarget):
                 module, _, last = name.rpartition(".")
                 setattr(net.get_submodule(module), last, shared[name])
         layers = [n for n, m in net.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d)) and not n.startswith(OWN)]
-        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=layers), net, ADAPTER)
+        names = "|".join(map(re.escape, layers))  # one pattern for whole names: names in a list match their ends too
+        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=names), net, ADAPTER)
         if self.config.init_from:
             fill(net, self.config.init_from)
         return net

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffusion_kit.pipelines.auto import AutoPipelineForText2Image
 from diffusion_kit.sampling.doors import Answer
 from diffusion_kit.training.bases import Base, Conditioning
 from diffusion_kit.training.config import Config
@@ -48,6 +49,15 @@ class Target(nn.Module):
         """Writes what diffusers loads."""
         raise NotImplementedError
 
+    @property
+    def control(self) -> Any:
+        """What a `Control` takes for its model, if the target is one."""
+        raise NotImplementedError
+
+    def pipeline(self) -> Any:
+        """Makes pictures with the weights as they are; None where the target alone makes none."""
+        return None
+
     def checkpoint_gradients(self) -> None:
         """Trades time for memory."""
 
@@ -81,6 +91,11 @@ class Denoising(Target):
         prediction = base.predict(noisy, t, conditioning, self.answer(batch, noisy, t, conditioning))
         error = F.mse_loss(prediction.float(), objective.target(x, noise, t), reduction="none").mean((1, 2, 3))
         return Losses(error * objective.weights(t), t / len(objective.alphas))
+
+    def pipeline(self) -> Any:
+        if self.base.prior is None:
+            return self.base.pipe
+        return AutoPipelineForText2Image.from_pipe(self.base.pipe, prior=self.base.prior)
 
     def answer(self, batch: Batch, noisy: Tensor, t: Tensor, conditioning: Conditioning) -> Answer:
         return Answer()

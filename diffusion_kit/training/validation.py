@@ -1,0 +1,164 @@
+"""What was learned so far: the same pictures, prompts and seeds each time, some that are trained on and some held out.
+
+Every validation writes a folder `validation/step-00001000` and gives figures for the log: a loss without any chance in it,
+and, where there is a control, its fidelity as `diffusion_kit.evaluation` measures it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from diffusion_kit.adapters.control import Control
+from diffusion_kit.evaluation import Condition, Report, evaluate
+from diffusion_kit.evaluation.measures import MEASURES
+from diffusion_kit.utils import make_image_grid
+
+from .data.samples import Batch, Pictures, collate
+from .keyed import Place
+from .loop import Trainer
+
+FAR = 2**40  # an epoch that no training reaches: validation's draws are none of its own
+
+
+@dataclass(frozen=True)
+class Group:
+    """Pictures that are validated together, "seen" or "unseen"."""
+
+    name: str
+    indices: tuple[int, ...]
+
+
+def groups(trainer: Trainer) -> list[Group]:
+    """Pictures spread evenly over those that are trained on, and over those held out."""
+    wanted, held = trainer.config.validation.pictures, trainer.config.data.holdout
+    trained = len(trainer.pictures) - held
+    spread = [Group("seen", _spread(0, trained, wanted))]
+    return [*spread, Group("unseen", _spread(trained, len(trainer.pictures), wanted))] if held else spread
+
+
+def _spread(first: int, last: int, count: int) -> tuple[int, ...]:
+    return tuple(sorted({int(k) for k in np.linspace(first, last - 1, min(count, last - first))}))
+
+
+@torch.no_grad()
+def validate(trainer: Trainer, folder: Path) -> dict[str, float]:
+    """Figures by name; `fidelity` is what the best checkpoint is chosen by: more is better."""
+    folder.mkdir(parents=True, exist_ok=True)
+    figures: dict[str, float] = {}
+    with trainer.averaged():
+        for group in groups(trainer):
+            batch = quiet_batch(trainer.pictures, group.indices)
+            with trainer.executing(), trainer.accelerator.autocast():
+                losses, _ = trainer.target(batch.to(trainer.accelerator.device))
+            figures[f"loss_{group.name}"] = float(losses.double().mean())
+            figures |= {f"{name}_{group.name}": value for name, value in show(trainer, group, batch, folder).items()}
+    last = "unseen" if trainer.config.data.holdout else "seen"
+    figures["fidelity"] = figures.get(f"fidelity_{last}", -figures[f"loss_{last}"])
+    return figures
+
+
+def quiet_batch(pictures: Pictures, indices: tuple[int, ...]) -> Batch:
+    """The pictures whole: in the middle, not mirrored, nothing dropped; of the first one's shape."""
+    config = pictures.config
+    data = config.data.model_copy(update={"crop": "center", "flip": 0.0})
+    dropout = config.dropout.model_copy(update={"caption": 0.0, "condition": 0.0})
+    quiet = replace(pictures, config=config.model_copy(update={"data": data, "dropout": dropout}))
+    shape = pictures.shapes[indices[0]]
+    own = [index for index in indices if pictures.shapes[index] == shape]
+    return collate([quiet[Place(config.validation.seed, FAR, k), index] for k, index in enumerate(own)])
+
+
+def show(trainer: Trainer, group: Group, batch: Batch, folder: Path) -> dict[str, float]:
+    """Writes pictures of a group; what was measured of them."""
+    target = trainer.target
+    if hasattr(target, "reconstruct"):
+        return reconstructions(target, batch, folder / f"{group.name}.png")
+    pipe = target.pipeline()
+    if pipe is None:
+        return {}
+    pipe.set_progress_bar_config(disable=True)
+    prompts = prompts_of(trainer, batch)
+    if target.conditioned and measured_by(trainer) is not None:
+        report = fidelity(trainer, pipe, batch, prompts)
+        page = folder / group.name
+        page.mkdir(exist_ok=True)
+        report.page(page)
+        grid(report).save(folder / f"{group.name}.png")
+        line = next(line for line in report.lines if line.arm != "without")
+        return {"fidelity": line.own.value if line.larger_is_better else -line.own.value}
+    pictures = plain(trainer, pipe, batch, prompts)
+    make_image_grid(pictures, 1, len(pictures)).save(folder / f"{group.name}.png")
+    return {}
+
+
+def prompts_of(trainer: Trainer, batch: Batch) -> list[str]:
+    given = trainer.config.validation.prompts
+    return [given[k % len(given)] if given else sample.caption for k, sample in enumerate(batch.samples)]
+
+
+def measured_by(trainer: Trainer) -> str | None:
+    """The detector by which fidelity is measured: the one said, or the one that makes the conditions."""
+    name = trainer.config.validation.measure or trainer.config.data.condition.detector
+    return name if name in MEASURES else None
+
+
+def fidelity(trainer: Trainer, pipe: Any, batch: Batch, prompts: list[str]) -> Report:
+    own, control = trainer.config.validation, trainer.target.control
+    options = trainer.config.data.condition.options if own.measure is None else {}
+    images = [picture(sample.condition) for sample in batch.samples]
+    conditions = [Condition(f"{k}", prompts[k], image) for k, image in enumerate(images)]
+    return evaluate(
+        pipe,
+        lambda pictures, scale: [Control(control, pictures, scale=scale)],
+        conditions,
+        detector=str(measured_by(trainer)),
+        settings=options,
+        seeds=1,
+        seed=own.seed,
+        steps=own.steps,
+        guidance=own.guidance,
+        batch=trainer.part.micro,
+    )
+
+
+def plain(trainer: Trainer, pipe: Any, batch: Batch, prompts: list[str]) -> list[Image.Image]:
+    """A picture of each prompt, under its condition where the target has one."""
+    own = trainer.config.validation
+    made = []
+    for k, prompt in enumerate(prompts):
+        condition = batch.samples[k].condition
+        controls = [] if condition is None else [Control(trainer.target.control, picture(condition))]
+        noise = torch.Generator().manual_seed(own.seed + k)
+        call = {"num_inference_steps": own.steps, "guidance_scale": own.guidance, "generator": noise}
+        made.append(pipe(prompt, controls=controls, **call).images[0])
+    return made
+
+
+def reconstructions(target: Any, batch: Batch, file: Path) -> dict[str, float]:
+    """Pictures above what the autoencoder makes of them, and the mean PSNR in decibels."""
+    pixels = torch.stack([sample.pixels for sample in batch.samples])
+    made = target.reconstruct(pixels).float().cpu().clamp(-1, 1)
+    pairs = [picture(row / 2 + 0.5) for row in (*pixels, *made)]
+    make_image_grid(pairs, 2, len(pixels)).save(file)
+    error = ((made - pixels) / 2).square().mean((1, 2, 3)).clamp(min=1e-10)
+    return {"fidelity": float((-10 * error.log10()).mean())}
+
+
+def picture(values: Any) -> Image.Image:
+    """(C, H, W) in [0, 1] as a picture."""
+    array = (values.permute(1, 2, 0) * 255).round().byte().numpy()
+    return Image.fromarray(array if array.shape[2] == 3 else array[..., 0])
+
+
+def grid(report: Report) -> Image.Image:
+    """A row for each condition: what was asked for, and each arm's picture."""
+    rows = [[shown.condition, *(made for _, made, _ in shown.made)] for shown in report.gallery]
+    size = rows[0][1].size
+    pictures = [own.convert("RGB").resize(size) for row in rows for own in row]
+    return make_image_grid(pictures, len(rows), len(rows[0]))

@@ -1,0 +1,73 @@
+"""A run that was interrupted ends with the same bits; `scripts/verify resume` kills whole runs at every kind of moment."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+import training_models
+from safetensors.torch import load_file
+
+from diffusion_kit.training import checkpoints, run
+from diffusion_kit.training.train import train
+
+RUN = {
+    "steps": 6,
+    "batch": 4,
+    "micro_batch": 2,
+    "ema": 0.9,
+    "optimizer": {"schedule": "cosine", "warmup_steps": 1, "learning_rate": 1e-3},
+    "data": {"buckets": 2, "bucket_step": 16, "flip": 0.5, "crop": "random", "crops": 3},
+    "dropout": {"caption": 0.3, "condition": 0.3},
+    "checkpoints": {"every": 2, "keep": 5},
+}
+
+
+def files(folder: Path, step: int) -> dict:
+    own = checkpoints.folder_of(folder / "checkpoints", step)
+    tensors = {file.stem: load_file(file) for file in own.glob("*.safetensors")}
+    return tensors | {"state": json.loads((own / "state.json").read_text())}
+
+
+def same(a: dict, b: dict) -> bool:
+    return all(torch.equal(a[part][name], b[part][name]) for part in a if part != "state" for name in a[part])
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    train(training_models.config("t2i_adapter", folder, **RUN))
+    return folder
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_that_was_stopped_ends_with_the_same_bits(tmp_path, undisturbed, workers, monkeypatch):
+    config = training_models.config("t2i_adapter", tmp_path, **{**RUN, "data": {**RUN["data"], "workers": workers}})
+    monkeypatch.setattr(run.Run, "log", stop_at(3))
+    assert train(config) is None
+    monkeypatch.undo()
+    assert [folder.name for folder in checkpoints.whole(tmp_path / "checkpoints")] == ["step-00000002", "step-00000003"]
+    train(config, resume=True)
+    a, b = files(undisturbed, 6), files(tmp_path, 6)
+    assert a.keys() == b.keys()
+    assert same(a, b)
+    assert a["state"] == b["state"]
+    assert (undisturbed / "metrics.jsonl").read_text() == (tmp_path / "metrics.jsonl").read_text()
+    for own in ("weights", "optimizer", "ema"):
+        assert not same({own: a[own]}, {own: files(undisturbed, 4)[own]})
+
+
+def stop_at(step: int):
+    """A log that sends the process a signal after a step, as a cluster or Ctrl-C does."""
+    log = run.Run.log
+
+    def logged(self: run.Run, name: str, row: dict) -> None:
+        log(self, name, row)
+        if row["step"] == step and name == "metrics":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return logged
