@@ -30,6 +30,10 @@ COMMANDS = {  # name: line of help, and what it does
         "What is trained, on what and how, stands in one configuration; KEY=VALUE changes it.",
     ),
     "models": ("say what a model is", "What is embedded; what a folder, a file or a hub id is."),
+    "cache": (
+        "prepare a training's latents, texts and conditions",
+        "Makes what a training need not compute again in every epoch; goes on where it was stopped.",
+    ),
     "data": (
         "check, export and import training data",
         "Looks through training data; moves it between folders and tars.",
@@ -81,8 +85,11 @@ class _Parser(argparse.ArgumentParser):
         self.exit(BAD_INPUT, f"{self.prog}: {message}; {self.prog} --help lists what there is\n")
 
     def parse_known_args(self, args=None, namespace=None):
-        """Unknown arguments are told by the command's own parser, which knows what is near."""
+        """Unknown arguments are told by the command's own parser, which knows what is near; KEY=VALUE may stand anywhere."""
         namespace, rest = super().parse_known_args(args, namespace)
+        if hasattr(namespace, "overrides"):
+            more = [part for part in rest if "=" in part and not part.startswith("-")]
+            namespace.overrides, rest = namespace.overrides + more, [part for part in rest if part not in more]
         if rest:
             self.error(f"unrecognized arguments: {' '.join(rest)}")
         return namespace, rest

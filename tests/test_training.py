@@ -10,7 +10,7 @@ import torch
 import training_models
 from safetensors.torch import load_file
 
-from diffusion_kit.training.train import train
+from diffusion_kit.training.train import build_cache, train
 
 TARGETS = [
     ("t2i_adapter", "sdxl"),
@@ -67,3 +67,24 @@ def test_validation_shows_and_measures(tmp_path, target, family):
     assert kept == sorted({"step-00000002", f"step-0000000{1 - best[1]}"})
     if target != "prior":
         assert (tmp_path / "validation" / "step-00000002" / "unseen.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("target", "family"), [("t2i_adapter", "sdxl"), ("controlnet", "sd15"), ("hint_decoder", "kandinsky")]
+)
+def test_a_cache_changes_no_loss(tmp_path, target, family):
+    """Random crops, flips, detected conditions, several captions: the same losses, and nothing is computed twice."""
+    own = {"flip": 0.5, "crop": "random", "crops": 2, "resolution": 48, "condition": {"detector": "canny"}}
+    own |= {"resolution": 64} if family == "kandinsky" else {}
+    plain = training_models.config(target, tmp_path / "plain", family, data=own)
+    cached = training_models.config(
+        target, tmp_path / "cached", family, data=own, cache={"folder": str(tmp_path / "c")}
+    )
+    train(plain)
+    train(cached)
+    losses = [[row["loss"] for row in metrics(tmp_path / name)] for name in ("plain", "cached")]
+    assert torch.allclose(*map(torch.tensor, losses), rtol=1e-6, atol=0)
+    shards = {file: file.stat().st_mtime_ns for file in (tmp_path / "c").rglob("*.safetensors")}
+    assert len(shards) >= (2 if family == "kandinsky" else 3)
+    build_cache(cached, (0, 1), lambda line: None)
+    assert shards == {file: file.stat().st_mtime_ns for file in (tmp_path / "c").rglob("*.safetensors")}

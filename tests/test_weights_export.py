@@ -233,6 +233,22 @@ def test_what_readers_would_guess_wrong_is_said(tmp_path: Path, capsys: Any) -> 
         assert all(part in err for part in parts), err
 
 
+def test_other_numbers_of_layers_are_named_right_and_said(tmp_path: Path, capsys: Any) -> None:
+    unet = make_unet(**NARROW, layers_per_block=1)
+    unet.save_pretrained(tmp_path / "base" / "unet")
+    net = diffusers.ControlNetModel.from_unet(unet, **HINT)
+    names = {
+        lists.original(name, 1) for name in net.state_dict() if re.match("down_blocks.*(norm1.bias|conv.bias)", name)
+    }
+    for layout, prefix, more in (
+        ("controlnet", "control_model.", []),
+        ("control-lora", "", ["--base", tmp_path / "base"]),
+    ):
+        file = exported(tmp_path, net, layout, *more)
+        assert {prefix + name for name in names} <= load_file(file).keys()
+        assert "layers_per_block is 1; readers take it for 2" in capsys.readouterr().err
+
+
 # A ControlNet as a change of its base
 
 

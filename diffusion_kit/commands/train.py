@@ -13,6 +13,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--allow-change", metavar="KEY", action="append", default=[], help="resume although this key has another value"
     )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="learn one batch, draw what the network sees, estimate memory and time; no run",
+    )
     parser.add_argument("--print-config", action="store_true", help="print the whole configuration and do nothing")
 
 
@@ -23,7 +28,11 @@ def run(options: argparse.Namespace) -> None:
     if options.print_config:
         print(config.dump(), end="")
         return
-    from diffusion_kit.training.train import train
+    from diffusion_kit.training.train import check, train
 
+    if options.check:
+        if not check(config, print):
+            raise RuntimeError("the network did not learn one batch")
+        return
     command = ["diffusion-kit", *sys.argv[1:]]
     train(config, resume=options.resume, allow=options.allow_change, command=command)

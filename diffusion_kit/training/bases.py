@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from diffusion_kit.models.denoiser import UNetDenoiser, control_channels
@@ -193,8 +194,11 @@ def load_base(config: Config, device: torch.device) -> Base:
         known = ", ".join(cls.__name__.removesuffix("Pipeline") for cls in FAMILIES)
         raise ValueError(f"base.model {own.model} is of no family that can be trained; these are {known}")
     dtype = DTYPES[config.precision]
-    parts = {} if own.vae is None else {"vae": load_vae(own.vae, dtype)}
-    pipe = family.from_pretrained(own.model, torch_dtype=dtype, **parts, **hub)
+    fine = (
+        torch.float16 if config.precision == "fp16" else torch.float32
+    )  # bfloat16 has too few digits for an autoencoder
+    parts = {} if own.vae is None else {"vae": load_component(AutoencoderKL, own.vae, torch_dtype=fine)}
+    pipe = family.from_pretrained(own.model, torch_dtype={"vae": fine, "movq": fine, "default": dtype}, **parts, **hub)
     if (why := obstacle(pipe.unet)) is not None:
         raise ValueError(f"base.model {own.model} cannot be trained with: {why}")
     frozen(pipe.to(device))
@@ -220,12 +224,6 @@ def frozen(pipe: Any) -> Any:
         if isinstance(part, nn.Module):
             part.requires_grad_(False).eval()
     return pipe
-
-
-def load_vae(source: str, dtype: torch.dtype) -> Any:
-    from diffusers import AutoencoderKL
-
-    return load_component(AutoencoderKL, source, torch_dtype=dtype)
 
 
 def text_parts(pipe: Any) -> tuple[list[tuple[Any, Any]], Layer]:

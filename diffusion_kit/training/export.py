@@ -201,13 +201,16 @@ def guesses(net: Any, layout: str) -> list[str]:
             "adapter_type": "full_adapter_xl" if config["downscale_factor"] == 16 else "full_adapter",
         }
     if isinstance(net, ControlNetModel):
-        taken = {"global_pool_conditions": False, "controlnet_conditioning_channel_order": "rgb"}
+        taken = {
+            "global_pool_conditions": False,
+            "controlnet_conditioning_channel_order": "rgb",
+            "layers_per_block": LAYERS,
+        }
     if layout == "controlnet":
         attentions = [module for name, module in net.named_modules() if name.endswith(".attn1")]
         config["heads"] = [module.heads for module in attentions]
         linear = config["use_linear_projection"]
         taken |= {
-            "layers_per_block": LAYERS,
             "norm_num_groups": 32,
             "heads": [module.inner_dim // 64 if linear else 8 for module in attentions],
         }
@@ -235,7 +238,8 @@ def base_tensors(source: str | Path) -> Tensors:
     else:
         unet = load_component(UNet2DConditionModel, place, subfolder="unet")
     decoder = ("up_blocks.", "conv_norm_out.", "conv_out.")
-    return original({name: value for name, value in unet.state_dict().items() if not name.startswith(decoder)})
+    encoder = {name: value for name, value in unet.state_dict().items() if not name.startswith(decoder)}
+    return original(encoder, unet.config.layers_per_block)
 
 
 @torch.no_grad()
@@ -255,7 +259,7 @@ def control_lora_of(
     """
     if rank < 1:
         raise ValueError(f"--rank is {rank}; it must be 1 or more")
-    weights = original(net.state_dict())
+    weights = original(net.state_dict(), net.config.layers_per_block)
     encoder = {name: weight for name, weight in weights.items() if not name.startswith(OWN)}
     for name, weight in encoder.items():
         if name not in base or base[name].shape != weight.shape:

@@ -27,6 +27,7 @@ from .targets.target import Target
 
 BANDS = 10  # of noise levels, for the loss by band
 SPIKE = 6.0  # standard deviations above the running mean of the loss
+HOPELESS = 20  # steps without a picture that can be used, at the beginning, before the run stops
 PATIENCE = 20  # steps with a loss that is not finite, one after the other, before the run stops
 
 
@@ -35,7 +36,8 @@ class Figures:
     """What is known of the steps since the last line of the log, and of the whole run.
 
     Attributes:
-        bad: samples that could not be used, and why.
+        used: samples that could be used.
+        bad: samples that could not, and why.
     """
 
     losses: list[float] = field(default_factory=list)
@@ -45,6 +47,7 @@ class Figures:
     variance: float = 0.0
     seen: int = 0
     lost: int = 0
+    used: float = 0
     bad: dict[str, str] = field(default_factory=dict)
 
     def add(self, losses: Tensor, levels: Tensor) -> None:
@@ -136,6 +139,7 @@ class Trainer:
         parts = []
         for k, batch in enumerate(micro_batches):
             self._note_bad(batch)
+            self.figures.used += float(batch.weight.sum())
             last = k == len(micro_batches) - 1
             with self.accelerator.no_sync(self.module) if not last else nullcontext():
                 losses, levels = self.module(batch.to(self.accelerator.device))
@@ -146,6 +150,9 @@ class Trainer:
         self._update()
         self._note(parts)
         self.step += 1
+        if not self.figures.used and self.step >= min(self.order.length(0), HOPELESS):
+            first = next(iter(self.figures.bad.values()), "")
+            raise ValueError(f"no picture of the data could be used in {self.step} steps; the first: {first}")
 
     def _backward(self, loss: Tensor) -> None:
         (self.scaler.scale(loss) if self.scaler is not None else loss).backward()

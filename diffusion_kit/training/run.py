@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 import yaml
+from tqdm import tqdm
 
 from . import checkpoints
 from .config import Config, parse
@@ -50,7 +51,8 @@ class Run:
 
     def say(self, line: str) -> None:
         if self.main:
-            print(line, flush=True)
+            tqdm.write(line)
+            sys.stdout.flush()
 
     def log(self, name: str, row: dict[str, Any]) -> None:
         """Adds a line to `metrics` or `timing`."""
@@ -113,6 +115,15 @@ def begin(config: Config, resume: bool, allow: Sequence[str]) -> checkpoints.Che
     beside.write_text(config.dump())
     os.replace(beside, file)
     return checkpoints.read(found[-1]) if resume and found else None
+
+
+def settled(config: Config, resume: bool) -> Config:
+    """The configuration with the numbers that a run found for itself when it began."""
+    file = Path(config.output) / "config.yaml"
+    if not (resume and config.batch == "auto" and file.is_file()):
+        return config
+    old = parse(yaml.safe_load(file.read_text()), str(file))
+    return config.model_copy(update={"batch": old.batch, "micro_batch": old.micro_batch})
 
 
 def check_same(old: Config, new: Config, allow: Sequence[str], checkpoint: Path | None) -> None:

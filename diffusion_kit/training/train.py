@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -10,10 +11,11 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from tqdm import tqdm
 
-from . import caching, checkpoints, run, validation
+from . import caching, card, checkpoints, memory, run, trial, validation
 from .bases import Base
-from .config import Config
+from .config import CacheConfig, Config
 from .data.cache import open_cache
 from .data.samples import Batch, Pictures, open_pictures
 from .loader import MicroBatches, batches
@@ -41,13 +43,14 @@ def train(
     accelerator = make_accelerator(config)
     folder = Path(config.output)
     with run.locked(folder) if accelerator.is_main_process else nullcontext(), run.Signals() as signals:
+        config = with_batch(run.settled(config, resume), accelerator, print)
         start = run.begin(config, resume, allow) if accelerator.is_main_process else None
         accelerator.wait_for_everyone()
         if not accelerator.is_main_process and resume:
             found = checkpoints.whole(folder / "checkpoints")
             start = checkpoints.read(found[-1]) if found else None
         own = run.Run(folder, accelerator.is_main_process)
-        trainer = make_trainer(config, accelerator, own)
+        trainer = make_trainer(config, accelerator, own.say)
         if start is not None:
             trainer.load(start)
             own.say(f"goes on at step {trainer.step} of {config.steps}")
@@ -56,7 +59,8 @@ def train(
         if own.main:
             own.cut_logs(trainer.step)
         if trainer.step < config.steps:
-            trainer.run(Watch(trainer, own, signals))
+            with memory.explained(trainer), Watch(trainer, own, signals) as watch:
+                trainer.run(watch)
         if trainer.step < config.steps:
             own.say(f"stopped at step {trainer.step} of {config.steps}; go on with: {run.resume_command(command)}")
             return None
@@ -68,31 +72,60 @@ def make_accelerator(config: Config) -> Accelerator:
     return Accelerator(mixed_precision=config.precision, cpu=cpu)
 
 
-def make_trainer(config: Config, accelerator: Accelerator, own: run.Run) -> Trainer:
+def check(config: Config, say: Callable[[str], None]) -> bool:
+    """Looks at a training before it is begun: see `trial`; whether one batch could be learned."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    config = with_batch(config.model_copy(update={"cache": CacheConfig()}), make_accelerator(config), say)
+    folder = Path(config.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    return trial.check(make_trainer(config, make_accelerator(config), say), folder / "check.png", say)
+
+
+def with_batch(config: Config, accelerator: Accelerator, say: Callable[[str], None]) -> Config:
+    """The configuration with a number where `batch` is auto: as many pictures as fit, in every process."""
+    if config.batch != "auto":
+        return config
+    probe = config.model_copy(update={"batch": accelerator.num_processes, "micro_batch": 1})
+    micro = memory.fitting_batch(make_trainer(probe, accelerator, say), say)
+    say(f"batch: {micro * accelerator.num_processes}")
+    return config.model_copy(update={"batch": micro * accelerator.num_processes, "micro_batch": micro})
+
+
+def make_trainer(config: Config, accelerator: Accelerator, say: Callable[[str], None]) -> Trainer:
     torch.manual_seed(config.seed)  # of weights that begin at random
     target = make_target(config, accelerator.device)
     pictures = open_pictures(config, target.conditioned)
-    fill_cache(config, target.base, pictures, accelerator, own.say)
-    return Trainer(config, accelerator, target, pictures, own.say)
+    fill_cache(config, target.base, pictures, (accelerator.process_index, accelerator.num_processes), say)
+    accelerator.wait_for_everyone()
+    for store in pictures.cache.stores:
+        store.refresh()
+    if target.base is not None:
+        target.base.put_away(pictures.cache)
+    return Trainer(config, accelerator, target, pictures, say)
+
+
+def build_cache(config: Config, part: tuple[int, int], say: Callable[[str], None]) -> None:
+    """Fills the cache of a configuration, or one of several shares of it: `part` is (share, number of shares).
+
+    Raises:
+        FileNotFoundError, ValueError: data, base or configuration that cannot be used, in one line.
+    """
+    target = make_target(config, make_accelerator(config).device)
+    fill_cache(config, target.base, open_pictures(config, target.conditioned), part, say)
 
 
 def fill_cache(
-    config: Config, base: Base | None, pictures: Pictures, accelerator: Accelerator, say: Callable[[str], None]
+    config: Config, base: Base | None, pictures: Pictures, part: tuple[int, int], say: Callable[[str], None]
 ) -> None:
-    """Opens the cache, each process fills its share of what is missing, and what is not needed any more is put away."""
+    """Opens the cache and fills a share of what is missing."""
     encoders = base.frozen_encoders if base is not None else {}
-    cache = open_cache(config, base.vae if base is not None else None, encoders, pictures.conditioned)
-    pictures.cache = cache
-    stores = cache.stores
-    if not stores:
+    pictures.cache = open_cache(config, base.vae if base is not None else None, encoders, pictures.conditioned)
+    if not pictures.cache.stores:
         return
-    made = caching.fill(config, base, pictures, cache, say, (accelerator.process_index, accelerator.num_processes))
-    accelerator.wait_for_everyone()
-    for store in stores:
-        store.refresh()
-    say(f"the cache holds {', '.join(f'{len(store)} {store.folder.name}' for store in stores)}; {made} views are new")
-    if base is not None:
-        base.put_away(cache)
+    made = caching.fill(config, base, pictures, pictures.cache, say, part)
+    held = ", ".join(f"{len(store)} in {store.folder}" for store in pictures.cache.stores)
+    say(f"{made} views are new; the cache holds {held}")
 
 
 class Watch:
@@ -102,9 +135,19 @@ class Watch:
         self.run, self.signals = own, signals
         self.clock = run.Clock(trainer.config.steps, trainer.order.batch, trainer.step)
         self.saved = time.monotonic()
+        self.bar = tqdm(
+            total=trainer.config.steps, initial=trainer.step, unit="step", disable=None if own.main else True
+        )
+
+    def __enter__(self) -> Watch:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
 
     def __call__(self, trainer: Trainer) -> bool:
         config, step = trainer.config, trainer.step
+        self.bar.update(1)
         if step % config.log_every == 0 or step == config.steps:
             self.log(trainer)
         validated = bool(config.validation.every) and (step % config.validation.every == 0 or step == config.steps)
@@ -144,11 +187,11 @@ class Watch:
         timing = self.clock.row(trainer.step)
         self.run.log("metrics", line)
         self.run.log("timing", {"step": trainer.step, **timing})
-        left = time.strftime("%H:%M:%S", time.gmtime(timing["seconds_left"]))
-        self.run.say(
-            f"step {trainer.step}/{trainer.config.steps}  loss {line['loss']:.4f}  "
-            f"{timing['images_per_second']:.1f} images/s  {left} left"
-        )
+        found = f"loss {line['loss']:.4f}  {timing['images_per_second']:.1f} images/s"
+        self.bar.set_postfix_str(found, refresh=False)
+        if self.bar.disable:
+            left = time.strftime("%H:%M:%S", time.gmtime(timing["seconds_left"]))
+            self.run.say(f"step {trainer.step}/{trainer.config.steps}  {found}  {left} left")
 
 
 def save(trainer: Trainer, own: run.Run) -> None:
@@ -170,11 +213,22 @@ def finish(trainer: Trainer, own: run.Run) -> Path:
         with trainer.averaged():
             trainer.target.finish(first_batches(trainer))
             trainer.target.save(beside)
+        card.write(trainer, beside, *last_validation(own))
         shutil.rmtree(own.result, ignore_errors=True)
         beside.rename(own.result)
         own.say(f"the result is in {own.result}")
     trainer.accelerator.wait_for_everyone()
     return own.result
+
+
+def last_validation(own: run.Run) -> tuple[dict[str, float] | None, Path | None]:
+    """Figures and folder of the last validation."""
+    file = own.folder / "metrics.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    validated = [row for row in rows if "validation" in row]
+    if not validated:
+        return None, None
+    return validated[-1]["validation"], own.folder / "validation" / f"step-{validated[-1]['step']:08d}"
 
 
 def first_batches(trainer: Trainer) -> list[Batch]:

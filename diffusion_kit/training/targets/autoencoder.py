@@ -20,7 +20,7 @@ from diffusion_kit.training.config import Config
 from diffusion_kit.training.data.samples import Batch
 from diffusion_kit.training.objective import normal
 
-from .target import Losses, Target, in_float32
+from .target import Losses, Target, built, in_float32
 
 WEIGHTS = {"absolute": 1.0, "squared": 2.0, "gradients": 0.5, "structure": 0.2, "colours": 1.0, "kl": 1e-4}
 # Light, orange against blue, and green against magenta; the last, which is learned last, counts three times.
@@ -33,7 +33,7 @@ class AutoencoderTarget(Target):
         super().__init__(config)
         network = dict(config.network)
         self.weights = {name: float(network.pop(name, default)) for name, default in WEIGHTS.items()}
-        self.vae = in_float32(AutoencoderKL(**network) if network else _existing(config)).to(device)
+        self.vae = in_float32(built(AutoencoderKL, network) if network else _existing(config)).to(device)
 
     def forward(self, batch: Batch) -> Losses:
         pixels = torch.stack([sample.pixels for sample in batch.samples]).to(self.vae.device)

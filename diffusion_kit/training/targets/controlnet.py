@@ -18,7 +18,7 @@ from diffusion_kit.training.bases import Base, Conditioning, load_base
 from diffusion_kit.training.config import Config
 from diffusion_kit.training.data.samples import Batch
 
-from .target import Denoising, in_float32
+from .target import Denoising, check_keys, in_float32
 
 WIDTHS = (16, 32, 96, 256)  # of the embedding of the control image, as published; one for each halving and one
 
@@ -78,4 +78,5 @@ def hint_settings(config: Config, base: Base) -> dict[str, Any]:
         "conditioning_channels": config.data.condition.channels,
         "conditioning_embedding_out_channels": WIDTHS[: halvings + 1],
     }
+    check_keys(ControlNetModel.from_unet, config.network, "ControlNet")
     return {**settings, **config.network}

@@ -17,7 +17,7 @@ from diffusion_kit.training.bases import Base, Conditioning, load_base
 from diffusion_kit.training.config import Config
 from diffusion_kit.training.data.samples import Batch
 
-from .target import Denoising, in_float32
+from .target import Denoising, built, in_float32
 
 PROBE = 64  # side of the latents at which the shapes of residuals are compared
 
@@ -29,7 +29,7 @@ class T2IAdapterTarget(Denoising):
         super().__init__(config)
         self.base = load_base(config, device)
         settings = {"in_channels": config.data.condition.channels, **fitting(self.base), **config.network}
-        adapter = load_control_model(config.init_from) if config.init_from else T2IAdapter(**settings)
+        adapter = load_control_model(config.init_from) if config.init_from else built(T2IAdapter, settings)
         self.adapter = in_float32(adapter).to(device)
         check_fit(self.adapter, self.base)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -103,6 +105,24 @@ class Denoising(Target):
     def checkpoint_gradients(self) -> None:
         for net in self.executed:
             net.enable_gradient_checkpointing()
+
+
+def built(cls: Any, settings: dict[str, Any]) -> Any:
+    """A network of a class of diffusers with the settings of the configuration's `network`."""
+    check_keys(cls.__init__, settings, cls.__name__)
+    return cls(**settings)
+
+
+def check_keys(function: Any, settings: dict[str, Any], what: str) -> None:
+    """
+    Raises:
+        ValueError: a key of `network` that the function does not take, with the nearest one.
+    """
+    known = [name for name in inspect.signature(function).parameters if name not in ("self", "unet")]
+    if unknown := next((name for name in settings if name not in known), None):
+        near = difflib.get_close_matches(unknown, known, 1, 0.5)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+        raise ValueError(f"no key network.{unknown} of a {what}; {hint}")
 
 
 def in_float32(net: Any) -> Any:

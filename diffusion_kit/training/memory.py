@@ -1,0 +1,126 @@
+"""How many pictures fit, and what to do when they do not."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from .config import Config
+from .data.samples import Batch
+from .loader import MicroBatches, batches
+from .loop import Trainer
+
+LARGEST = 256  # pictures at once
+SHARE = 0.8  # of the free memory that may be used
+WORTH = 1.05  # a doubled batch must make so many times the pictures a second
+CGROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A step of `size` pictures: bytes at its peak, seconds."""
+
+    size: int
+    memory: int
+    seconds: float
+
+
+def fitting_batch(trainer: Trainer, say: Callable[[str], None]) -> int:
+    """The largest micro-batch that fits into memory and is worth it, found by doubling; the weights stay as they are."""
+    best = 1
+    trials: list[Trial] = []
+    while (size := 2 ** len(trials)) <= LARGEST and not _too_much(trials):
+        try:
+            trials.append(trial(trainer, size))
+        except torch.OutOfMemoryError:
+            break
+        last = trials[-1]
+        say(f"{size} pictures at once: {last.memory / 1e9:.2f} GB, {size / last.seconds:.1f} images/s")
+        if last.memory > SHARE * limit(trainer.accelerator.device) or (best < size and not _worth(trials)):
+            break
+        best = size
+    return best
+
+
+def _worth(trials: list[Trial]) -> bool:
+    before, last = (own.size / own.seconds for own in trials[-2:])
+    return last > WORTH * before
+
+
+def _too_much(trials: list[Trial]) -> bool:
+    """Whether doubling once more would not fit, as memory grew so far: there is no second try on a CPU."""
+    if len(trials) < 2 or torch.cuda.is_available():
+        return False
+    before, last = trials[-2:]
+    return last.memory + 2 * (last.memory - before.memory) > SHARE * limit(torch.device("cpu"))
+
+
+def trial(trainer: Trainer, size: int) -> Trial:
+    """Forward and backward of the first pictures, twice: the first time costs more."""
+    batch = first_batch(trainer, size)
+    seconds = 0.0
+    for _ in range(2):
+        start = time.monotonic()
+        with torch.enable_grad(), trainer.executing():
+            losses, _ = trainer.module(batch.to(trainer.accelerator.device))
+            losses.sum().backward()
+        trainer.optimizer.zero_grad(set_to_none=True)
+        seconds = time.monotonic() - start
+    return Trial(size, peak(trainer.accelerator.device), seconds)
+
+
+def first_batch(trainer: Trainer, size: int) -> Batch:
+    """The first pictures of the data, as often as need be."""
+    plan = MicroBatches(
+        replace(trainer.order, batch=size), replace(trainer.part, rank=0, processes=1, micro=size), 0, 1
+    )
+    return next(batches(trainer.pictures, plan, 0))[0]
+
+
+def peak(device: torch.device) -> int:
+    """Most bytes held so far."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def limit(device: torch.device) -> int:
+    """Bytes that this process may hold: of the device, or of the machine and its control group."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    own = [int(text) for file in CGROUPS if Path(file).is_file() and (text := Path(file).read_text().strip()).isdigit()]
+    available = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemTotal"))
+    return min([*own, int(available.split()[1]) * 1024])
+
+
+def levers(config: Config, micro: int) -> str:
+    """What would make a run need less memory, and is not done yet."""
+    found = [f"micro_batch={max(1, micro // 2)} (batch stays)"] if micro > 1 else []
+    found += ["gradient_checkpointing=true"] if not config.gradient_checkpointing else []
+    found += ["precision=bf16"] if config.precision == "no" else []
+    found += ["cache.folder=FOLDER"] if config.cache.folder is None else []
+    found += ["optimizer.name=adamw8bit"] if config.optimizer.name == "adamw" else []
+    return ", ".join(found) or f"data.resolution={config.data.resolution // 2}"
+
+
+@contextmanager
+def explained(trainer: Trainer) -> Iterator[None]:
+    """Turns running out of memory into one line with levers.
+
+    Raises:
+        MemoryError: with that line.
+    """
+    try:
+        yield
+    except RuntimeError as error:  # of which torch.OutOfMemoryError is one
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        micro = trainer.part.micro
+        told = levers(trainer.config, micro)
+        raise MemoryError(f"{micro} pictures at once do not fit into memory; try {told}") from None

@@ -1,0 +1,211 @@
+"""What goes wrong in a training is one clear line, and nothing is lost."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import training_models
+import yaml
+from PIL import Image
+
+from diffusion_kit import cli
+from diffusion_kit.adapters import detectors
+from diffusion_kit.training import checkpoints
+from diffusion_kit.training.config import Config, read
+from diffusion_kit.training.data.samples import Pictures
+from diffusion_kit.training.train import check, train
+
+SMALL = {"checkpoints": {"every": 1}, "steps": 2}
+
+
+def written(tmp_path: Path, config: Config) -> str:
+    file = tmp_path / "config.yaml"
+    file.write_text(config.dump())
+    return str(file)
+
+
+def data(tmp_path: Path, **columns: list) -> dict:
+    """Four pictures, in whose list some columns are replaced."""
+    shutil.copytree(training_models.data(4), tmp_path / "data")
+    file = tmp_path / "data" / "metadata.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    for name, values in columns.items():
+        for row, value in zip(rows, values, strict=False):
+            row[name] = value
+    file.write_text("\n".join(map(json.dumps, rows)))
+    return {"sources": [{"path": str(tmp_path / "data")}]}
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("data.resolutio=64", "no key data.resolutio; did you mean resolution?"),
+        ("optimizer.learning_rate=-1", "optimizer.learning_rate is -1: Input should be greater than 0"),
+        ("target=lora", "target is 'lora': Input should be 't2i_adapter', 'controlnet'"),
+        ("steps", "'steps' is no key=value, such as data.resolution=512"),
+        ("data.sources.0.pat=x", "no key data.sources.0.pat; did you mean path?"),
+        ("base.model=/nowhere", "no model '/nowhere': no folder or file /nowhere"),
+        ("data.sources=[]", "data.sources is empty: name at least one"),
+        ("data.sources=[{path: /nowhere}]", "no data /nowhere"),
+        ("objective.zero_terminal_snr=true", "set objective.prediction=v_prediction, or zero_terminal_snr=false"),
+        ("output=/dev/null/run", "output /dev/null/run cannot be written: Not a directory"),
+        ("network={channel: [8]}", "no key network.channel of a T2IAdapter; did you mean channels?"),
+    ],
+)
+def test_wrong_configurations(tmp_path, capfd, override, line):
+    file = written(tmp_path, training_models.config("t2i_adapter", tmp_path / "run"))
+    assert cli.main(["train", file, override]) == 2
+    told = [own for own in capfd.readouterr().err.splitlines() if own.startswith("diffusion-kit: ")]
+    assert len(told) == 1
+    assert line in told[0]
+
+
+def test_the_whole_configuration_is_printed_and_read_again(tmp_path, capsys):
+    config = training_models.config("controlnet", tmp_path / "run", optimizer={"learning_rate": 3e-5})
+    assert (
+        cli.main(["train", written(tmp_path, config), "--print-config", "steps=7", "optimizer.betas=[0.5, 0.6]"]) == 0
+    )
+    again = tmp_path / "again.yaml"
+    again.write_text(capsys.readouterr().out)
+    own = read(again)
+    assert (own.steps, own.optimizer.betas, own.optimizer.learning_rate) == (7, (0.5, 0.6), 3e-5)
+    assert yaml.safe_load(own.dump()) == yaml.safe_load(again.read_text())
+
+
+def test_bad_pictures_are_left_out_and_named(tmp_path, capsys):
+    own = data(tmp_path)
+    (tmp_path / "data" / "1.png").write_bytes(b"no picture")
+    Image.new("RGB", (64, 32)).save(tmp_path / "data" / "condition-2.png")
+    train(training_models.config("t2i_adapter", tmp_path / "run", data=own, steps=4))
+    told = capsys.readouterr().out
+    assert "left out: 1.png" in told or "1.png is not a PNG, JPEG or WEBP image" in told
+    assert "the condition of 2.png is 64 x 32, the picture 64 x 64: they must have the same shape" in told
+    state = checkpoints.read(checkpoints.whole(tmp_path / "run" / "checkpoints")[-1]).state
+    assert sorted(state["figures"]["bad"]) == ["1.png", "2.png"]
+
+
+def test_a_bad_picture_weighs_nothing(tmp_path):
+    """The gradient of a batch with a bad picture is that of the others alone."""
+    weights = []
+    for name in ("whole", "broken"):
+        own = data(tmp_path / name)
+        if name == "broken":
+            (tmp_path / name / "data" / "0.png").write_bytes(b"")
+        config = training_models.config("t2i_adapter", tmp_path / name / "run", data=own, steps=1, batch=4)
+        train(config)
+        folder = checkpoints.whole(tmp_path / name / "run" / "checkpoints")[-1]
+        weights.append(checkpoints.read(folder).state["figures"]["used"])
+    assert weights == [4.0, 3.0]
+
+
+def test_no_usable_picture(tmp_path):
+    own = data(tmp_path)
+    for k in range(4):
+        (tmp_path / "data" / f"{k}.png").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"no picture of the data could be used in 2 steps; the first: .*\.png"):
+        train(training_models.config("t2i_adapter", tmp_path / "run", data=own, steps=4))
+
+
+def test_a_step_that_is_not_finite_is_left_out(tmp_path, monkeypatch, capsys):
+    pixels = Pictures.pixels
+
+    def spoiled(self, record, view):
+        return pixels(self, record, view) * (float("nan") if record.name == "1.png" else 1)
+
+    monkeypatch.setattr(Pictures, "pixels", spoiled)
+    train(
+        training_models.config("t2i_adapter", tmp_path, data={"sources": [{"path": training_models.data(2)}]}, batch=1)
+    )
+    assert "the loss is not finite, the step is left out: 1.png" in capsys.readouterr().out
+    last = checkpoints.read(checkpoints.whole(tmp_path / "checkpoints")[-1])
+    assert all(torch.isfinite(value).all() for value in last.tensors["weights"].values())
+
+
+def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
+    train(training_models.config("t2i_adapter", tmp_path, **SMALL))
+    before = checkpoints.whole(tmp_path / "checkpoints")
+    monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(OSError, match=r"has 0 MB free, a checkpoint needs .* MB: make room"):
+        train(training_models.config("t2i_adapter", tmp_path, **{**SMALL, "steps": 4}), resume=True)
+    assert checkpoints.whole(tmp_path / "checkpoints") == before
+
+
+def test_a_write_that_fails_leaves_no_half(tmp_path, monkeypatch):
+    train(training_models.config("t2i_adapter", tmp_path, **SMALL))
+    before = checkpoints.whole(tmp_path / "checkpoints")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoints, "save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        train(training_models.config("t2i_adapter", tmp_path, **{**SMALL, "steps": 4}), resume=True)
+    assert sorted((tmp_path / "checkpoints").iterdir()) == before
+
+
+def test_another_configuration_goes_on_only_where_allowed(tmp_path):
+    train(training_models.config("t2i_adapter", tmp_path, **SMALL))
+    more = {**SMALL, "steps": 3}
+    with pytest.raises(ValueError, match=r"holds a run already: add --resume"):
+        train(training_models.config("t2i_adapter", tmp_path, **more))
+    other = training_models.config("t2i_adapter", tmp_path, **more, optimizer={"learning_rate": 1e-4})
+    with pytest.raises(
+        ValueError, match=r"optimizer.learning_rate is 0.0001, the run of .* has 0.001: .*--allow-change"
+    ):
+        train(other, resume=True)
+    assert train(other, resume=True, allow=["optimizer.learning_rate"]) == tmp_path / "result"
+
+
+def test_two_runs_do_not_write_one_folder(tmp_path):
+    from diffusion_kit.training.run import locked
+
+    with locked(tmp_path), pytest.raises(ValueError, match="is being written by another run"):
+        train(training_models.config("t2i_adapter", tmp_path, **SMALL))
+
+
+def test_check_learns_a_batch_and_draws_what_the_network_sees(tmp_path, capsys):
+    config = training_models.config("t2i_adapter", tmp_path, data={"condition": {"detector": "canny"}}, batch=4)
+    assert check(config, print)
+    told = capsys.readouterr().out
+    assert "learned" in told
+    assert "s a step" in told
+    assert Image.open(tmp_path / "check.png").size[0] == 1280
+    assert not (tmp_path / "checkpoints").exists()
+    train(config)
+
+
+def test_a_batch_is_found_that_fits(tmp_path):
+    config = training_models.config("t2i_adapter", tmp_path, batch="auto", steps=1)
+    train(config)
+    found = read(tmp_path / "config.yaml")
+    assert found.batch >= 1
+    assert found.micro_batch == found.batch
+    assert train(config.model_copy(update={"steps": 2}), resume=True)
+
+
+def test_out_of_memory_names_levers(tmp_path, monkeypatch):
+    from diffusion_kit.training.loop import Trainer
+
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Trainer, "_backward", full)
+    with pytest.raises(
+        MemoryError, match=r"2 pictures at once do not fit into memory; try micro_batch=1 .*precision=bf16"
+    ):
+        train(training_models.config("t2i_adapter", tmp_path))
+
+
+@pytest.mark.parametrize("file", sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml")), ids=lambda f: f.stem)
+def test_every_configuration_that_comes_along_is_whole(file):
+    config = read(file)
+    assert config.data.sources
+    detector = config.data.condition.detector
+    if detector is not None:
+        module = detectors.detector(detector)
+        detectors.check_options(detector, module, dict(config.data.condition.options))
