@@ -85,7 +85,7 @@ class _Parser(argparse.ArgumentParser):
         self.exit(BAD_INPUT, f"{self.prog}: {message}; {self.prog} --help lists what there is\n")
 
     def parse_known_args(self, args=None, namespace=None):
-        """Unknown arguments are told by the command's own parser, which knows what is near; KEY=VALUE may stand anywhere."""
+        """Unknown arguments are told by the command's own parser, which knows what is near; KEY=VALUE stands anywhere."""
         namespace, rest = super().parse_known_args(args, namespace)
         if hasattr(namespace, "overrides"):
             more = [part for part in rest if "=" in part and not part.startswith("-")]

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import conftest
+import diffusers
 import pytest
 import torch
 import training_models
 from safetensors.torch import load_file
 
+from diffusion_kit import AutoPipelineForText2Image, Control, ControlLoRA
+from diffusion_kit.training import checkpoints
 from diffusion_kit.training.train import build_cache, train
 
 TARGETS = [
@@ -88,3 +92,52 @@ def test_a_cache_changes_no_loss(tmp_path, target, family):
     assert len(shards) >= (2 if family == "kandinsky" else 3)
     build_cache(cached, (0, 1), lambda line: None)
     assert shards == {file: file.stat().st_mtime_ns for file in (tmp_path / "c").rglob("*.safetensors")}
+
+
+LOADERS = {
+    "t2i_adapter": diffusers.T2IAdapter,
+    "controlnet": diffusers.ControlNetModel,
+    "unet": diffusers.StableDiffusionXLPipeline,
+    "autoencoder": diffusers.AutoencoderKL,
+    "prior": diffusers.KandinskyV22PriorPipeline,
+    "hint_decoder": diffusers.KandinskyV22ControlnetPipeline,
+    "control_lora": ControlLoRA,
+}
+
+
+@pytest.mark.parametrize("target", LOADERS)
+def test_plain_diffusers_loads_the_averaged_weights(tmp_path, target):
+    family = "kandinsky" if target in ("prior", "hint_decoder") else "sdxl"
+    more = {"network": {"rank": 4}} if target == "control_lora" else {}
+    own = {"data": {"condition": {"detector": "canny"}}, "validation": {"every": 2, "pictures": 2, "steps": 2}}
+    result = train(training_models.config(target, tmp_path, family, steps=2, ema=0.5, **own, **more))
+    loaded = LOADERS[target].from_pretrained(str(result))
+    if target == "control_lora":
+        given = {name: pair[0] for name, pair in loaded.pairs.items()} | loaded.whole
+    else:
+        net = {"unet": "unet", "prior": "prior", "hint_decoder": "unet"}.get(target)
+        given = (getattr(loaded, net) if net else loaded).state_dict()
+    averaged = load_file(checkpoints.whole(tmp_path / "checkpoints")[-1] / "ema.safetensors")
+    means = {name.partition(".")[2].replace(".lora_B.default", ""): value for name, value in averaged.items()}
+    shared = [name for name in given if name in means]
+    assert len(shared) > 0.4 * len(given)
+    assert all(torch.equal(given[name], means[name]) for name in shared)
+    card = (result / "README.md").read_text()
+    assert "## Last validation" in card
+    assert "base_model:" in card
+    assert (result / "training.yaml").is_file()
+
+
+def test_a_trained_control_makes_the_same_picture_in_plain_diffusers(tmp_path):
+    result = train(training_models.config("t2i_adapter", tmp_path, data={"condition": {"detector": "canny"}}))
+    adapter = diffusers.T2IAdapter.from_pretrained(result)
+    edges = conftest.lines(0)
+    call = {"num_inference_steps": 2, "generator": torch.Generator().manual_seed(0), "output_type": "np"}
+    base = training_models.base("sdxl")
+    theirs = diffusers.StableDiffusionXLAdapterPipeline.from_pretrained(base, adapter=adapter)
+    a = theirs("a fox", image=edges, height=64, width=64, **call).images
+    ours = AutoPipelineForText2Image.from_pretrained(base)
+    b = ours(
+        "a fox", controls=[Control(str(result), edges)], **{**call, "generator": torch.Generator().manual_seed(0)}
+    ).images
+    assert abs(a - b).max() < 1e-3

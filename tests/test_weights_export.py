@@ -237,16 +237,35 @@ def test_other_numbers_of_layers_are_named_right_and_said(tmp_path: Path, capsys
     unet = make_unet(**NARROW, layers_per_block=1)
     unet.save_pretrained(tmp_path / "base" / "unet")
     net = diffusers.ControlNetModel.from_unet(unet, **HINT)
-    names = {
-        lists.original(name, 1) for name in net.state_dict() if re.match("down_blocks.*(norm1.bias|conv.bias)", name)
-    }
-    for layout, prefix, more in (
-        ("controlnet", "control_model.", []),
-        ("control-lora", "", ["--base", tmp_path / "base"]),
-    ):
-        file = exported(tmp_path, net, layout, *more)
+    own = [name for name in net.state_dict() if re.match("down_blocks.*(norm1.bias|conv.bias)", name)]
+    names, more = {lists.original(name, 1) for name in own}, ["--base", tmp_path / "base"]
+    for layout, prefix, given in (("controlnet", "control_model.", []), ("control-lora", "", more)):
+        file = exported(tmp_path, net, layout, *given)
         assert {prefix + name for name in names} <= load_file(file).keys()
         assert "layers_per_block is 1; readers take it for 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_a_control_lora_under_diffusers_names_is_renamed(layers: int, tmp_path: Path, capsys: Any) -> None:
+    net = diffusers.ControlNetModel.from_unet(make_unet(**NARROW, layers_per_block=layers), **HINT)
+    tensors = {"lora_controlnet": torch.tensor([])}
+    for name, value in net.state_dict().items():
+        if value.ndim < 2 or name.startswith("controlnet_"):
+            tensors[name] = value
+        else:
+            stem = name.removesuffix(".weight")
+            tensors[f"{stem}.lora_B.weight"], tensors[f"{stem}.lora_A.weight"] = export.low_rank(value, 2)
+    export.save(tensors, tmp_path / "lora.safetensors", layout="diffusers")
+    words = ["weights", "export", tmp_path / "lora.safetensors", "--layout", "control-lora"]
+    assert main([str(word) for word in [*words, "--out", tmp_path / "again.safetensors"]]) == 0
+    halves = {".lora_B.weight": ".up", ".lora_A.weight": ".down"}
+    names = {name: next((name.replace(*half) for half in halves.items() if half[0] in name), name) for name in tensors}
+    renamed = {
+        name if name == "lora_controlnet" else lists.original(names[name], layers): value
+        for name, value in tensors.items()
+    }
+    assert same(load_file(tmp_path / "again.safetensors"), renamed)
+    assert ("layers_per_block is 1" in capsys.readouterr().err) == (layers == 1)
 
 
 # A ControlNet as a change of its base

@@ -146,8 +146,7 @@ def tencentarc(net: T2IAdapter) -> Tensors:
 
 def controlnet(net: ControlNetModel) -> Tensors:
     """A ControlNet's tensors in the original layout."""
-    tensors = original(net.state_dict(), net.config.layers_per_block)
-    return {f"control_model.{name}": value for name, value in tensors.items()}
+    return {f"control_model.{name}": value for name, value in original(net.state_dict()).items()}
 
 
 def control_lora(lora: ControlLoRA) -> Tensors:
@@ -160,16 +159,13 @@ def control_lora(lora: ControlLoRA) -> Tensors:
     return {"lora_controlnet": torch.tensor([])} | original(pairs | lora.whole)
 
 
-def original(tensors: Mapping[str, Any], layers: int = LAYERS) -> dict[str, Any]:
+def original(tensors: Mapping[str, Any]) -> dict[str, Any]:
     """Tensors of the encoder of a UNet, or of a ControlNet, under the names of the original code.
-
-    Args:
-        layers: residual blocks of a level.
 
     Raises:
         ValueError: one has no name there.
     """
-    levels = count(tensors, "down_blocks.")
+    levels, layers = count(tensors, "down_blocks."), count(tensors, "down_blocks.0.resnets.")
     resnets, parts = dict(RESNETS), dict(PARTS)
     for level in range(levels):
         first = 1 + level * (layers + 1)  # behind conv_in, and in each level before it the blocks and a downsampler
@@ -206,6 +202,9 @@ def guesses(net: Any, layout: str) -> list[str]:
             "controlnet_conditioning_channel_order": "rgb",
             "layers_per_block": LAYERS,
         }
+    if isinstance(net, ControlLoRA):
+        config["layers_per_block"] = count(net.shapes, "down_blocks.0.resnets.")
+        taken = {"layers_per_block": LAYERS}
     if layout == "controlnet":
         attentions = [module for name, module in net.named_modules() if name.endswith(".attn1")]
         config["heads"] = [module.heads for module in attentions]
@@ -238,8 +237,7 @@ def base_tensors(source: str | Path) -> Tensors:
     else:
         unet = load_component(UNet2DConditionModel, place, subfolder="unet")
     decoder = ("up_blocks.", "conv_norm_out.", "conv_out.")
-    encoder = {name: value for name, value in unet.state_dict().items() if not name.startswith(decoder)}
-    return original(encoder, unet.config.layers_per_block)
+    return original({name: value for name, value in unet.state_dict().items() if not name.startswith(decoder)})
 
 
 @torch.no_grad()
@@ -259,7 +257,7 @@ def control_lora_of(
     """
     if rank < 1:
         raise ValueError(f"--rank is {rank}; it must be 1 or more")
-    weights = original(net.state_dict(), net.config.layers_per_block)
+    weights = original(net.state_dict())
     encoder = {name: weight for name, weight in weights.items() if not name.startswith(OWN)}
     for name, weight in encoder.items():
         if name not in base or base[name].shape != weight.shape:

@@ -1,7 +1,7 @@
 """The base before its training: SDXL's architecture at 64 px with random weights, over the trained autoencoder.
 
-`python scripts/make_default/new_base.py` writes `runs/make_default/new_base/`, a model folder that `configs/default/base.yaml`
-starts from.
+`python scripts/make_default/new_base.py` writes `runs/make_default/new_base/`, a model folder, from which
+`configs/default/base.yaml` starts.
 """
 
 from __future__ import annotations

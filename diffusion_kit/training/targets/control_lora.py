@@ -67,12 +67,19 @@ class ControlLoRATarget(ControlNetTarget):
                 found[name.replace(f".{ADAPTER}.", ".")] = value.detach()
         return found
 
+    def downsampler_biases(self) -> dict[str, Tensor]:
+        """The base's own, by which readers of the published layout know a downsampler."""
+        places = dict(self.controlnet.named_parameters())
+        names = [name for name in places if ".downsamplers." in name and name.endswith(".bias")]
+        return {name.replace(".base_layer.", "."): places[name].detach() for name in names}
+
     def save(self, folder: Path) -> None:
         """One file: in the published layout where the base has two blocks a level, as that counts them."""
         folder.mkdir(parents=True, exist_ok=True)
         tensors = self.tensors()
         if self.controlnet.config.layers_per_block == LAYERS:
             marker = {"lora_controlnet": tensors.pop("lora_controlnet")}
+            tensors |= self.downsampler_biases()
             names = {name: name.replace(UP, ".up").replace(DOWN, ".down") for name in tensors}
             tensors = marker | original({names[name]: value for name, value in tensors.items()})
         save(tensors, folder / "control_lora.safetensors", layout="control-lora")
