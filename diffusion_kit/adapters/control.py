@@ -11,7 +11,7 @@ import importlib
 import math
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import cache
 from numbers import Real
 from pathlib import Path
@@ -51,6 +51,9 @@ class Control:
             start <= i / n and (i + 1) / n <= end; so `end=f` beside `start=f` leaves one step to neither, unless f n is
             whole.
         mask: greyscale picture in output space; the control acts where it is white.
+        guidance: scale of a guidance of the control's own, beside that of the prompt (Brooks et al. 2023, arXiv 2211.09800,
+            eq. 3): in guided steps away from what a black control image would give, which controls that were trained with
+            dropped conditions know. For T2I-Adapters and ControlNets in mode "balanced".
         mode: "balanced" acts on both halves of the guidance batch; "prompt" on the conditional half, fading from 1 at
             the middle to 0.1 at the shallowest residual (guess mode); "control" on the conditional half, not fading.
 
@@ -66,6 +69,7 @@ class Control:
     end: float = 1.0
     mask: Pictures | None = None
     mode: Mode = "balanced"
+    guidance: float | None = None
 
     def __post_init__(self) -> None:
         numbers = all(isinstance(s, Real) and not isinstance(s, bool) and math.isfinite(s) for s in self.scales)
@@ -75,6 +79,9 @@ class Control:
             raise ValueError(f"Control window is {self.start} to {self.end}; it must be 0 <= start <= end <= 1")
         if self.mode not in ("balanced", "prompt", "control"):
             raise ValueError(f"Control mode is {self.mode!r}; it must be 'balanced', 'prompt' or 'control'")
+
+        if self.guidance is not None and self.mode != "balanced":
+            raise ValueError(f"Control mode is {self.mode!r}; with a guidance of its own it must be 'balanced'")
 
     @property
     def scales(self) -> tuple[float, ...]:
@@ -95,6 +102,13 @@ class Control:
         if len(self.scales) != levels:
             raise ValueError(f"Control scale lists {len(self.scales)} levels; the base has {levels}")
         return self.scales
+
+    @property
+    def neutral(self) -> Control:
+        """The same with a black control image."""
+        black = torch.zeros(1, 1, 1, 1)
+        several = isinstance(self.image, (list, tuple))
+        return replace(self, image=[black] * len(self.image) if several else black, guidance=None)
 
 
 @dataclass(frozen=True)
@@ -202,7 +216,12 @@ def encode_control(control: Control, site: Site) -> EncodedControl | None:
     if not any(control.scales) or control.start == control.end or (mask is not None and not mask.any()):
         return None
     warn_of_polarity(control.model, control.image)
-    return kind.encode(control, site)
+    encoded = kind.encode(control, site)
+    if control.guidance is not None and encoded.guidance is None:
+        raise ValueError(
+            f"a {type(control.model).__name__} has no guidance of its own: leave out Control(guidance=...)"
+        )
+    return encoded
 
 
 def kind_of(model: Any) -> ModuleType:

@@ -90,6 +90,7 @@ class EncodedControlNet(EncodedControl):
     timesteps: Tensor = field(default_factory=lambda: torch.empty(0))
     image: Tensor = field(default_factory=lambda: torch.empty(0))
     hint: Tensor | None = None
+    neutral: Tensor | None = None
     weights: tuple[Tensor, ...] = ()
 
     def show(self, image: Tensor) -> None:
@@ -105,7 +106,10 @@ class EncodedControlNet(EncodedControl):
         weights = tuple(in_every(weight, branches) if len(weight) > 1 else weight for weight in self.weights)
         if self.hint is not None:
             prepared = self.injection.prepare(self.timesteps, conditioning)
-            return {**prepared, "hint": in_every(self.hint, branches), "weights": weights}
+            hint = in_every(self.hint, branches)
+            if self.neutral is not None and branches > 1:
+                hint = torch.cat([self.neutral.expand_as(self.hint), hint[len(self.hint) :]])
+            return {**prepared, "hint": hint, "weights": weights}
         states: dict[str, Any] = {
             k: v.to(self.image.dtype) if k == "prompt_embeds" else v for k, v in conditioning.items()
         }
@@ -142,6 +146,8 @@ def encoded(cls: type[RunControlNet], control: Control, site: Site, pixels: Tens
         timesteps=site.timesteps,
         image=image,
         hint=hint,
+        guidance=None if hint is None else control.guidance,
+        neutral=None if hint is None or control.guidance is None else run.embed(torch.zeros_like(pixels[:1])),
         weights=tuple(weight.to(net.dtype) for weight in weights),
     )
 

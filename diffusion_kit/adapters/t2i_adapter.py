@@ -38,14 +38,31 @@ class AddFeatures:
 @dataclass
 class EncodedFeatures(EncodedControl):
     features: tuple[Tensor, ...] = ()
+    neutral: tuple[Tensor, ...] = ()
     mode: Mode = "balanced"
 
     def tensors(self, conditioning: Conditioning, branches: int) -> Tree:
-        return tuple(in_branches(feature, self.mode, branches) for feature in self.features)
+        """The same in every branch that the mode knows; in the first the neutral ones, where there is guidance over them."""
+        spread = [in_branches(feature, self.mode, branches) for feature in self.features]
+        if self.guidance is None or branches == 1:
+            return tuple(spread)
+        return tuple(torch.cat([first, rows[len(first) :]]) for first, rows in zip(self.neutral, spread, strict=True))
 
 
 def encode(control: Control, site: Site) -> EncodedControl:
     """Runs the adapter once; scale, mask and fading are in the features afterwards."""
+    neutral = () if control.guidance is None else _weighted(control.neutral, site)
+    return EncodedFeatures(
+        AddFeatures(),
+        (control.start, control.end),
+        guidance=control.guidance,
+        features=_weighted(control, site),
+        neutral=neutral,
+        mode=control.mode,
+    )
+
+
+def _weighted(control: Control, site: Site) -> tuple[Tensor, ...]:
     adapters, images, shares = _nets(control)
     features: list[Tensor] = []
     for adapter, image, share in zip(adapters, images, shares, strict=True):
@@ -56,8 +73,7 @@ def encode(control: Control, site: Site) -> EncodedControl:
     scales = (1.0,) * site.levels if multi else control.level_scales(site.levels)
     weights = site.weights(control, fading(len(features), control.mode), intra[: len(features)], scales)
     weighted = [(w * f).to(site.unet.dtype) for w, f in zip(weights, features, strict=True)]
-    spreads = tuple(spread(f, site.prompts, site.per_prompt, "a control's image") for f in weighted)
-    return EncodedFeatures(AddFeatures(), (control.start, control.end), features=spreads, mode=control.mode)
+    return tuple(spread(f, site.prompts, site.per_prompt, "a control's image") for f in weighted)
 
 
 def multiple(model: Net) -> int:

@@ -180,7 +180,10 @@ class ControlledPipeline(DiffusionPipeline):
         if own is not None and sum(name == own for name in names) != 1:
             raise ValueError(f"this base's UNet takes a picture itself: give one Control({own!r}, picture) in controls")
         encoded = [encode_control(self.resolve_control(control), site) for control in controls]
-        return [control for control in encoded if control is not None]
+        found = [control for control in encoded if control is not None]
+        if sum(control.guidance is not None for control in found) > 1:
+            raise ValueError("more than one control has a guidance of its own: give it to one")
+        return found
 
     # Memory
 
