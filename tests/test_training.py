@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 
 from diffusion_kit import AutoPipelineForText2Image, Control, ControlLoRA
 from diffusion_kit.training import checkpoints
-from diffusion_kit.training.train import build_cache, train
+from diffusion_kit.training.memory import first_batch
+from diffusion_kit.training.train import build_cache, make_accelerator, make_trainer, train
 
 TARGETS = [
     ("t2i_adapter", "sdxl"),
@@ -141,3 +142,49 @@ def test_a_trained_control_makes_the_same_picture_in_plain_diffusers(tmp_path):
         "a fox", controls=[Control(str(result), edges)], **{**call, "generator": torch.Generator().manual_seed(0)}
     ).images
     assert abs(a - b).max() < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("target", "family"),
+    [("t2i_adapter", "sdxl"), ("controlnet", "sdxl"), ("unet", "kandinsky"), ("autoencoder", "sdxl")],
+)
+def test_gradient_checkpointing_changes_nothing_but_memory(tmp_path, target, family):
+    weights = []
+    for on in (False, True):
+        folder = tmp_path / str(on)
+        train(training_models.config(target, folder, family, steps=2, gradient_checkpointing=on))
+        weights.append(checkpoints.read(checkpoints.whole(folder / "checkpoints")[-1]).tensors["weights"])
+    assert all(torch.allclose(weights[0][name], weights[1][name], rtol=1e-4, atol=1e-6) for name in weights[0])
+
+
+def test_gradient_checkpointing_runs_blocks_again(tmp_path):
+    config = training_models.config("controlnet", tmp_path, gradient_checkpointing=True)
+    trainer = make_trainer(config, make_accelerator(config), print)
+    blocks = [
+        block for net in trainer.target.executed for block in net.modules() if hasattr(block, "gradient_checkpointing")
+    ]
+    calls = []
+    for block in blocks:
+        for resnet in getattr(block, "resnets", ()):
+            resnet.register_forward_pre_hook(lambda *_: calls.append(1))
+    forward = None
+    batch = first_batch(trainer, 2)
+    with torch.enable_grad(), trainer.executing():
+        loss = trainer.module(batch).loss.sum()
+        forward = len(calls)
+        loss.backward()
+    assert len(calls) > 1.5 * forward
+
+
+def test_a_schedule_free_run_goes_on_where_it_was(tmp_path):
+    own = {"optimizer": {"name": "schedule_free", "learning_rate": 1e-3}, "checkpoints": {"every": 2}}
+    train(training_models.config("t2i_adapter", tmp_path / "whole", steps=4, **own))
+    train(training_models.config("t2i_adapter", tmp_path / "parts", steps=2, **own))
+    train(training_models.config("t2i_adapter", tmp_path / "parts", steps=4, **own), resume=True)
+    a, b = (load_file(tmp_path / name / "result/diffusion_pytorch_model.safetensors") for name in ("whole", "parts"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_half_precision_is_refused_without_a_gpu(tmp_path):
+    with pytest.raises(ValueError, match="fp16 needs a GPU"):
+        train(training_models.config("t2i_adapter", tmp_path, precision="fp16"))

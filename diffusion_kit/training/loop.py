@@ -103,6 +103,8 @@ class Trainer:
         if config.gradient_checkpointing:
             self.target.checkpoint_gradients()
         self.optimizer = make_optimizer(config.optimizer, self.weights)
+        if hasattr(self.optimizer, "train"):
+            self.optimizer.train()
         self.average = Average(self.target, config.ema) if config.ema else None
         self.module = self.accelerator.prepare_model(self.target)
         self.scaler = self.accelerator.scaler
@@ -231,5 +233,12 @@ class Trainer:
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """The target wears its averaged weights inside the block, if there are any."""
-        with self.average.worn() if self.average is not None else nullcontext():
-            yield
+        free = hasattr(self.optimizer, "eval")  # a schedule-free optimizer keeps an average of its own
+        if free:
+            self.optimizer.eval()
+        try:
+            with self.average.worn() if self.average is not None else nullcontext():
+                yield
+        finally:
+            if free:
+                self.optimizer.train()

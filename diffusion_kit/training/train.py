@@ -69,6 +69,8 @@ def train(
 
 def make_accelerator(config: Config) -> Accelerator:
     cpu = not torch.cuda.is_available()
+    if cpu and config.precision == "fp16":
+        raise ValueError("precision=fp16 needs a GPU: on a CPU take bf16, or no")
     return Accelerator(mixed_precision=config.precision, cpu=cpu)
 
 
