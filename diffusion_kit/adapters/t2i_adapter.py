@@ -42,7 +42,7 @@ class EncodedFeatures(EncodedControl):
     mode: Mode = "balanced"
 
     def tensors(self, conditioning: Conditioning, branches: int) -> Tree:
-        """The same in every branch that the mode knows; the neutral ones in the first, where there is guidance over them."""
+        """The same in every branch that the mode knows; with guidance over them the neutral ones in the first."""
         spread = [in_branches(feature, self.mode, branches) for feature in self.features]
         if self.guidance is None or branches == 1:
             return tuple(spread)
