@@ -6,10 +6,12 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -102,7 +104,7 @@ class Trainer:
         self.weights = [p for _, p in named]
         if config.gradient_checkpointing:
             self.target.checkpoint_gradients()
-        self.optimizer = make_optimizer(config.optimizer, self.weights)
+        self.optimizer: Any = make_optimizer(config.optimizer, self.weights)
         if hasattr(self.optimizer, "train"):
             self.optimizer.train()
         self.average = Average(self.target, config.ema) if config.ema else None
@@ -140,8 +142,6 @@ class Trainer:
         torch.manual_seed(hash((self.config.seed, self.step)) & 0x7FFFFFFF)  # of networks that have dropout
         parts = []
         for k, batch in enumerate(micro_batches):
-            self._note_bad(batch)
-            self.figures.used += float(batch.weight.sum())
             last = k == len(micro_batches) - 1
             with self.accelerator.no_sync(self.module) if not last else nullcontext():
                 losses, levels = self.module(batch.to(self.accelerator.device))
@@ -152,9 +152,6 @@ class Trainer:
         self._update()
         self._note(parts)
         self.step += 1
-        if not self.figures.used and self.step >= min(self.order.length(0), HOPELESS):
-            first = next(iter(self.figures.bad.values()), "")
-            raise ValueError(f"no picture of the data could be used in {self.step} steps; the first: {first}")
 
     def _backward(self, loss: Tensor) -> None:
         (self.scaler.scale(loss) if self.scaler is not None else loss).backward()
@@ -173,34 +170,53 @@ class Trainer:
         if self.average is not None:
             self.average.update(self.step)
 
-    def _note_bad(self, batch: Batch) -> None:
-        for sample in batch.samples:
-            if sample.problem and sample.name not in self.figures.bad:
-                self.figures.bad[sample.name] = sample.problem
-                self.say(f"left out: {sample.problem}")
-
     def _note(self, parts: list[tuple[Batch, Tensor, Tensor]]) -> None:
-        losses = self.accelerator.gather(torch.cat([losses for _, losses, _ in parts])).float().cpu()
-        levels = self.accelerator.gather(torch.cat([levels for _, _, levels in parts])).float().cpu()
-        names = [sample.name for batch, _, _ in parts for sample in batch.samples]
+        """What a step gave, of all processes."""
+        samples = [sample for batch, _, _ in parts for sample in batch.samples]
+        own = torch.stack(
+            [
+                torch.cat([losses for _, losses, _ in parts]),
+                torch.cat([levels for _, _, levels in parts]),
+                torch.tensor([sample.weight for sample in samples], device=self.accelerator.device),
+            ],
+            1,
+        )
+        losses, levels, weights = self.accelerator.gather(own.float()).cpu().unbind(1)
+        self.figures.used += float(weights.sum())
+        if not weights.all():
+            self._note_bad(gather_object([(sample.name, sample.problem) for sample in samples if sample.problem]))
+        if not self.figures.used and self.step + 1 >= min(self.order.length(0), HOPELESS):
+            first = next(iter(self.figures.bad.values()))
+            raise ValueError(f"no picture of the data could be used in {self.step + 1} steps; the first: {first}")
         finite = torch.isfinite(losses)
         if not finite.all():
-            self.figures.lost += 1
-            own = torch.cat([losses for _, losses, _ in parts]).cpu()
-            wrong = [name for name, ok in zip(names, torch.isfinite(own), strict=True) if not ok]
-            self.say(f"step {self.step + 1}: the loss is not finite, the step is left out: {', '.join(wrong)}")
-            if self.figures.lost >= PATIENCE:
-                raise RuntimeError(
-                    f"the loss was not finite in {PATIENCE} steps one after the other: lower optimizer.learning_rate, "
-                    "or set precision=bf16 or no"
+            self._note_lost(
+                gather_object(
+                    [s.name for s, loss in zip(samples, own[:, 0].tolist(), strict=True) if not isfinite(loss)]
                 )
+            )
             return
         self.figures.lost = 0
         self.figures.add(losses, levels)
         if self.figures.step(float(losses.double().mean())):
-            worst = losses[: len(names)].argsort(descending=True)[:4].tolist()
-            told = ", ".join(f"{names[k]} ({float(losses[k]):.3g})" for k in worst if k < len(names))
+            worst = own[:, 0].argsort(descending=True)[:4].tolist()
+            told = ", ".join(f"{samples[k].name} ({float(own[k, 0]):.3g})" for k in worst)
             self.say(f"step {self.step + 1}: the loss stands out, {float(losses.mean()):.4g}: {told}")
+
+    def _note_bad(self, problems: list[tuple[str, str]]) -> None:
+        for name, problem in problems:
+            if name not in self.figures.bad:
+                self.figures.bad[name] = problem
+                self.say(f"left out: {problem}")
+
+    def _note_lost(self, names: list[str]) -> None:
+        self.figures.lost += 1
+        self.say(f"step {self.step + 1}: the loss is not finite, the step is left out: {', '.join(names)}")
+        if self.figures.lost >= PATIENCE:
+            raise RuntimeError(
+                f"the loss was not finite in {PATIENCE} steps one after the other: lower optimizer.learning_rate, "
+                "or set precision=bf16 or no"
+            )
 
     # State
 
