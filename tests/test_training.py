@@ -13,8 +13,11 @@ import training_models
 from safetensors.torch import load_file
 
 from diffusion_kit import AutoPipelineForText2Image, Control, ControlLoRA
+from diffusion_kit.models.attention import installed
+from diffusion_kit.sampling.doors import Answer
 from diffusion_kit.training import checkpoints
 from diffusion_kit.training.memory import first_batch
+from diffusion_kit.training.targets import make_target
 from diffusion_kit.training.train import build_cache, make_accelerator, make_trainer, train
 
 TARGETS = [
@@ -29,6 +32,7 @@ TARGETS = [
     ("hint_decoder", "kandinsky"),
     ("prior", "kandinsky"),
     ("autoencoder", "sdxl"),
+    ("autoencoder", "kandinsky"),
 ]
 
 
@@ -188,3 +192,25 @@ def test_a_schedule_free_run_goes_on_where_it_was(tmp_path):
 def test_half_precision_is_refused_without_a_gpu(tmp_path):
     with pytest.raises(ValueError, match="fp16 needs a GPU"):
         train(training_models.config("t2i_adapter", tmp_path, precision="fp16"))
+
+
+def test_a_decoder_that_is_given_a_hint_begins_as_it_was(tmp_path):
+    own = make_target(training_models.config("hint_decoder", tmp_path, "kandinsky"), torch.device("cpu"))
+    plain = make_target(training_models.config("unet", tmp_path, "kandinsky"), torch.device("cpu"))
+    x, embeds = torch.randn(1, 4, 8, 8), {"image_embeds": torch.randn(1, 32)}
+    hint = Answer(channels=torch.randn(1, 4, 8, 8))
+    made = []
+    for target, answer in ((own, hint), (plain, Answer())):
+        with installed(*target.executed):
+            made.append(target.base.predict(x, torch.tensor([500]), embeds, answer))
+    torch.testing.assert_close(*made)
+
+
+def test_encoders_learn_along(tmp_path):
+    """Text encoders of SDXL, the image encoder of Kandinsky: written with the result, and moved."""
+    for family, file in (("sdxl", "text_encoder_2"), ("kandinsky", "prior/image_encoder")):
+        folder = tmp_path / family
+        result = train(training_models.config("unet", folder, family, network={"encoders": True}))
+        before = Path(training_models.base("prior" if family == "kandinsky" else family)) / file.removeprefix("prior/")
+        a, b = (load_file(place / "model.safetensors") for place in (before, result / file))
+        assert any(not torch.equal(a[name], b[name]) for name in a)

@@ -1,8 +1,8 @@
-"""The autoencoder of a base, or a new one: pictures to latents and back.
+"""The autoencoder of a base, or a new one: pictures to latents and back; an AutoencoderKL, or Kandinsky's MoVQ (VQModel).
 
 The loss is a weighted sum of absolute and squared errors, of errors of the gradients (edges), of 1 - SSIM (Wang et al.
 2004), of the colours of small areas, and of the KL divergence of the latents from a normal distribution (Kingma and Welling
-2014, arXiv 1312.6114).
+2014, arXiv 1312.6114), or of a MoVQ of how far they are from their codes (van den Oord et al. 2017, arXiv 1711.00937).
 """
 
 from __future__ import annotations
@@ -12,19 +12,29 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, VQModel
 from torch import Tensor
 
-from diffusion_kit.models.sources import load_component, locate
+from diffusion_kit.models.sources import component_class, load_component, locate
+from diffusion_kit.models.vae import encode_mode
 from diffusion_kit.training.config import Config
 from diffusion_kit.training.data.samples import Batch
 from diffusion_kit.training.objective import normal
 
 from .target import Losses, Target, built, in_float32
 
-WEIGHTS = {"absolute": 1.0, "squared": 2.0, "gradients": 0.5, "structure": 0.2, "colours": 1.0, "kl": 1e-4}
+WEIGHTS = {
+    "absolute": 1.0,
+    "squared": 2.0,
+    "gradients": 0.5,
+    "structure": 0.2,
+    "colours": 1.0,
+    "kl": 1e-4,
+    "codes": 1.0,
+}
 # Light, orange against blue, and green against magenta; the last, which is learned last, counts three times.
 OPPONENTS = ((0.58, 0.58, 0.58), (1.0, 0.0, -1.0), (1.22, -2.45, 1.22))
+CLASSES = {"AutoencoderKL": AutoencoderKL, "VQModel": VQModel}  # of `network.class`
 AREA = 4  # pixels of a side of the areas whose colours are compared
 
 
@@ -33,23 +43,35 @@ class AutoencoderTarget(Target):
         super().__init__(config)
         network = dict(config.network)
         self.weights = {name: float(network.pop(name, default)) for name, default in WEIGHTS.items()}
-        self.vae = in_float32(built(AutoencoderKL, network) if network else _existing(config)).to(device)
+        kind = CLASSES[network.pop("class", "AutoencoderKL")]
+        self.vae = in_float32(built(kind, network) if network else _existing(config)).to(device)
 
     def forward(self, batch: Batch) -> Losses:
         pixels = torch.stack([sample.pixels for sample in batch.samples]).to(self.vae.device)
-        posterior = self.vae.encode(pixels).latent_dist
-        mean, deviation = posterior.mean.float(), posterior.std.float()
-        latents = mean + deviation * normal(batch.places, "posterior", mean.shape[1:]).to(mean)
-        made = self.vae.decode(latents).sample.float()
-        parts = compared(made, pixels) | {
-            "kl": 0.5 * (mean**2 + deviation**2 - 1 - 2 * deviation.log()).mean((1, 2, 3))
-        }
+        made, more = self._quantised(pixels) if isinstance(self.vae, VQModel) else self._drawn(pixels, batch)
+        parts = compared(made.float(), pixels) | more
         loss = torch.stack([self.weights[name] * part for name, part in parts.items()]).sum(0)
         return Losses(loss, torch.zeros_like(loss))
 
+    def _drawn(self, pixels: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Pictures of latents drawn from their distribution, and its divergence from a normal one, (B,)."""
+        posterior = self.vae.encode(pixels).latent_dist
+        mean, deviation = posterior.mean.float(), posterior.std.float()
+        latents = mean + deviation * normal(batch.places, "posterior", mean.shape[1:]).to(mean)
+        kl = 0.5 * (mean**2 + deviation**2 - 1 - 2 * deviation.log()).mean((1, 2, 3))
+        return self.vae.decode(latents).sample, {"kl": kl}
+
+    def _quantised(self, pixels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Pictures of the codes nearest to the latents, and how far these are."""
+        out = self.vae.decode(self.vae.encode(pixels).latents)
+        return out.sample, {"codes": out.commit_loss.expand(len(pixels))}
+
     def reconstruct(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1] from the means of their latents."""
-        return self.vae.decode(self.vae.encode(pixels.to(self.vae.device)).latent_dist.mean).sample
+        latents = encode_mode(self.vae, pixels.to(self.vae.device))
+        return self.vae.decode(
+            latents, **({"force_not_quantize": True} if isinstance(self.vae, VQModel) else {})
+        ).sample
 
     def save(self, folder: Path) -> None:
         self.vae.save_pretrained(folder, safe_serialization=True)
@@ -59,7 +81,10 @@ class AutoencoderTarget(Target):
 
     @torch.no_grad()
     def finish(self, batches: list[Batch]) -> None:
-        """Writes mean and deviation of the latents' channels into the configuration: the UNet sees them with 0 and 1."""
+        """Writes mean and deviation of the latents' channels into the configuration, so that the UNet sees them with 0 and 1.
+        A MoVQ has no place for them."""
+        if isinstance(self.vae, VQModel):
+            return
         self.vae.register_to_config(scaling_factor=1.0, latents_mean=None, latents_std=None)
         pixels = torch.cat([torch.stack([s.pixels for s in batch.samples]) for batch in batches])
         means = torch.cat([self.vae.encode(part.to(self.vae.device)).latent_dist.mean for part in pixels.split(32)])
@@ -71,10 +96,13 @@ def make(config: Config, device: torch.device) -> Any:
     return AutoencoderTarget(config, device)
 
 
-def _existing(config: Config) -> AutoencoderKL:
+def _existing(config: Config) -> Any:
+    """The one that is named, or the base's."""
     if config.base.vae is not None:
-        return load_component(AutoencoderKL, config.base.vae)
-    return load_component(AutoencoderKL, Path(locate(config.base.model)) / "vae")
+        return load_component(CLASSES[component_class(config.base.vae)], config.base.vae)
+    folder = Path(locate(config.base.model))
+    kind, name = (VQModel, "movq") if (folder / "movq").is_dir() else (AutoencoderKL, "vae")
+    return load_component(kind, folder / name)
 
 
 def compared(made: Tensor, wanted: Tensor) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
@@ -18,6 +19,8 @@ from diffusion_kit.training.config import Config
 from diffusion_kit.training.data.samples import Batch
 
 from .target import Denoising, in_float32
+
+HINT = 4  # channels of an embedded hint
 
 
 class HintDecoderTarget(Denoising):
@@ -53,11 +56,10 @@ def make(config: Config, device: torch.device) -> Any:
 def with_hint(unet: Any) -> Any:
     """A plain decoder's UNet that takes a hint as well; at first it does what it did, since the new weights of its first
     convolution are zero."""
-    settings = {**unet.config, "in_channels": 2 * unet.config.in_channels, "addition_embed_type": "image_hint"}
+    settings = {**unet.config, "in_channels": unet.config.in_channels + HINT, "addition_embed_type": "image_hint"}
     net = UNet2DConditionModel.from_config({k: v for k, v in settings.items() if not k.startswith("_")})
     weights = dict(unet.state_dict())
-    first = weights["conv_in.weight"]
-    weights["conv_in.weight"] = torch.cat([first, torch.zeros_like(first)], 1)
+    weights["conv_in.weight"] = F.pad(weights["conv_in.weight"], (0, 0, 0, 0, 0, HINT))
     missing, unexpected = net.load_state_dict(weights, strict=False)
     if unexpected or any(not name.startswith("add_embedding.input_hint_block.") for name in missing):
         raise ValueError(f"this UNet cannot be given a hint: {(unexpected or missing)[0]} has no place")

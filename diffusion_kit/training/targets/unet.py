@@ -1,4 +1,5 @@
-"""The UNet of a base, with its text encoders if they are to learn along."""
+"""The UNet of a base, with what it is conditioned by if that is to learn along: text encoders, or the image encoder of a
+Kandinsky prior."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from diffusion_kit.training.config import Config
 
 from .target import Denoising, in_float32
 
-KEYS = {"text_encoders": False}  # of `network`: whether the text encoders are trained too
+KEYS = {"encoders": False}  # of `network`: whether the encoders are trained too
 
 
 class UNetTarget(Denoising):
@@ -24,11 +25,15 @@ class UNetTarget(Denoising):
         own = {**KEYS, **config.network}
         if unknown := set(own) - set(KEYS):
             raise ValueError(f"no key network.{min(unknown)} for the target unet; there is {', '.join(KEYS)}")
-        encoders = [encoder for _, encoder in self.base.encoders] if own["text_encoders"] else []
+        encoders = [encoder for _, encoder in self.base.encoders]
+        encoders = encoders if self.base.prior is None else [self.base.prior.image_encoder]
+        encoders = encoders if own["encoders"] else []
         self.encoders = nn.ModuleList(in_float32(encoder) for encoder in encoders)
 
     def save(self, folder: Path) -> None:
         self.base.pipe.save_pretrained(folder, safe_serialization=True)
+        if self.base.prior is not None and len(self.encoders):
+            self.base.prior.save_pretrained(folder / "prior", safe_serialization=True)
 
     def checkpoint_gradients(self) -> None:
         super().checkpoint_gradients()
