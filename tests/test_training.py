@@ -10,12 +10,16 @@ import diffusers
 import pytest
 import torch
 import training_models
+from conftest import distance
 from safetensors.torch import load_file
 
 from diffusion_kit import AutoPipelineForText2Image, Control, ControlLoRA
 from diffusion_kit.models.attention import installed
 from diffusion_kit.sampling.doors import Answer
 from diffusion_kit.training import checkpoints
+from diffusion_kit.training.bases import load_base
+from diffusion_kit.training.data.samples import collate, open_pictures
+from diffusion_kit.training.keyed import Place
 from diffusion_kit.training.memory import first_batch
 from diffusion_kit.training.targets import make_target
 from diffusion_kit.training.train import build_cache, make_accelerator, make_trainer, train
@@ -214,3 +218,42 @@ def test_encoders_learn_along(tmp_path):
         before = Path(training_models.base("prior" if family == "kandinsky" else family)) / file.removeprefix("prior/")
         a, b = (load_file(place / "model.safetensors") for place in (before, result / file))
         assert any(not torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize(("target", "family"), TARGETS)
+def test_a_loss_needs_no_number_of_the_device(tmp_path, target, family):
+    """On tensors without numbers: what reads one on the host, or mixes devices, raises."""
+    more = {"network": {"rank": 4}} if target == "control_lora" else {}
+    device = torch.device("meta")
+    config = training_models.config(target, tmp_path, family, **more)
+    own = make_target(config, torch.device("cpu"))
+    nets = [own, *(part for part in vars(own).values() if hasattr(part, "components"))]
+    nets += [pipe for pipe in (own.base.pipe, own.base.prior) if pipe is not None] if own.base is not None else []
+    for net in nets:
+        net.to(device)
+    batch = collate([open_pictures(config, own.conditioned)[Place(0, 0, k), k] for k in range(2)]).to(device)
+    with torch.enable_grad(), installed(*own.executed):
+        losses, levels = own(batch)
+        losses.sum().backward()
+    assert losses.device == device
+    trained = [p for p in own.parameters() if p.requires_grad]
+    assert all(p.grad is not None and p.grad.device == device for p in trained if p.grad is not None)
+    assert any(p.grad is not None for p in trained)
+
+
+def test_a_latent_that_overflows_in_half_precision_is_made_again_and_named(tmp_path, recwarn):
+    base = load_base(training_models.config("t2i_adapter", tmp_path), torch.device("cpu"))
+    first = next(iter(base.vae.parameters()))
+    first.data = first.data.abs() * (3e4 / first.data.abs().max())  # products beyond what float16 holds
+    pixels = torch.stack([torch.zeros(3, 64, 64), torch.ones(3, 64, 64)])
+    wanted = base.encode(pixels, ["dark.png", "bright.png"])
+    base.vae.half()
+    made = base.encode(pixels, ["dark.png", "bright.png"])
+    assert torch.isfinite(made).all()
+    told = [str(warning.message) for warning in recwarn if "overflowed" in str(warning.message)]
+    assert len(told) == 1
+    assert "bright.png" in told[0]
+    assert distance(made, wanted) < 1e-2
+    assert base.vae.dtype == torch.float16
+    base.encode(pixels, ["dark.png", "bright.png"])
+    assert len([w for w in recwarn if "overflowed" in str(w.message)]) == 1

@@ -100,8 +100,10 @@ class Base:
     def encode(self, pixels: Tensor, names: Sequence[str]) -> Tensor:
         """Moments of pixels (B, 3, H, W) in [-1, 1]. What overflows in half precision is made again in float32."""
         moments = posterior(self.vae, pixels.to(self.vae.device)).to(self.device)
-        bad = [k for k, row in enumerate(moments) if not torch.isfinite(row).all()]
-        if bad and self.vae.dtype != torch.float32:
+        if self.vae.dtype != torch.float16:
+            return moments
+        bad = [k for k, finite in enumerate(moments.isfinite().flatten(1).all(1).tolist()) if not finite]
+        if bad:
             dtype = self.vae.dtype
             self.vae.to(torch.float32)
             moments[bad] = posterior(self.vae, pixels[bad].to(self.vae.device)).to(self.device)

@@ -10,7 +10,7 @@ import json
 from importlib.util import find_spec
 from pathlib import Path
 
-from data import WORK
+from new_base import WORK
 from transformers import CLIPTokenizer
 
 TOKENS, LENGTH = 8192, 24
