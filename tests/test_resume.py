@@ -12,6 +12,7 @@ import torch
 import training_models
 from safetensors.torch import load_file
 
+from diffusion_kit import cli
 from diffusion_kit.training import checkpoints, run
 from diffusion_kit.training.train import train
 
@@ -61,13 +62,28 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(tmp_path, undisturbed, w
         assert not same({own: a[own]}, {own: files(undisturbed, 4)[own]})
 
 
-def stop_at(step: int):
+def stop_at(step: int, number: int = signal.SIGTERM):
     """A log that sends the process a signal after a step, as a cluster or Ctrl-C does."""
     log = run.Run.log
 
     def logged(self: run.Run, name: str, row: dict) -> None:
         log(self, name, row)
         if row["step"] == step and name == "metrics":
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
 
     return logged
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_and_says_how_to_go_on(tmp_path, number, monkeypatch, capsys):
+    file = tmp_path / "config.yaml"
+    file.write_text(training_models.config("t2i_adapter", tmp_path / "run", steps=5).dump())
+    monkeypatch.setattr(run.Run, "log", stop_at(2, number))
+    monkeypatch.setattr("sys.argv", ["diffusion-kit", "train", str(file), "seed=0"])
+    with pytest.raises(SystemExit, match="1"):
+        cli.main(["train", str(file), "seed=0"])
+    told = capsys.readouterr().out.splitlines()[-1]
+    assert told == f"stopped at step 2 of 5; go on with: diffusion-kit train {file} seed=0 --resume"
+    monkeypatch.undo()
+    assert cli.main(told.partition("diffusion-kit ")[2].split()) == 0
+    assert (tmp_path / "run" / "result" / "config.json").is_file()

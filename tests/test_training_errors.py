@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -54,12 +55,21 @@ def data(tmp_path: Path, **columns: list) -> dict:
         ("data.sources=[{path: /nowhere}]", "no data /nowhere"),
         ("objective.zero_terminal_snr=true", "set objective.prediction=v_prediction, or zero_terminal_snr=false"),
         ("output=/dev/null/run", "output /dev/null/run cannot be written: Not a directory"),
+        (
+            "init_from=x target=prior",
+            "init_from is for t2i_adapter, controlnet, control_lora; a prior starts from base.prior",
+        ),
+        ("network={a: 1} target=hint_decoder", "network.a: a hint_decoder is as its base is"),
+        ("network={a: 1} target=unet", "no key network.a for the target unet; there is encoders"),
+        ("validation.measure=cany", "no measure for detector 'cany'; did you mean 'canny'?"),
+        ("init_from=/nowhere", "/nowhere"),
+        ("target=controlnet network={rank: 3}", "no key network.rank of a ControlNet"),
         ("network={channel: [8]}", "no key network.channel of a T2IAdapter; did you mean channels?"),
     ],
 )
 def test_wrong_configurations(tmp_path, capfd, override, line):
     file = written(tmp_path, training_models.config("t2i_adapter", tmp_path / "run"))
-    assert cli.main(["train", file, override]) == 2
+    assert cli.main(["train", file, *re.split(r" (?=target|network)", override)]) == 2
     told = [own for own in capfd.readouterr().err.splitlines() if own.startswith("diffusion-kit: ")]
     assert len(told) == 1
     assert line in told[0]

@@ -35,4 +35,5 @@ def run(options: argparse.Namespace) -> None:
             raise RuntimeError("the network did not learn one batch")
         return
     command = ["diffusion-kit", *sys.argv[1:]]
-    train(config, resume=options.resume, allow=options.allow_change, command=command)
+    if train(config, resume=options.resume, allow=options.allow_change, command=command) is None:
+        sys.exit(1)  # stopped before the end: what comes after it in a script must not run

@@ -13,6 +13,8 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
+from diffusion_kit.evaluation.measures import measures_of
+
 from . import caching, card, checkpoints, memory, run, trial, validation
 from .bases import Base
 from .config import CacheConfig, Config
@@ -95,6 +97,8 @@ def with_batch(config: Config, accelerator: Accelerator, say: Callable[[str], No
 
 
 def make_trainer(config: Config, accelerator: Accelerator, say: Callable[[str], None]) -> Trainer:
+    if config.validation.measure is not None:
+        measures_of(config.validation.measure)
     torch.manual_seed(config.seed)  # of weights that begin at random
     target = make_target(config, accelerator.device)
     pictures = open_pictures(config, target.conditioned)

@@ -10,6 +10,9 @@ from diffusion_kit.training.config import Config
 
 from .target import Target
 
+FROM_WEIGHTS = ("t2i_adapter", "controlnet", "control_lora")
+WITHOUT_SETTINGS = ("prior", "hint_decoder")
+
 
 def make_target(config: Config, device: torch.device) -> Target:
     """The target of a configuration, with its weights.
@@ -17,4 +20,11 @@ def make_target(config: Config, device: torch.device) -> Target:
     Raises:
         FileNotFoundError, ValueError: no such base or weights, or what does not fit together, in one line.
     """
+    if config.init_from and config.target not in FROM_WEIGHTS:
+        place = "base.prior" if config.target == "prior" else "base.model"
+        raise ValueError(f"init_from is for {', '.join(FROM_WEIGHTS)}; a {config.target} starts from {place}")
+    if config.network and config.target in WITHOUT_SETTINGS:
+        raise ValueError(
+            f"network.{next(iter(config.network))}: a {config.target} is as its base is; leave network empty"
+        )
     return importlib.import_module(f"{__name__}.{config.target}").make(config, device)
