@@ -87,3 +87,14 @@ def test_a_signal_saves_and_says_how_to_go_on(tmp_path, number, monkeypatch, cap
     monkeypatch.undo()
     assert cli.main(told.partition("diffusion-kit ")[2].split()) == 0
     assert (tmp_path / "run" / "result" / "config.json").is_file()
+
+
+def test_another_environment_is_told(tmp_path, capsys, monkeypatch):
+    train(training_models.config("t2i_adapter", tmp_path, steps=1))
+    own = run.environment(1)
+    monkeypatch.setattr(run, "environment", lambda processes: {**own, "threads": 7, "torch": "9.9"})
+    train(training_models.config("t2i_adapter", tmp_path, steps=2), resume=True)
+    told = capsys.readouterr().out
+    assert f"threads was {own['threads']}, is 7" in told
+    assert f"torch was {own['torch']}, is 9.9" in told
+    assert "diffusers was" not in told

@@ -168,6 +168,11 @@ def environment(processes: int) -> dict[str, Any]:
     }
 
 
+def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What of the environment is another than when the checkpoint was written, a line each."""
+    return [f"{name} was {before.get(name)}, is {now[name]}" for name in now if before.get(name) != now[name]]
+
+
 @dataclass
 class Signals:
     """Asks a run to stop after the step at hand."""

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from tqdm import tqdm
 
 from diffusion_kit.evaluation.measures import measures_of
 
-from . import caching, card, checkpoints, memory, run, trial, validation
+from . import caching, card, checkpoints, memory, run, trial
 from .bases import Base
 from .config import CacheConfig, Config
 from .data.cache import open_cache
@@ -23,6 +21,7 @@ from .data.samples import Batch, Pictures, open_pictures
 from .loader import MicroBatches, batches
 from .loop import Trainer
 from .targets import make_target
+from .watch import Watch
 
 FINISH = 64  # batches over which a target measures itself at the end
 
@@ -56,8 +55,10 @@ def train(
         if start is not None:
             trainer.load(start)
             own.say(f"goes on at step {trainer.step} of {config.steps}")
+            for change in run.changes(start.state["environment"], run.environment(accelerator.num_processes)):
+                own.say(f"{change}: the numbers may differ in their last digits")
         else:
-            trainer.target.begin(first_batches(trainer))
+            trainer.target.begin(lambda: first_batches(trainer))
         if own.main:
             own.cut_logs(trainer.step)
         if trainer.step < config.steps:
@@ -134,90 +135,13 @@ def fill_cache(
     say(f"{made} views are new; the cache holds {held}")
 
 
-class Watch:
-    """What happens between steps: the log, checkpoints, and the end that a signal asks for."""
-
-    def __init__(self, trainer: Trainer, own: run.Run, signals: run.Signals) -> None:
-        self.run, self.signals = own, signals
-        self.clock = run.Clock(trainer.config.steps, trainer.order.batch, trainer.step)
-        self.saved = time.monotonic()
-        self.bar = tqdm(
-            total=trainer.config.steps, initial=trainer.step, unit="step", disable=None if own.main else True
-        )
-
-    def __enter__(self) -> Watch:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.close()
-
-    def __call__(self, trainer: Trainer) -> bool:
-        config, step = trainer.config, trainer.step
-        self.bar.update(1)
-        if step % config.log_every == 0 or step == config.steps:
-            self.log(trainer)
-        validated = bool(config.validation.every) and (step % config.validation.every == 0 or step == config.steps)
-        if validated:
-            self.validate(trainer)
-        stop, late = self.agreed(trainer)
-        if stop or late or validated or step % config.checkpoints.every == 0 or step == config.steps:
-            save(trainer, self.run)
-            self.saved = time.monotonic()
-        return stop
-
-    def validate(self, trainer: Trainer) -> None:
-        """Validates, and remembers the best."""
-        if self.run.main:
-            step = trainer.step
-            figures = validation.validate(trainer, self.run.folder / "validation" / f"step-{step:08d}")
-            self.run.log("metrics", {"step": step, "validation": figures})
-            if trainer.best is None or figures["fidelity"] > trainer.best["fidelity"]:
-                trainer.best = {"step": step, "fidelity": figures["fidelity"]}
-            self.run.say(f"step {step}  " + "  ".join(f"{name} {value:.4g}" for name, value in figures.items()))
-        trainer.accelerator.wait_for_everyone()
-
-    def agreed(self, trainer: Trainer) -> tuple[bool, bool]:
-        """Whether any process was asked to stop, and whether a checkpoint is late: the same answer in all of them."""
-        minutes = trainer.config.checkpoints.minutes
-        late = minutes is not None and time.monotonic() - self.saved > 60 * minutes
-        own = (self.signals.received is not None, late)
-        if trainer.part.processes == 1:
-            return own
-        flags = torch.tensor([own], dtype=torch.int32, device=trainer.accelerator.device)
-        stop, late = trainer.accelerator.gather(flags).amax(0).tolist()
-        return bool(stop), bool(late)
-
-    def log(self, trainer: Trainer) -> None:
-        line = {"step": trainer.step, **trainer.figures.line()}
-        line["learning_rate"] = trainer.optimizer.param_groups[0]["lr"]
-        timing = self.clock.row(trainer.step)
-        self.run.log("metrics", line)
-        self.run.log("timing", {"step": trainer.step, **timing})
-        found = f"loss {line['loss']:.4f}  {timing['images_per_second']:.1f} images/s"
-        self.bar.set_postfix_str(found, refresh=False)
-        if self.bar.disable:
-            left = time.strftime("%H:%M:%S", time.gmtime(timing["seconds_left"]))
-            self.run.say(f"step {trainer.step}/{trainer.config.steps}  {found}  {left} left")
-
-
-def save(trainer: Trainer, own: run.Run) -> None:
-    """Writes a checkpoint of the step at hand, and prunes."""
-    if own.main and not checkpoints.is_whole(checkpoints.folder_of(own.checkpoints, trainer.step)):
-        content = trainer.checkpoint()
-        content.state["environment"] = run.environment(trainer.part.processes)  # type: ignore[index]
-        checkpoints.write(own.checkpoints, trainer.step, content)
-        best = int(trainer.best["step"]) if trainer.best is not None else None
-        checkpoints.prune(own.checkpoints, trainer.config.checkpoints.keep, best)
-    trainer.accelerator.wait_for_everyone()
-
-
 def finish(trainer: Trainer, own: run.Run) -> Path:
     """Writes the result beside and renames it."""
     if own.main:
         beside = own.folder / ".result.part"
         shutil.rmtree(beside, ignore_errors=True)
         with trainer.averaged():
-            trainer.target.finish(first_batches(trainer))
+            trainer.target.finish(lambda: first_batches(trainer))
             trainer.target.save(beside)
         card.write(trainer, beside, *last_validation(own))
         shutil.rmtree(own.result, ignore_errors=True)

@@ -7,6 +7,7 @@ The loss is a weighted sum of absolute and squared errors, of errors of the grad
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -80,13 +81,13 @@ class AutoencoderTarget(Target):
         self.vae.enable_gradient_checkpointing()
 
     @torch.no_grad()
-    def finish(self, batches: list[Batch]) -> None:
-        """Writes mean and deviation of the latents' channels into the configuration, so that the UNet sees them with 0 and 1.
-        A MoVQ has no place for them."""
+    def finish(self, batches: Callable[[], list[Batch]]) -> None:
+        """Writes mean and deviation of the latents' channels into the configuration, by which the UNet sees 0 and 1. A MoVQ
+        has no place for them."""
         if isinstance(self.vae, VQModel):
             return
         self.vae.register_to_config(scaling_factor=1.0, latents_mean=None, latents_std=None)
-        pixels = torch.cat([torch.stack([s.pixels for s in batch.samples]) for batch in batches])
+        pixels = torch.cat([torch.stack([s.pixels for s in batch.samples]) for batch in batches()])
         means = torch.cat([self.vae.encode(part.to(self.vae.device)).latent_dist.mean for part in pixels.split(32)])
         std, mean = torch.std_mean(means.float(), (0, 2, 3))
         self.vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())

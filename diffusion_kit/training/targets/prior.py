@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +65,9 @@ class PriorTarget(Target):
         }
 
     @torch.no_grad()
-    def begin(self, batches: list[Batch]) -> None:
+    def begin(self, batches: Callable[[], list[Batch]]) -> None:
         """Measures mean and deviation of image embeddings, which the prior keeps with its weights."""
-        rows = torch.cat([self.embeds(batch) for batch in batches])
+        rows = torch.cat([self.embeds(batch) for batch in batches()])
         std, mean = torch.std_mean(rows, 0)
         self.prior.clip_mean.data = mean[None]
         self.prior.clip_std.data = std[None].clamp(min=1e-4)

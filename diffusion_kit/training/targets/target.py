@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -67,10 +68,10 @@ class Target(nn.Module):
         """What a checkpoint holds of it."""
         return dict(self.state_dict())
 
-    def begin(self, batches: list[Batch]) -> None:
+    def begin(self, batches: Callable[[], list[Batch]]) -> None:
         """Before the first step: what is measured once over some batches."""
 
-    def finish(self, batches: list[Batch]) -> None:
+    def finish(self, batches: Callable[[], list[Batch]]) -> None:
         """After the last step: what is measured once over some batches."""
 
 
