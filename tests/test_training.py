@@ -257,3 +257,31 @@ def test_a_latent_that_overflows_in_half_precision_is_made_again_and_named(tmp_p
     assert base.vae.dtype == torch.float16
     base.encode(pixels, ["dark.png", "bright.png"])
     assert len([w for w in recwarn if "overflowed" in str(w.message)]) == 1
+
+
+@pytest.mark.parametrize(("target", "family"), [t for t in TARGETS if t[1] != "sd15"])
+def test_a_run_in_bfloat16(tmp_path, target, family):
+    """What is trained stays in float32, what is frozen is in bfloat16 but for the autoencoder; validation runs too."""
+    more = {"network": {"rank": 4}} if target == "control_lora" else {}
+    own = {"data": {"condition": {"detector": "canny"}}, "validation": {"every": 2, "pictures": 1, "steps": 1}}
+    config = training_models.config(target, tmp_path, family, steps=2, precision="bf16", **own, **more)
+    train(config)
+    assert all(torch.isfinite(torch.tensor(row["loss"])) for row in metrics(tmp_path) if "loss" in row)
+    made = make_target(config, torch.device("cpu"))
+    assert all(p.dtype == torch.float32 for p in made.parameters() if p.requires_grad)
+    if made.base is not None:
+        frozen = {p.dtype for p in made.base.unet.parameters() if not p.requires_grad}
+        assert frozen <= {torch.bfloat16}
+        assert made.base.vae.dtype == torch.float32
+
+
+@pytest.mark.parametrize("target", ["t2i_adapter", "controlnet", "control_lora"])
+def test_a_training_starts_from_given_weights(tmp_path, target):
+    """Of an earlier run; files in published layouts come through the same loader, see test_weights_export."""
+    more = {"network": {"rank": 4}} if target == "control_lora" else {}
+    result = train(training_models.config(target, tmp_path / "first", **more))
+    source = result / "control_lora.safetensors" if target == "control_lora" else result
+    again = make_target(training_models.config(target, tmp_path, init_from=str(source), **more), torch.device("cpu"))
+    before = load_file(checkpoints.whole(tmp_path / "first" / "checkpoints")[-1] / "weights.safetensors")
+    assert before.keys() == again.kept().keys()
+    assert all(torch.equal(before[name], value) for name, value in again.kept().items())

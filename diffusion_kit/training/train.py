@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
 from diffusion_kit.evaluation.measures import measures_of
 
@@ -74,6 +75,7 @@ def make_accelerator(config: Config) -> Accelerator:
     cpu = not torch.cuda.is_available()
     if cpu and config.precision == "fp16":
         raise ValueError("precision=fp16 needs a GPU: on a CPU take bf16, or no")
+    AcceleratorState._reset_state()  # of an earlier training in this process, which may have had another precision
     return Accelerator(mixed_precision=config.precision, cpu=cpu)
 
 

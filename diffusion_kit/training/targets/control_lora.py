@@ -42,12 +42,12 @@ class ControlLoRATarget(ControlNetTarget):
         inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=names), net, ADAPTER)
         if self.config.init_from:
             fill(net, self.config.init_from)
+        base = {id(weight) for weight in unet.parameters()}
+        for weight in net.parameters():
+            if id(weight) not in base:  # those stay frozen, in the base's precision
+                weight.data = weight.data.float()
+                weight.requires_grad_(True)
         return net
-
-    def __init__(self, config: Config, device: torch.device) -> None:
-        super().__init__(config, device)
-        for name, weight in self.controlnet.named_parameters():
-            weight.requires_grad_(name.startswith(OWN) or ".lora_" in name)
 
     def kept(self) -> dict[str, Tensor]:
         trained = {name for name, weight in self.named_parameters() if weight.requires_grad}
@@ -64,7 +64,7 @@ class ControlLoRATarget(ControlNetTarget):
         found = {"lora_controlnet": torch.tensor([])}
         for name, value in self.controlnet.named_parameters():
             if value.requires_grad:
-                found[name.replace(f".{ADAPTER}.", ".")] = value.detach()
+                found[name.replace(f".{ADAPTER}.", ".").replace(".base_layer.", ".")] = value.detach()
         return found
 
     def downsampler_biases(self) -> dict[str, Tensor]:
@@ -91,19 +91,23 @@ def make(config: Config, device: torch.device) -> Any:
 
 @torch.no_grad()
 def fill(net: Any, source: str) -> None:
-    """Puts the tensors of a Control-LoRA into a network made for one.
+    """Puts the tensors of a Control-LoRA into a network made for one. Where they are others than the base's own, as biases
+    and norms of published ones are, the network gets parameters of its own for them.
 
     Raises:
         ValueError: of another rank or for another base.
     """
     given = ControlLoRA.from_pretrained(source)
-    values = dict(given.whole)
+    values = {name: value for name, value in given.whole.items()}
     for name, (up, down) in given.pairs.items():
         stem = name.removesuffix(".weight")
         values |= {f"{stem}.lora_B.{ADAPTER}.weight": up, f"{stem}.lora_A.{ADAPTER}.weight": down}
-    places = dict(net.named_parameters())
+    places = {name.replace(".base_layer.", "."): name for name, _ in net.named_parameters()}
     for name, value in values.items():
-        if name not in places or places[name].shape != value.shape:
-            its = "has none" if name not in places else f"takes {tuple(places[name].shape)}"
+        module, _, last = places.get(name, name).rpartition(".")
+        own = getattr(net.get_submodule(module), last) if name in places else None
+        if own is None or own.shape != value.shape:
+            its = "has none" if own is None else f"takes {tuple(own.shape)}"
             raise ValueError(f"init_from {source} does not fit: its {name} is {tuple(value.shape)}, the network {its}")
-        places[name].copy_(value)
+        if not torch.equal(own, value.to(own)):
+            setattr(net.get_submodule(module), last, nn.Parameter(value.to(own)))

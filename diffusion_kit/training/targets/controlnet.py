@@ -29,13 +29,13 @@ class ControlNetTarget(Denoising):
     def __init__(self, config: Config, device: torch.device) -> None:
         super().__init__(config)
         self.base = load_base(config, device)
-        self.controlnet = in_float32(self.network()).to(device)
+        self.controlnet = self.network().to(device)
         self.run = RunControlNet(self.controlnet, half=False, own_forward=False)
 
     def network(self) -> Any:
         if self.config.init_from:
-            return load_control_model(self.config.init_from)
-        return ControlNetModel.from_unet(self.base.unet, **hint_settings(self.config, self.base))
+            return in_float32(load_control_model(self.config.init_from))
+        return in_float32(ControlNetModel.from_unet(self.base.unet, **hint_settings(self.config, self.base)))
 
     @property
     def executed(self) -> list[Any]:
