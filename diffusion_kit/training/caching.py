@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 from diffusion_kit.adapters.detectors import detect
 from diffusion_kit.adapters.pictures import eight_bit
@@ -82,7 +83,9 @@ def fill(
         return 0
     jobs = [(k, view) for k in range(part[0], len(pictures), part[1]) for view in views(pictures, k)]
     made = 0
+    bar = tqdm(total=len(jobs), desc="cache", unit="view", disable=None)
     for group in grouped(Missing(pictures, cache, jobs), config.data.workers):
+        bar.update(len(group))
         for job in group:
             if job.problem is not None:
                 say(f"left out: {job.problem}")
@@ -97,6 +100,7 @@ def fill(
                 more = {} if embeds is None else {"embed": embeds[k]}
                 cache.latents.put(job.key, {"moments": moments[k], **more})
         made += sum(job.pixels is not None or job.condition is not None for job in group)
+    bar.close()
     cache.flush()
     return made
 
