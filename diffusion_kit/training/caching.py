@@ -20,7 +20,7 @@ from .data.cache import Cache, caption_key, picture_bytes, view_key
 from .data.samples import Pictures, View, opened, seen
 from .loader import quiet_worker
 
-TOGETHER = 8  # pictures that go through the autoencoder at once
+TOGETHER = (8 * 1024**2, 64)  # pixels, and pictures, at most, that go through the autoencoder at once
 CAPTIONS = 64  # captions that go through the encoders at once
 
 
@@ -125,7 +125,8 @@ def grouped(missing: Missing, workers: int) -> Iterator[list[Job]]:
     group: list[Job] = []
     for job in loader:
         shape = None if job.pixels is None else job.pixels.shape
-        if len(group) == TOGETHER or any(own.pixels is not None and own.pixels.shape != shape for own in group):
+        full = len(group) == TOGETHER[1] or (shape is not None and (len(group) + 1) * shape[1] * shape[2] > TOGETHER[0])
+        if group and (full or any(own.pixels is not None and own.pixels.shape != shape for own in group)):
             yield group
             group = []
         group.append(job)
