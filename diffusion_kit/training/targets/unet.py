@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from diffusion_kit.models.text import Layer
 from diffusion_kit.training.bases import load_base
 from diffusion_kit.training.config import Config
 
@@ -29,6 +30,8 @@ class UNetTarget(Denoising):
         encoders = encoders if self.base.prior is None else [self.base.prior.image_encoder]
         encoders = encoders if own["encoders"] else []
         self.encoders = nn.ModuleList(in_float32(encoder) for encoder in encoders)
+        for encoder in self.encoders[:-1]:  # of these only states before the last layer are seen, no pooled one
+            freeze_unseen(encoder, self.base.layer)
 
     def save(self, folder: Path) -> None:
         self.base.pipe.save_pretrained(folder, safe_serialization=True)
@@ -39,6 +42,14 @@ class UNetTarget(Denoising):
         super().checkpoint_gradients()
         for encoder in self.encoders:
             encoder.gradient_checkpointing_enable()  # type: ignore[operator]
+
+
+def freeze_unseen(encoder: Any, layer: Layer) -> None:
+    """Leaves out of training what comes after the layer whose states are taken: processes wait for every gradient."""
+    net = getattr(encoder, "text_model", encoder)
+    for part in net.encoder.layers[len(net.encoder.layers) - layer.back :]:
+        part.requires_grad_(False)
+    net.final_layer_norm.requires_grad_(layer.normed)
 
 
 def make(config: Config, device: torch.device) -> Any:
