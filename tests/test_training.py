@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import conftest
 import diffusers
@@ -284,3 +285,18 @@ def test_a_training_starts_from_given_weights(tmp_path, target):
     before = load_file(checkpoints.whole(tmp_path / "first" / "checkpoints")[-1] / "weights.safetensors")
     assert before.keys() == again.kept().keys()
     assert all(torch.equal(before[name], value) for name, value in again.kept().items())
+
+
+def test_latents_of_a_movq_are_normalised_by_its_weights(tmp_path):
+    own = make_target(training_models.config("autoencoder", tmp_path, "kandinsky"), torch.device("cpu"))
+    pixels = torch.rand(4, 3, 64, 64) * 2 - 1
+    before = own.reconstruct(pixels)
+    codes = own.vae.decode(own.vae.encode(pixels).latents).sample
+    batch = SimpleNamespace(samples=[SimpleNamespace(pixels=row) for row in pixels])
+    own.finish(lambda: [batch])
+    latents = own.vae.encode(pixels).latents
+    std, mean = torch.std_mean(latents, (0, 2, 3))
+    torch.testing.assert_close(mean, torch.zeros(4), rtol=0, atol=1e-4)
+    torch.testing.assert_close(std, torch.ones(4), rtol=0, atol=1e-4)
+    assert distance(own.reconstruct(pixels), before) < 1e-3
+    assert distance(codes, before) > 1e-2

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, VQModel
+from diffusers.models.attention_processor import SpatialNorm
 from torch import Tensor
 
 from diffusion_kit.models.sources import component_class, load_component, locate
@@ -82,15 +83,18 @@ class AutoencoderTarget(Target):
 
     @torch.no_grad()
     def finish(self, batches: Callable[[], list[Batch]]) -> None:
-        """Writes mean and deviation of the latents' channels into the configuration, by which the UNet sees 0 and 1. A MoVQ
-        has no place for them."""
-        if isinstance(self.vae, VQModel):
-            return
-        self.vae.register_to_config(scaling_factor=1.0, latents_mean=None, latents_std=None)
+        """Measures the latents' channels, so that the UNet sees them with mean 0 and deviation 1: by the configuration, or by
+        the weights of a MoVQ, which has no place for it there."""
+        vae = self.vae
+        if not isinstance(vae, VQModel):
+            vae.register_to_config(scaling_factor=1.0, latents_mean=None, latents_std=None)
         pixels = torch.cat([torch.stack([s.pixels for s in batch.samples]) for batch in batches()])
-        means = torch.cat([self.vae.encode(part.to(self.vae.device)).latent_dist.mean for part in pixels.split(32)])
-        std, mean = torch.std_mean(means.float(), (0, 2, 3))
-        self.vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
+        latents = torch.cat([encode_mode(vae, part.to(vae.device)) for part in pixels.split(32)])
+        std, mean = torch.std_mean(latents.float(), (0, 2, 3))
+        if isinstance(vae, VQModel):
+            fold(vae, mean, std)
+        else:
+            vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
 
 
 def make(config: Config, device: torch.device) -> Any:
@@ -104,6 +108,17 @@ def _existing(config: Config) -> Any:
     folder = Path(locate(config.base.model))
     kind, name = (VQModel, "movq") if (folder / "movq").is_dir() else (AutoencoderKL, "vae")
     return load_component(kind, folder / name)
+
+
+def fold(movq: VQModel, mean: Tensor, std: Tensor) -> None:
+    """Makes the latents (z - mean) / std, (C,) each, by every layer that writes or reads them: pictures stay as they are."""
+    movq.quant_conv.weight.data = movq.quant_conv.weight / std[:, None, None, None]
+    movq.quant_conv.bias.data = (movq.quant_conv.bias - mean) / std
+    movq.quantize.embedding.weight.data = (movq.quantize.embedding.weight - mean) / std
+    norms = [module for module in movq.decoder.modules() if isinstance(module, SpatialNorm)]
+    for conv in (movq.post_quant_conv, *(own for norm in norms for own in (norm.conv_y, norm.conv_b))):
+        conv.bias.data = conv.bias + conv.weight[:, :, 0, 0] @ mean
+        conv.weight.data = conv.weight * std[None, :, None, None]
 
 
 def compared(made: Tensor, wanted: Tensor) -> dict[str, Tensor]:
