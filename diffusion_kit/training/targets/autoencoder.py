@@ -83,8 +83,8 @@ class AutoencoderTarget(Target):
 
     @torch.no_grad()
     def finish(self, batches: Callable[[], list[Batch]]) -> None:
-        """Measures the latents' channels, so that the UNet sees them with mean 0 and deviation 1: by the configuration, or by
-        the weights of a MoVQ, which has no place for it there."""
+        """Measures the latents' channels, so that the UNet sees them with mean 0 and deviation 1: by the configuration, or
+        by the weights of a MoVQ, which has no place for it there."""
         vae = self.vae
         if not isinstance(vae, VQModel):
             vae.register_to_config(scaling_factor=1.0, latents_mean=None, latents_std=None)
@@ -111,7 +111,7 @@ def _existing(config: Config) -> Any:
 
 
 def fold(movq: VQModel, mean: Tensor, std: Tensor) -> None:
-    """Makes the latents (z - mean) / std, (C,) each, by every layer that writes or reads them: pictures stay as they are."""
+    """Makes the latents (z - mean) / std, (C,) each, in every layer that writes or reads them; pictures stay the same."""
     movq.quant_conv.weight.data = movq.quant_conv.weight / std[:, None, None, None]
     movq.quant_conv.bias.data = (movq.quant_conv.bias - mean) / std
     movq.quantize.embedding.weight.data = (movq.quantize.embedding.weight - mean) / std
