@@ -300,3 +300,11 @@ def test_latents_of_a_movq_are_normalised_by_its_weights(tmp_path):
     torch.testing.assert_close(std, torch.ones(4), rtol=0, atol=1e-4)
     assert distance(own.reconstruct(pixels), before) < 1e-3
     assert distance(codes, before) > 1e-2
+
+
+def test_a_cache_keeps_nothing_of_what_is_trained(tmp_path):
+    own = {"cache": {"folder": str(tmp_path / "cache")}, "network": {"encoders": True}}
+    with pytest.raises(ValueError, match="cache.latents cannot keep what a network in training makes"):
+        train(training_models.config("unet", tmp_path / "run", "kandinsky", **own))
+    train(training_models.config("unet", tmp_path / "sdxl", "sdxl", **own))
+    assert [folder.name.partition("-")[0] for folder in (tmp_path / "cache").iterdir()] == ["latents"]

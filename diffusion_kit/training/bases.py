@@ -69,10 +69,15 @@ class Base:
         return denoiser(tensors, x.to(self.unet.dtype), torch.zeros(1, dtype=torch.long, device=x.device), answer)[0]
 
     @property
-    def frozen_encoders(self) -> dict[str, nn.Module]:
+    def pictured(self) -> list[nn.Module]:
+        """What is made of a picture before it is noisy: its latents, and a Kandinsky decoder's embedding."""
+        return [self.vae] if self.prior is None else [self.vae, self.prior.image_encoder]
+
+    @property
+    def frozen_encoders(self) -> list[nn.Module]:
         """Text encoders whose answers may be kept, since they do not learn."""
-        nets = {f"encoder {k}": encoder for k, (_, encoder) in enumerate(self.encoders)}
-        return {name: net for name, net in nets.items() if not any(p.requires_grad for p in net.parameters())}
+        nets = [encoder for _, encoder in self.encoders]
+        return [] if any(p.requires_grad for net in nets for p in net.parameters()) else nets
 
     def put_away(self, cache: Cache) -> None:
         """Moves what a full cache makes needless off the accelerator."""

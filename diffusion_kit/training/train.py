@@ -128,8 +128,8 @@ def fill_cache(
     config: Config, base: Base | None, pictures: Pictures, part: tuple[int, int], say: Callable[[str], None]
 ) -> None:
     """Opens the cache and fills a share of what is missing."""
-    encoders = base.frozen_encoders if base is not None else {}
-    pictures.cache = open_cache(config, base.vae if base is not None else None, encoders, pictures.conditioned)
+    pictured, encoders = (base.pictured, base.frozen_encoders) if base is not None else ([], [])
+    pictures.cache = open_cache(config, pictured, encoders, pictures.conditioned)
     if not pictures.cache.stores:
         return
     made = caching.fill(config, base, pictures, pictures.cache, say, part)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,21 +42,28 @@ class Cache:
             store.flush()
 
 
-def open_cache(config: Config, vae: nn.Module | None, encoders: Mapping[str, nn.Module], conditioned: bool) -> Cache:
+def open_cache(
+    config: Config, pictured: Sequence[nn.Module], encoders: Sequence[nn.Module], conditioned: bool
+) -> Cache:
     """
     Args:
-        vae: makes the latents, None where the target sees pixels. encoders: make the text embeddings, none where they are
-            trained.
+        pictured: make the latents, and of a Kandinsky decoder the embeddings; none where the target sees pixels.
+        encoders: make the text embeddings; none where they are trained.
+
+    Raises:
+        ValueError: what makes latents or embeddings is trained.
     """
     own = config.cache
     if own.folder is None:
         return Cache()
     root = Path(own.folder).expanduser()
     cache = Cache()
-    if own.latents and vae is not None:
-        cache.latents = Store(root / f"latents-{digest([fingerprint(vae), own.dtype])}")
+    if own.latents and pictured:
+        if any(p.requires_grad for net in pictured for p in net.parameters()):
+            raise ValueError("cache.latents cannot keep what a network in training makes: set cache.latents=false")
+        cache.latents = Store(root / f"latents-{digest([*map(fingerprint, pictured), own.dtype])}")
     if own.text and encoders:
-        cache.text = Store(root / f"text-{digest([*map(fingerprint, encoders.values()), own.dtype])}")
+        cache.text = Store(root / f"text-{digest([*map(fingerprint, encoders), own.dtype])}")
     detector = config.data.condition
     if own.conditions and conditioned and detector.detector is not None:
         settings = [detector.detector, sorted(detector.options.items()), detector.channels]
