@@ -219,3 +219,10 @@ def test_every_configuration_that_comes_along_is_whole(file):
     if detector is not None:
         module = detectors.detector(detector)
         detectors.check_options(detector, module, dict(config.data.condition.options))
+
+
+def test_numbers_and_words_that_yaml_reads_otherwise(tmp_path):
+    """A bare `no` is false in YAML, and 1e-5 is a text."""
+    file = written(tmp_path, training_models.config("t2i_adapter", tmp_path / "run"))
+    config = read(file, ["precision=no", "optimizer.learning_rate=1e-5"])
+    assert (config.precision, config.optimizer.learning_rate) == ("no", 1e-5)

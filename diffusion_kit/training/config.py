@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 import torch
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 Target = Literal["t2i_adapter", "controlnet", "control_lora", "unet", "autoencoder", "prior", "hint_decoder"]
 
@@ -243,6 +243,12 @@ class Config(Tree):
     threads: int | None = Field(None, ge=1)
     license: str | None = None
     log_every: int = Field(10, ge=1)
+
+    @field_validator("precision", mode="before")
+    @classmethod
+    def _bare_no(cls, value: Any) -> Any:
+        """YAML takes a bare `no` for false."""
+        return "no" if value is False else value
 
     @model_validator(mode="after")
     def _fits_together(self) -> Config:
