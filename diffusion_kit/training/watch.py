@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from datetime import timedelta
 
 import torch
 from tqdm import tqdm
@@ -73,7 +74,7 @@ class Watch:
         found = f"loss {line['loss']:.4f}  {timing['images_per_second']:.1f} images/s"
         self.bar.set_postfix_str(found, refresh=False)
         if self.bar.disable:
-            left = time.strftime("%H:%M:%S", time.gmtime(timing["seconds_left"]))
+            left = timedelta(seconds=round(timing["seconds_left"]))
             self.run.say(f"step {trainer.step}/{trainer.config.steps}  {found}  {left} left")
 
 
