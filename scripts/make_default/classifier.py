@@ -1,4 +1,4 @@
-"""Names what is on a picture: a small residual network (He et al., 2015, arXiv:1512.03385) over the words of `concepts.txt`.
+"""Names what is on a picture: a small residual network (He et al., 2015, arXiv:1512.03385) over all words of captions.
 
 It learns from the drawings of the three styles, laid anew on backgrounds each time and disturbed, and never sees a
 generated picture. `python scripts/make_default/classifier.py` trains it, once, and says how well it names pictures that
@@ -58,8 +58,8 @@ def uniform(low: float, high: float, *shape: int) -> Tensor:
 
 
 def disturbed(rgba: Tensor) -> Tensor:
-    """Drawings (n, 4, 64, 64), premultiplied, to pictures (n, 3, 64, 64) in [-1, 1]: moved, bent, recoloured, on some ground,
-    softened as by an autoencoder, noisy."""
+    """Drawings (n, 4, 64, 64), premultiplied, to pictures (n, 3, 64, 64) in [-1, 1]: moved, bent, recoloured, on some
+    ground, softened as by an autoencoder, noisy."""
     n = len(rgba)
     angle, size, stretch = uniform(-0.3, 0.3, n), uniform(0.95, 1.7, n), uniform(0.85, 1.18, n)
     mirror = torch.where(torch.rand(n) < 0.5, -1.0, 1.0)
@@ -97,7 +97,7 @@ def train(steps: int = STEPS) -> nn.Module:
     """Trains on the captioned drawings; the same call gives the same weights on the same machine."""
     torch.manual_seed(0)
     known = {slug: words().index(word) for slug, word in drawings.words().items()}
-    pool = [drawing for drawing in drawings.load() if drawing.slug in known]
+    pool = [drawing for drawing in conditions.pool() if drawing.slug in known]
     rgba = torch.from_numpy(np.stack([own.pixels for own in pool])).permute(0, 3, 1, 2) / 255
     rgba[:, :3] *= rgba[:, 3:]
     labels = torch.tensor([known[own.slug] for own in pool])
@@ -183,19 +183,21 @@ def verdict(net: nn.Module, made: np.ndarray, asked: Sequence[Asked]) -> dict[st
 def known(style: str) -> list[Asked]:
     """The measured concepts as one style draws them, newly composed."""
     asked = []
-    for drawing in drawings.load():
+    for drawing in conditions.pool():
         if drawing.style == style and drawing.slug in drawings.measured():
             own = pictures.compose(drawing, pictures.rng_of("sanity", style, drawing.slug), moved=True)
             word = drawings.words()[drawing.slug]
-            asked.append(Asked(drawing.slug, "", word, own.background, own.pixels))
+            asked.append(Asked(drawing.slug, style, word, own.background, pixels=own.pixels))
     return asked
 
 
 def ceiling() -> dict[str, object]:
     """Its verdict on drawings, not generated ones: by a vendor nobody trained on, and of the known styles."""
     net = load()
-    sets = {"stranger": conditions.strange()} | {style: known(style) for style in drawings.STYLES}
-    return {name: verdict(net, np.stack([a.pixels for a in own if a.pixels is not None]), own) for name, own in sets.items()}
+    sets = {"stranger": conditions.strange()[:: len(conditions.STYLES)]} | {
+        style: known(style) for style in drawings.STYLES
+    }
+    return {name: verdict(net, np.stack([a.pixels for a in own]), own) for name, own in sets.items()}
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import drawings
 import numpy as np
@@ -22,21 +23,36 @@ from PIL import Image
 FOLDER = DATA / "conditions"
 VENDOR = drawings.HERE.parents[1] / "runs/make_default/npm/node_modules/@iconify-json/twemoji/icons.json"
 INSIDE = 54  # px, as most drawings stand in training
+STYLES, SEEDS = ("noto", "3d"), 5  # in which the measured concepts are asked for
+
+
+pool = cache(drawings.load)
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A prompt, the word and the background that it names, and a picture of it, (64, 64, 3) uint8, where there is one."""
+    """What a picture is asked for by its prompt.
 
-    name: str
-    prompt: str
+    Attributes:
+        seed: of its noise.
+        pixels: a picture of it, (64, 64, 3) uint8, where there is one.
+    """
+
+    slug: str
+    style: str
     word: str
     background: str
-    pixels: np.ndarray | None = None
+    seed: int = 0
+    pixels: Any = None
 
+    @property
+    def prompt(self) -> str:
+        return f"{self.style} emoji of {self.word} on a {self.background} background"
 
-def prompt_of(style: str, word: str, background: str) -> str:
-    return f"{style} emoji of {word} on a {background} background"
+    @property
+    def new(self) -> bool:
+        """Whether the concept was never trained on this background."""
+        return self.background in drawings.measured().get(self.slug, ())
 
 
 def lay(pixels: np.ndarray, background: str) -> np.ndarray:
@@ -46,23 +62,46 @@ def lay(pixels: np.ndarray, background: str) -> np.ndarray:
     return (canvas * 255 + 0.5).astype(np.uint8)
 
 
-def background_of(number: int, pixels: np.ndarray, names: Sequence[str] = tuple(COLOURS)) -> str:
-    """The colours by turns, but never the drawing's own."""
-    free = [name for name in names if name != pictures.hue_of(pixels)]
-    return free[number % len(free)]
+def grounds(pixels: np.ndarray, kept: Sequence[str] = ()) -> list[str]:
+    """The colours on which a drawing shows, but those kept from it."""
+    hidden = {*kept, pictures.hue_of(pixels)}
+    return [name for name in COLOURS if name not in hidden]
+
+
+def background_of(number: int, pixels: np.ndarray) -> str:
+    """One of them, by turns."""
+    names = grounds(pixels)
+    return names[number % len(names)]
+
+
+def measured() -> list[Asked]:
+    """100 concepts, two styles, five seeds: half of them, by turns, on backgrounds never trained with the concept."""
+    drawn = {(drawing.style, drawing.slug): drawing.pixels for drawing in pool()}
+    asked = []
+    for number, (slug, kept) in enumerate(drawings.measured().items()):
+        for turn, style in enumerate(STYLES):
+            trained = grounds(drawn[style, slug], kept)
+            for seed in range(SEEDS):
+                names = kept if (number + turn + seed) % 2 == 0 else trained
+                background = names[(number + seed // 2) % len(names)]
+                asked.append(Asked(slug, style, drawings.words()[slug], background, len(asked)))
+    return asked
 
 
 def held_out() -> list[Asked]:
-    """One picture of each of the 64 concepts of `held_out.txt`, styles and backgrounds by turns."""
+    """One picture of each of the 64 concepts of `held_out.txt`, styles and backgrounds by turns.
+
+    The words pig and whale were trained all the same: of a pig's face and a spouting whale.
+    """
     having = defaultdict(list)
-    for drawing in drawings.load():
+    for drawing in pool():
         having[drawing.slug].append(drawing)
     asked = []
     for number, slug in enumerate(sorted(drawings.held_out())):
         drawing = having[slug][number % len(having[slug])]
         background = background_of(number, drawing.pixels)
-        prompt = prompt_of(drawing.style, drawing.label.lower(), background)
-        asked.append(Asked(slug, prompt, drawing.label.lower(), background, lay(drawing.pixels, background)))
+        own = lay(drawing.pixels, background)
+        asked.append(Asked(slug, drawing.style, drawing.label.lower(), background, number, own))
     return asked
 
 
@@ -77,13 +116,13 @@ def strangers() -> dict[str, np.ndarray]:
 
 
 def strange() -> list[Asked]:
-    """The measured concepts as the stranger draws them, asked for in the two styles by turns."""
+    """The measured concepts as the stranger draws them, once in each of the two styles."""
     asked = []
-    for number, slug in enumerate(drawings.measured()):
-        pixels, word = strangers()[slug], drawings.words()[slug]
-        background = background_of(number, pixels)
-        prompt = prompt_of(("noto", "3d")[number % 2], word, background)
-        asked.append(Asked(slug, prompt, word, background, lay(pixels, background)))
+    for slug in drawings.measured():
+        for style in STYLES:
+            pixels = strangers()[slug]
+            background = background_of(len(asked), pixels)
+            asked.append(Asked(slug, style, drawings.words()[slug], background, len(asked), lay(pixels, background)))
     return asked
 
 
@@ -98,7 +137,7 @@ def write(folder: Path, rows: Sequence[tuple[str, str, Image.Image]]) -> Path:
 
 
 def write_held_out() -> Path:
-    return write(FOLDER, [(own.name, own.prompt, Image.fromarray(own.pixels)) for own in held_out()])
+    return write(FOLDER, [(own.slug, own.prompt, Image.fromarray(own.pixels)) for own in held_out()])
 
 
 if __name__ == "__main__":

@@ -1,84 +1,310 @@
-"""Figures of the exported model: dB, background colours, edge F1. `python measure.py`"""
+"""What the embedded model can do, in figures, and whether they reach the bounds that were set before its training.
+
+`python scripts/make_default/measure.py` (or `scripts/verify default`) measures part by part, keeps each part in
+`runs/make_default/measured/` under the hash of the weights that it is about, and goes on where it was stopped.
+"""
 
 from __future__ import annotations
 
-import sys
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
 
-import adapter
-import autoencoder
-import data
+import classifier
+import conditions
+import cv2
+import doodles
+import drawings
 import numpy as np
-import sheet
+import pictures
 import torch
-from diffusers import StableDiffusionXLAdapterPipeline, StableDiffusionXLPipeline
+import yaml
+from classifier import verdict
+from conditions import Asked
 from PIL import Image
-from scipy.ndimage import binary_dilation
+
+from diffusion_kit import AutoPipelineForText2Image, Control, detect
+from diffusion_kit.cli import main as command
+from diffusion_kit.commands.fingerprint import fingerprint
+from diffusion_kit.evaluation.intervals import bootstrap
+from diffusion_kit.evaluation.measures import measures_of
+from diffusion_kit.evaluation.protocol import EMBEDDED
+from diffusion_kit.models.sources import embedded
+
+ROOT = drawings.HERE.parents[1]
+STORE = ROOT / "runs/make_default/measured"
+CONTROLS = ("canny", "canny_controlnet", "sketch", "regions", "palette")
+DRAWN = ("canny", "canny_controlnet", "sketch")  # that take lines, as a doodle has
+STEPS, GUIDANCE = EMBEDDED
+SCALES = (0.25, 0.5, 0.75, 1.0)
+BATCH = 8
 
 
-def border_colour(picture: np.ndarray) -> str:
-    """The named colour nearest to the mean of the outermost 3 pixels of (64, 64, 3) uint8."""
-    frame = np.ones(picture.shape[:2], dtype=bool)
-    frame[3:-3, 3:-3] = False
-    mean = picture[frame].mean(0)
-    return min(data.COLOURS, key=lambda c: float(np.abs(mean - np.array(data.COLOURS[c])).sum()))
+class Model:
+    """A model folder, its pipeline and the figures already measured of it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.hash = folder, fingerprint(folder).removeprefix("sha256:")[:12]
+        self.controls = [name for name in CONTROLS if (folder / "controls" / name).is_dir()]
+        self.place = STORE / self.hash
+        self.place.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def pipe(self) -> Any:
+        return load(self.folder)
+
+    def part(self, name: str, work: Callable[[], dict[str, Any]], control: str | None = None) -> dict[str, Any]:
+        """Figures of one part, measured now where they are not kept."""
+        file = self.file(name, "json", control)
+        if not file.exists():
+            print(f"{file.stem} ...", flush=True)
+            file.write_text(json.dumps(work(), indent=2) + "\n")
+        return json.loads(file.read_text())
+
+    def file(self, name: str, kind: str, control: str | None = None) -> Path:
+        """Where something is kept that is about these weights, and those of a control."""
+        own = "" if control is None else f"-{fingerprint(self.folder / 'controls' / control)[7:15]}"
+        return self.place / f"{name.replace(' ', '_')}{own}.{kind}"
 
 
-def inside_colour(picture: np.ndarray) -> str:
-    """The paint nearest to the median of the vivid middle of (64, 64, 3) uint8."""
-    middle = picture[16:48, 16:48].reshape(-1, 3).astype(int)
-    vivid = middle[np.ptp(middle, axis=1) > 80]
-    colour = np.median(vivid if len(vivid) else middle, axis=0)
-    return min(data.PAINTS, key=lambda c: float(np.abs(colour - np.array(data.COLOURS[c])).sum()))
+@cache
+def load(folder: Path) -> Any:
+    pipe = AutoPipelineForText2Image.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
-def edge_f1(made: np.ndarray, wanted: np.ndarray) -> float:
-    """F1 of two (64, 64) edge maps with a tolerance of one pixel."""
-    a, b = made > 0, wanted > 0
-    box = np.ones((3, 3), dtype=bool)
-    precision = (a & binary_dilation(b, box)).sum() / max(a.sum(), 1)
-    recall = (b & binary_dilation(a, box)).sum() / max(b.sum(), 1)
-    return float(2 * precision * recall / max(precision + recall, 1e-9))
+@cache
+def condition_of(control: str) -> tuple[str, dict[str, Any]]:
+    """The detector and its options with which a control was trained."""
+    said = yaml.safe_load((ROOT / "configs/default" / f"{control}.yaml").read_text())["data"]["condition"]
+    return said["detector"], said.get("options", {})
 
 
-def colours(pipe: StableDiffusionXLPipeline, count: int) -> None:
-    words, rng = sorted(set(data.concepts().values())), np.random.default_rng(3)
-    asked = [str(rng.choice(list(data.COLOURS))) for _ in range(count)]
-    prompts = [f"a {rng.choice(words)} on a {c} background" for c in asked]
-    got = [border_colour(np.asarray(x)) for x in sheet.draw(pipe, prompts)]
-    right = sum(a == b for a, b in zip(asked, got, strict=True))
-    print(f"background colour right: {right} of {count}")
-    fruits = ("apple", "balloon", "car", "chair", "fish", "dress", "key", "tulip")
-    pairs = [(fruit, paint) for fruit in fruits for paint in data.PAINTS]
-    got = [inside_colour(np.asarray(x)) for x in sheet.draw(pipe, [f"a {p} {f}" for f, p in pairs])]
-    right = sum(paint == b for (_, paint), b in zip(pairs, got, strict=True))
-    print(f"object colour right: {right} of {len(pairs)}")
+def draw(
+    pipe: Any, prompts: Sequence[str], seeds: Sequence[int], control: str | None = None, images: Sequence[Any] = ()
+) -> np.ndarray:
+    """(n, 64, 64, 3) uint8: a picture for each prompt, with a control's images where it is given."""
+    made = []
+    for start in range(0, len(prompts), BATCH):
+        part = slice(start, start + BATCH)
+        out = pipe(
+            list(prompts[part]),
+            num_inference_steps=STEPS,
+            guidance_scale=GUIDANCE,
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds[part]],
+            controls=[] if control is None else [Control(control, list(images[part]))],
+        )
+        made += [np.asarray(image) for image in out.images]
+    return np.stack(made)
 
 
-def edges(pipe: StableDiffusionXLPipeline, steered: StableDiffusionXLAdapterPipeline, count: int) -> None:
-    """Edge F1 without, with, against wrong edges: known drawings, then new ones unprompted."""
-    icons, rng = data.load(), np.random.default_rng(4)
-    for title, pool in (("captioned", icons.captioned()), ("held out", data.held_out(icons))):
-        samples = [data.compose(icons, int(i), rng, flip=0.5) for i in rng.choice(pool, count)]
-        words = [icons.words[sample.index] for sample in samples]
-        pairs = zip(words, samples, strict=True)
-        prompts = [f"a {w} on a {x.background} background" if w else "" for w, x in pairs]
-        wanted = [adapter.canny(s.picture) for s in samples]
-        plain, led = sheet.draw(pipe, prompts), sheet.draw(steered, prompts, wanted)
+def asked_of(pipe: Any, asked: Sequence[Asked], control: str | None = None) -> np.ndarray:
+    """(n, 64, 64, 3) uint8, with the condition that a control's detector finds in the pictures of what is asked."""
+    found = [] if control is None else [seen(control, own.pixels) for own in asked]
+    return draw(pipe, [own.prompt for own in asked], [own.seed for own in asked], control, found)
 
-        def f1(made: list[Image.Image], lines: list[np.ndarray]) -> float:
-            pairs = zip(made, lines, strict=True)
-            return float(np.mean([edge_f1(adapter.canny(np.asarray(x)), y) for x, y in pairs]))
 
-        wrong = f1(led, wanted[1:] + wanted[:1])
-        print(f"{title}: edge F1 without {f1(plain, wanted):.3f}, with {f1(led, wanted):.3f}")
-        print(f"{title}: with, against wrong edges {wrong:.3f}")
+def seen(control: str, photo: Any) -> Image.Image:
+    """A control's condition of a photo (64, 64, 3) uint8."""
+    name, options = condition_of(control)
+    return detect(name, Image.fromarray(photo), **options)
+
+
+def rounded(value: Any) -> float:
+    return round(float(value), 4)
+
+
+def autoencoder(model: Model) -> dict[str, Any]:
+    """PSNR on all held-out drawings; and how well each detector finds a held-out condition again in what the autoencoder
+    makes of its own photo: about what a perfect control would reach."""
+    pool = [drawing for drawing in conditions.pool() if drawing.slug in drawings.held_out()]
+    photos = [conditions.lay(own.pixels, conditions.background_of(k, own.pixels)) for k, own in enumerate(pool)]
+    there = through(model.pipe.vae, np.stack(photos))
+    errors = ((there / 255.0 - np.stack(photos) / 255.0) ** 2).mean((1, 2, 3))
+    shown = np.stack([own.pixels for own in conditions.held_out()])
+    found = {name: again(name, through(model.pipe.vae, shown), shown) for name in CONTROLS}
+    return {"dB": rounded((-10 * np.log10(errors)).mean()), "pictures": len(pool), "found again": found}
+
+
+@torch.no_grad()
+def through(vae: Any, photos: np.ndarray) -> np.ndarray:
+    """Photos (n, 64, 64, 3) uint8 encoded and decoded."""
+    pixels = torch.from_numpy(photos).permute(0, 3, 1, 2) / 127.5 - 1
+    parts = [vae.decode(vae.encode(part).latent_dist.mode()).sample for part in pixels.split(64)]
+    return ((torch.cat(parts).clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+
+
+def again(control: str, made: np.ndarray, photos: np.ndarray) -> float:
+    """The measure of a control, of the conditions of two stacks of pictures."""
+    compare = measures_of(condition_of(control)[0])[0].compare
+    return rounded(np.mean([compare(seen(control, a), seen(control, b)) for a, b in zip(made, photos, strict=True)]))
+
+
+def captions(model: Model) -> dict[str, Any]:
+    """1,000 pictures of the measured concepts, which are kept, as the classifier sees them."""
+    asked, net = conditions.measured(), classifier.load()
+    made = asked_of(model.pipe, asked)
+    np.save(model.file("captions", "npy"), made)
+    right = classifier.named(net, made, [own.word for own in asked]).reshape(len(drawings.measured()), -1)
+    low, high = bootstrap(right.astype(float))
+    shares = dict(zip(classifier.measured_words(), right.mean(1).tolist(), strict=True))
+
+    def of(chosen: Callable[[Asked], bool]) -> dict[str, Any]:
+        kept = [k for k, own in enumerate(asked) if chosen(own)]
+        return verdict(net, made[kept], [asked[k] for k in kept])
+
+    return {
+        "all": verdict(net, made, asked),
+        "interval over concepts": [rounded(low), rounded(high)],
+        "pairs never trained": of(lambda own: own.new),
+        "pairs trained": of(lambda own: not own.new),
+        **{style: of(lambda own, style=style: own.style == style) for style in conditions.STYLES},
+        "words below a half": {word: share for word, share in shares.items() if share < 0.5},
+    }
+
+
+def nearest(model: Model) -> dict[str, Any]:
+    """How far 32 generated pictures, and as many that no training saw, are from the nearest training picture."""
+    made = np.load(model.file("captions", "npy"))[samples()]
+    unseen = np.stack([own.pixels for own in conditions.held_out()])[::2]
+    result: dict[str, Any] = {}
+    for name, own in (("generated", made), ("held out", unseen)):
+        files, distances = neighbours(own)
+        result[name] = {"median": rounded(np.median(distances)), "least": rounded(distances.min())}
+        result |= {"neighbours": files} if name == "generated" else {}
+    return result
+
+
+def samples() -> list[int]:
+    """Which 32 of the measured pictures: of every third concept the first seed, styles by turns."""
+    each = len(conditions.STYLES) * conditions.SEEDS
+    return [3 * k * each + k % 2 * conditions.SEEDS for k in range(32)]
+
+
+def neighbours(made: np.ndarray) -> tuple[list[str], np.ndarray]:
+    """For pictures (n, 64, 64, 3) uint8 the nearest training picture, and the root mean square between them, both halved to
+    32 px, in [0, 1]."""
+    files = sorted((pictures.DATA / "base/images").iterdir())
+    wanted, best, nearest = small(made), np.full(len(made), np.inf), np.zeros(len(made), int)
+    for start in range(0, len(files), 2048):
+        known = small(np.stack([np.asarray(Image.open(file)) for file in files[start : start + 2048]]))
+        squares = (wanted**2).sum(1)[:, None] + (known**2).sum(1) - 2 * wanted @ known.T
+        nearest = np.where(squares.min(1) < best, start + squares.argmin(1), nearest)
+        best = np.minimum(best, squares.min(1))
+    return [files[k].name for k in nearest], np.sqrt(best.clip(0) / wanted.shape[1])
+
+
+def small(many: np.ndarray) -> np.ndarray:
+    n, side = len(many), pictures.SIZE // 2
+    return many.reshape(n, side, 2, side, 2, 3).mean((2, 4), dtype=np.float32).reshape(n, -1) / 255
+
+
+def followed(
+    model: Model, control: str, name: str, listed: Path, scales: Sequence[float], *more: str
+) -> dict[str, Any]:
+    """What `diffusion-kit evaluate` says: the measure against the own and another's condition, by scale."""
+    detector, options = condition_of(control)
+    out = model.file(f"{control} {name}", "page", control)
+    if not out.exists():
+        asked = ["--control", control, "--detector", detector, "--conditions", str(listed), *more]
+        asked += [part for key, value in options.items() for part in ("--option", f"{key}={value}")]
+        asked += ["--model", str(model.folder), "--scales", ",".join(map(str, scales)), "--out", str(out)]
+        asked += ["--steps", str(STEPS), "--guidance", str(GUIDANCE)]
+        if command(["evaluate", *asked]):
+            raise SystemExit(f"diffusion-kit evaluate {' '.join(asked)}")
+    lines = json.loads((out / "report.json").read_text())["lines"]
+    first = [line for line in lines if line["measure"] == lines[0]["measure"]]
+
+    def figures(line: dict[str, Any]) -> dict[str, Any]:
+        own = line["own"]
+        ends = [rounded(own["low"]), rounded(own["high"])]
+        return {"value": rounded(own["value"]), "interval": ends, "another's": rounded(line["shuffled"]["value"])}
+
+    return {"measure": lines[0]["measure"]} | {f"{line['scale']:g}": figures(line) for line in first}
+
+
+def under(model: Model, control: str | None) -> dict[str, Any]:
+    """Whether the captions are followed while a stranger's drawing of the same thing is the condition."""
+    asked = conditions.strange()
+    return verdict(classifier.load(), asked_of(model.pipe, asked, control), asked)
+
+
+def figures_of(model: Model) -> dict[str, Any]:
+    """All parts."""
+    listed, folder = conditions.write_held_out(), conditions.FOLDER
+    drawn = conditions.write(folder.with_name("doodles"), doodles.doodles())
+    photos = conditions.write(folder.with_name("photos"), doodles.photos())
+    figures: dict[str, Any] = {
+        "autoencoder": model.part("autoencoder", lambda: autoencoder(model)),
+        "ceiling": model.part("ceiling", classifier.ceiling),
+        "captions": model.part("captions", lambda: captions(model)),
+        "nearest": model.part("nearest", lambda: nearest(model)),
+        "captions, strange": {"without": model.part("under nothing", lambda: under(model, None))},
+        "controls": {},
+        "doodles": {},
+        "photos": {},
+    }
+    for name in model.controls:
+        seen = model.part(f"under {name}", lambda name=name: under(model, name), name)
+        figures["captions, strange"][name] = seen
+        figures["controls"][name] = followed(model, name, "held out", listed, SCALES, "--photos")
+        if name in DRAWN:
+            figures["doodles"][name] = followed(model, name, "doodles", drawn, [1.0])
+            figures["photos"][name] = followed(model, name, "photos", photos, [1.0], "--photos")
+    return figures
+
+
+def bounds(figures: dict[str, Any]) -> list[dict[str, Any]]:
+    """What was to be reached, and whether it was."""
+    rows: list[dict[str, Any]] = []
+
+    def row(what: str, value: float, bound: float, *, most: bool = False) -> None:
+        passed = value <= bound + 1e-9 if most else value >= bound - 1e-9
+        rows.append({"what": what, "value": rounded(value), "at most" if most else "at least": bound, "passed": passed})
+
+    row("autoencoder, dB on held-out drawings", figures["autoencoder"]["dB"], 26)
+    row("captions, words named of all 324", figures["captions"]["all"]["word, of all 324"]["value"], 0.7)
+    least, gaps = {"canny": 0.75, "canny_controlnet": 0.8}, {"sketch": 0.4, "regions": 0.4}
+    for name, own in figures["controls"].items():
+        course = [arm["value"] for arm in own.values() if isinstance(arm, dict)]  # by scale, 0 first
+        without, with_, versus = course[0], course[-1], own["1"]["another's"]
+        steps = np.diff(course)
+        if name == "palette":
+            row("palette, CIEDE2000 over that without", with_ / without, 0.5, most=True)
+            row("palette, largest step up over scale", steps.max(), 0.01, most=True)
+        else:
+            if name in least:
+                row(f"{name}, {own['measure']}", with_, least[name])
+            row(f"{name}, share of the gap closed", (with_ - without) / (1 - without), gaps.get(name, 0.5))
+            row(f"{name}, above another's condition", with_ - versus, 0.2)
+            row(f"{name}, largest step down over scale", -steps.min(), 0.01, most=True)
+        seen = [figures["captions, strange"][key]["word, of all 324"]["value"] for key in ("without", name)]
+        row(f"{name}, words lost under control", seen[0] - seen[1], 0.1, most=True)
+    for kind in ("doodles", "photos"):
+        for name, own in figures[kind].items():
+            row(f"{kind}, {name}, edge F1", own["1"]["value"], 0.5)
+    return rows
+
+
+def main(folder: Path) -> dict[str, Any]:
+    """Figures and bounds of a model folder."""
+    cv2.setNumThreads(0)
+    model = Model(folder)
+    figures = figures_of(model)
+    result = {"weights": model.hash, "bounds": bounds(figures), **figures}
+    (model.place / "all.json").write_text(json.dumps(result, indent=2) + "\n")
+    for row in result["bounds"]:
+        limit = next(f"{key} {row[key]}" for key in ("at least", "at most") if key in row)
+        print(f"{'passed' if row['passed'] else 'FAILED':8}{row['value']:<9g}{limit:16}{row['what']}")
+    print(model.place / "all.json")
+    return result
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(int(sys.argv[1]) if len(sys.argv) > 1 else 2)
-    pipe = sheet.load()
-    dB = autoencoder.decibels(pipe.vae, autoencoder.held_out_pictures())
-    print(f"autoencoder, held out: {dB:.2f} dB")
-    colours(pipe, 64)
-    if (data.MODEL / "controls" / "canny").exists():
-        edges(pipe, sheet.load_canny(sheet.load()), 32)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, default=embedded(), help="folder; by default the embedded model")
+    main(parser.parse_args().model)

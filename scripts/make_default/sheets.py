@@ -1,0 +1,99 @@
+"""Contact sheets of the embedded model for the documentation: `python scripts/make_default/sheets.py captions nearest ...`
+
+Every picture is the first one made: prompts were chosen, seeds were not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+import conditions
+import doodles
+import drawings
+import numpy as np
+import pictures
+from measure import DRAWN, Model, draw, neighbours, samples, seen
+from PIL import Image, ImageDraw, ImageFont
+
+from diffusion_kit.models.sources import embedded
+
+ZOOM, GAP, LETTERS, LINE = 3, 6, 31, 14  # letters and height of a line of words below a tile
+SIDE = ZOOM * pictures.SIZE
+Tile = tuple[np.ndarray, str]
+
+
+def grid(tiles: Sequence[Tile], columns: int, path: Path) -> None:
+    """Pictures (64, 64, 3) with their words below, enlarged without smoothing."""
+    words = [textwrap.wrap(text, LETTERS) for _, text in tiles]
+    step, height = SIDE + GAP, SIDE + GAP + LINE * max(map(len, words))
+    sheet = Image.new("RGB", (columns * step + GAP, -(-len(tiles) // columns) * height + GAP), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
+    for k, ((tile, _), lines) in enumerate(zip(tiles, words, strict=True)):
+        x, y = k % columns * step + GAP, k // columns * height + GAP
+        sheet.paste(Image.fromarray(tile).resize((SIDE, SIDE), Image.Resampling.NEAREST), (x, y))
+        pen.multiline_text((x, y + SIDE), "\n".join(lines), "black", font, spacing=0)
+    sheet.save(path, optimize=True)
+    print(f"{path}: {path.stat().st_size:,} bytes")
+
+
+def captions(model: Model) -> tuple[list[Tile], int]:
+    prompts = (drawings.HERE / "prompts.txt").read_text().splitlines()
+    return list(zip(draw(model.pipe, prompts, [0] * len(prompts)), prompts, strict=True)), 8
+
+
+def controls(model: Model) -> tuple[list[Tile], int]:
+    """Rows of photos, what the prompt alone makes, and for each control its conditions and what it makes of them."""
+    asked = conditions.held_out()[:56:7]  # of all styles and eight backgrounds
+    prompts, seeds = [own.prompt for own in asked], [0] * len(asked)
+    tiles = [(own.pixels, own.slug.replace("-", " ")) for own in asked]
+    tiles += zip(draw(model.pipe, prompts, seeds), prompts, strict=True)
+    for name in model.controls:
+        found = [seen(name, own.pixels) for own in asked]
+        tiles += [(np.asarray(own), name) for own in found]
+        tiles += [(own, f"with {name}") for own in draw(model.pipe, prompts, seeds, name, found)]
+    return tiles, len(asked)
+
+
+def lines(model: Model, rows: Sequence[tuple[str, str, Image.Image]], photos: bool) -> tuple[list[Tile], int]:
+    """Two rows side by side, in each the picture, what the prompt alone makes, and what controls make of the picture."""
+    prompts, seeds = [prompt for _, prompt, _ in rows], [0] * len(rows)
+    shown = [np.asarray(own.resize((pictures.SIZE, pictures.SIZE), Image.Resampling.LANCZOS)) for _, _, own in rows]
+    parts = [[(own, name) for own, (name, _, _) in zip(shown, rows, strict=True)]]
+    parts.append(list(zip(draw(model.pipe, prompts, seeds), prompts, strict=True)))
+    for control in (name for name in model.controls if name in DRAWN):
+        found = [seen(control, own) for own in shown] if photos else [own for _, _, own in rows]
+        if photos:
+            parts.append([(np.asarray(own), control) for own in found])
+        parts.append([(own, f"with {control}") for own in draw(model.pipe, prompts, seeds, control, found)])
+    return [tile for row in zip(*parts, strict=True) for tile in row], 2 * len(parts)
+
+
+def nearest(model: Model) -> tuple[list[Tile], int]:
+    """Generated pictures of the measured concepts, and the nearest training picture right of each."""
+    made, asked = np.load(model.file("captions", "npy"))[samples()], conditions.measured()
+    tiles: list[Tile] = []
+    for k, picture, file, distance in zip(samples(), made, *neighbours(made), strict=True):
+        near = np.asarray(Image.open(pictures.DATA / "base/images" / file))
+        tiles += [(picture, asked[k].prompt), (near, f"{file.removesuffix('.png')} at {distance:.3f}")]
+    return tiles, 8
+
+
+SHEETS = {
+    "captions": captions,
+    "controls": controls,
+    "doodles": lambda model: lines(model, doodles.doodles(), photos=False),
+    "photos": lambda model: lines(model, doodles.photos(), photos=True),
+    "nearest": nearest,
+}
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("sheets", nargs="+", choices=SHEETS)
+    parser.add_argument("--model", type=Path, default=embedded(), help="folder; by default the embedded model")
+    parser.add_argument("--folder", type=Path, default=drawings.HERE.parents[1] / "docs/pictures")
+    options = parser.parse_args()
+    for name in options.sheets:
+        grid(*SHEETS[name](Model(options.model)), options.folder / f"default-{name}.png")
