@@ -263,7 +263,7 @@ def bounds(figures: dict[str, Any]) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
 
     def row(what: str, value: float, bound: float, *, most: bool = False) -> None:
-        passed = value <= bound + 1e-9 if most else value >= bound - 1e-9
+        passed = bool(value <= bound + 1e-9 if most else value >= bound - 1e-9)
         rows.append({"what": what, "value": rounded(value), "at most" if most else "at least": bound, "passed": passed})
 
     row("autoencoder, dB on held-out drawings", figures["autoencoder"]["dB"], 26)
