@@ -128,10 +128,10 @@ class Trainer:
 
     @contextmanager
     def executing(self) -> Iterator[None]:
-        """Networks see what the executor gives their attention; on a CPU by plain products, as the fused ones are slow
-        backwards there."""
-        fused = nullcontext() if self.accelerator.device.type == "cuda" else sdpa_kernel(SDPBackend.MATH)
-        with installed(*self.target.executed), fused:
+        """Networks see what the executor gives their attention; in bfloat16 on a CPU by plain products, as the fused ones
+        take up to six times as long backwards there."""
+        slow = self.accelerator.device.type == "cpu" and self.config.precision == "bf16"
+        with installed(*self.target.executed), sdpa_kernel(SDPBackend.MATH) if slow else nullcontext():
             yield
 
     def learn(self, micro_batches: list[Batch]) -> None:
