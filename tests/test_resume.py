@@ -98,3 +98,19 @@ def test_another_environment_is_told(tmp_path, capsys, monkeypatch):
     assert f"threads was {own['threads']}, is 7" in told
     assert f"torch was {own['torch']}, is 9.9" in told
     assert "diffusers was" not in told
+
+
+def test_a_removal_that_was_interrupted_is_made_good(tmp_path, monkeypatch):
+    for step in (1, 2, 3):
+        checkpoints.write(tmp_path, step, checkpoints.Checkpoint({"weights": {"w": torch.zeros(3)}}, {"step": step}))
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoints.shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoints.prune(tmp_path, 2)
+    monkeypatch.undo()
+    assert len(list(tmp_path.iterdir())) == 3
+    checkpoints.prune(tmp_path, 2)
+    assert sorted(folder.name for folder in tmp_path.iterdir()) == ["step-00000002", "step-00000003"]

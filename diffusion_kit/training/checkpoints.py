@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 MANIFEST = "COMPLETE.json"
-PART = ".part-"  # begins the name of a folder that is being written
+PART = ".part-"  # begins the name of a folder that is being written or removed
 SPARE = 1.1  # of the size of a checkpoint that must be free before it is written
 
 
@@ -124,17 +124,18 @@ def read(folder: Path) -> Checkpoint:
 
 def prune(root: Path, keep: int, best: int | None = None) -> None:
     """Removes all but the last `keep` checkpoints and that of the step `best`, and what was left half-written."""
+    for folder in root.glob(f"{PART}*"):
+        shutil.rmtree(folder, ignore_errors=True)
     for folder in whole(root)[:-keep]:
         if step_of(folder) != best:
             remove(folder)
-    for folder in root.glob(f"{PART}*"):
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def remove(folder: Path) -> None:
-    """The manifest first, so that what is left of an interrupted removal is no checkpoint."""
-    (folder / MANIFEST).unlink(missing_ok=True)
-    shutil.rmtree(folder)
+    """Renamed first, so that what is left of an interrupted removal is no checkpoint and the next one removes it."""
+    gone = folder.with_name(PART + folder.name)
+    os.rename(folder, gone)
+    shutil.rmtree(gone)
 
 
 # An optimizer's state as tensors by name and values for JSON
