@@ -167,13 +167,12 @@ def ip_adapter(unet: Shapes, width: int, kind: str) -> Shapes:
 
 def low_rank(shapes: Mapping[str, tuple[int, ...]], style: str, rank: int = 16) -> Shapes:
     """A LoRA of the attention of a UNet, in kohya's or peft's names; or a Control-LoRA of its encoder."""
-    result: Shapes = {"lora_controlnet": ()} if style == "control" else {}
+    result: Shapes = {"lora_controlnet": (0,)} if style == "control" else {}
     for name, shape in shapes.items():
         stem = name.removesuffix(".weight")
         if style == "control":
-            names = (
-                (f"{stem}.down", f"{stem}.up") if len(shape) > 1 and "hint" not in name and "zero" not in name else ()
-            )
+            whole = len(shape) == 1 or name.startswith(("input_hint_block", "zero_convs", "middle_block_out"))
+            names = () if whole else (f"{stem}.down", f"{stem}.up")
         elif not re.search(r"attn\d\.to_(q|k|v|out\.0)\.weight$", name):
             continue
         elif style == "kohya":

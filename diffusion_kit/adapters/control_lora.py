@@ -120,7 +120,8 @@ class ControlLoRA:
             net = ControlNetModel.from_unet(unet, load_weights_from_unet=False, **self.hint)
         places = dict(net.named_parameters())
         _check_fit(self.shapes, places)
-        made = {name: value.to(unet.device, unet.dtype) for name, value in self.whole.items()}
+        device, dtype = unet.device, unet.dtype  # properties that go through all parameters
+        made = {name: value.to(device, dtype) for name, value in self.whole.items()}
         for name, (up, down) in self.pairs.items():
             weight = base[name]
             change = up.to(weight.device).float().flatten(1) @ down.to(weight.device).float().flatten(1)

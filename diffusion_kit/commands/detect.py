@@ -87,6 +87,9 @@ def parse_options(module: Any, name: str, given: Sequence[str]) -> dict[str, Any
             raise ValueError(f"--option {option!r} must be NAME=VALUE")
     check_options(name, module, {option: value for option, _, value in pairs})
     known = options_of(module)
+    if shared := next((option for option, _, _ in pairs if option not in known), None):
+        own = ", ".join(known) or "none"
+        raise ValueError(f"--option {shared}: only options of the detector's own are given so; {name!r} has {own}")
     return {option: _typed(option, value, known[option].default) for option, _, value in pairs}
 
 
