@@ -648,7 +648,10 @@ def test_debug_shows_the_traceback(model: Path, work: Path, capsys: Any) -> None
         (["detect", "canny", "photo.png", "--option", "low"], "must be NAME=VALUE"),
         (["detect", "canny", "photo.png", "--option", "lwo=3"], "did you mean 'low'?"),
         (["detect", "canny", "photo.png", "--option", "low=much"], "low='much' must be a number"),
-        (["detect", "canny", "photo.png", "--option", "invert=true"], "--option invert: only options of the detector's own"),
+        (
+            ["detect", "canny", "photo.png", "--option", "invert=true"],
+            "--option invert: only options of the detector's own",
+        ),
         (["detect", "canny", "photo.png", "--resolution", "0"], "image_resolution is 0"),
         (["detect", "canny", "photo.png", "-o", "none/a.png"], "no folder none"),
         (["detect", "canny", "photo.png", "--resolution", "40000"], "at most 64 megapixels are made"),

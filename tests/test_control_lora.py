@@ -298,3 +298,19 @@ def test_errors_say_what_is_wrong() -> None:
     fails(lambda: lora().network(offloaded), "UNet's conv_in.weight is offloaded: load it whole")
     quantised.conv_in.weight = torch.nn.Parameter(torch.zeros(9, dtype=torch.uint8), requires_grad=False)
     fails(lambda: lora().network(quantised), r"UNet's conv_in.weight is quantised \(torch.uint8\): load it whole")
+
+
+def test_a_file_that_comes_with_a_base_is_found_by_name_and_saved_with_it(tmp_path: Path) -> None:
+    pipe = pipe_of(diffusion_kit, "StableDiffusionXL")
+    pipe.save_pretrained(tmp_path / "base")
+    folder = tmp_path / "base" / "controls" / "edges"
+    folder.mkdir(parents=True)
+    save_file(made("StableDiffusionXL")[0], folder / "control_lora.safetensors")
+    own = type(pipe).from_pretrained(tmp_path / "base", torch_dtype=torch.float32)
+    assert own.control_names == ["edges"]
+    named, given = (run([Control(model, lines())], pipe=own) for model in ("edges", lora()))
+    assert torch.equal(named, given)
+    for place in ("again", "base"):
+        own.save_pretrained(tmp_path / place)
+        again = type(pipe).from_pretrained(tmp_path / place, torch_dtype=torch.float32)
+        assert torch.equal(run([Control("edges", lines())], pipe=again), given)

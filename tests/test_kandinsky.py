@@ -253,6 +253,33 @@ def test_hint_has_scale_window_and_mask() -> None:
         block[-1].weight.data, block[-1].bias.data = zero
 
 
+def test_a_decoder_with_a_hint_is_a_control_of_a_plain_one(tmp_path: Any) -> None:
+    other = unet22_hint()
+    other.save_pretrained(tmp_path / "depth")
+    pipe = diffusion_kit.Kandinsky22Pipeline(**components("KandinskyV22Pipeline"))
+    pipe.set_progress_bar_config(disable=True)
+    kwargs = {**CALL, **EMBEDS, "output_type": "latent"}
+    plain = run(pipe, **kwargs)
+    own = diffusion_kit.Kandinsky22Pipeline(**components("KandinskyV22ControlnetPipeline"))
+    own.set_progress_bar_config(disable=True)
+    right = run(own, **kwargs, controls=[Control("hint", HINT)])
+    assert distance(right, plain) > 1e-2
+    for model in (other, str(tmp_path / "depth")):
+        assert torch.equal(run(pipe, **kwargs, controls=[Control(model, HINT)]), right)
+        assert torch.equal(run(pipe, **kwargs, controls=[Control(model, HINT, scale=0.0)]), plain)
+    with pytest.raises(ValueError, match="two controls are decoders with a hint"):
+        run(pipe, **kwargs, controls=[Control(other, HINT)] * 2)
+    with pytest.raises(ValueError, match="this base takes no hint"):
+        run(pipe, **kwargs, controls=[Control(unet22(9), HINT)])
+    with pytest.raises(ValueError, match="interrupted"):
+        run(pipe, **kwargs, controls=[Control(other, HINT)], callback_on_step_end=interrupted)
+    assert torch.equal(run(pipe, **kwargs), plain)
+
+
+def interrupted(*_: Any) -> None:
+    raise ValueError("interrupted")
+
+
 def LATENTS(pipe: Any, **call: Any) -> torch.Tensor:
     """Latents of a class that gives pictures only."""
     kept: list[torch.Tensor] = []

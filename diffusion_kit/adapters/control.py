@@ -39,9 +39,9 @@ class Control:
     """A condition on a run, beside any other, in any task.
 
     Attributes:
-        model: a T2IAdapter, MultiAdapter, ControlNetModel, ControlNetUnionModel, ControlLoRA or IPAdapter; a folder, file
-            or hub id of one; or the name of a control that comes with the base, among them "hint" and "instruct" for bases
-            whose own UNet takes a picture.
+        model: a T2IAdapter, MultiAdapter, ControlNetModel, ControlNetUnionModel, ControlLoRA, IPAdapter or the UNet of a
+            Kandinsky 2.2 decoder that takes a hint; a folder, file or hub id of one; or the name of a control that comes
+            with the base, among them "hint" and "instruct" for bases whose own UNet takes a picture.
         image: the control image, or one for each prompt; for a MultiAdapter a list, one for each of its nets; for a
             ControlNet-Union a mapping from types to images; for an IPAdapter see there.
         scale: strength; a number, or one for each level: down levels from shallow to deep, then the middle. For a
@@ -244,6 +244,9 @@ def load_control_model(source: str | Path, **kwargs: Any) -> Any:
     place = locate(source)
     if isinstance(place, Path) and (place.parent / "config.json").is_file():
         source = place = place.parent  # what its shapes do not tell stands beside it
+    if isinstance(place, Path) and place.is_dir() and not (place / "config.json").is_file():
+        files = list(place.glob("*.safetensors"))
+        place = files[0] if len(files) == 1 else place  # as a Control-LoRA is
     if isinstance(place, Path) and place.is_file():
         loaders = {name: loader for kind in kinds() for name, loader in getattr(kind, "FILES", {}).items()}
         found = identify(place)

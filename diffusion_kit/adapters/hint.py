@@ -1,11 +1,13 @@
-"""Hint: the control image of a base whose own UNet embeds one and takes it as extra input channels, as Kandinsky 2.2's
-ControlNet does. `Control("hint", depth_map)`."""
+"""Hint: the control image of a UNet that embeds one and takes it as extra input channels, as Kandinsky 2.2's ControlNet
+does. `Control("hint", depth_map)` where that is the base's own UNet; `Control(unet, depth_map)` beside a plain decoder,
+in whose place the UNet then denoises."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
 import torch
+from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from diffusion_kit.models.denoiser import takes_hint
@@ -15,7 +17,7 @@ from diffusion_kit.sampling.doors import Answer, Conditioning, Tree, in_every, s
 from .control import Control, EncodedControl, Site
 from .pictures import picture_tensor
 
-MODELS = ()
+MODELS = (UNet2DConditionModel,)
 NAME = "hint"
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -117,10 +118,14 @@ class ControlledPipeline(DiffusionPipeline):
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         """diffusers' folder, and the controls that come with the base."""
-        controls: dict[str, Any] = {name: self.load_control(name) for name in self.control_names}
         super().save_pretrained(save_directory, *args, **kwargs)
-        for name, net in controls.items():
-            net.save_pretrained(Path(save_directory, "controls", name))
+        for name, folder in self._control_folders().items():
+            place = Path(save_directory, "controls", name)
+            net: Any = self.load_control(name)
+            if hasattr(net, "save_pretrained"):
+                net.save_pretrained(place)
+            elif folder.resolve() != place.resolve():
+                shutil.copytree(folder, place, dirs_exist_ok=True)
 
     # Controls
 
@@ -138,7 +143,7 @@ class ControlledPipeline(DiffusionPipeline):
     def _control_folders(self) -> dict[str, Path]:
         """Folders of the base's controls; a hub id or a single file, which are no absolute path, have none."""
         folder = Path(str(self.config.get("_name_or_path", "")))
-        found = folder.glob("controls/*/config.json") if folder.is_absolute() else ()
+        found = folder.glob("controls/*/*.safetensors") if folder.is_absolute() else ()
         return {path.parent.name: path.parent for path in found}
 
     def control_source(self, name: str) -> Path | str:

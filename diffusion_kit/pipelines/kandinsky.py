@@ -4,7 +4,7 @@ embedding (and 2.1 of a prompt), in three tasks, with any controls. Where embedd
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -16,6 +16,8 @@ from diffusers.utils.torch_utils import get_module_execution_device
 from torch import Tensor
 from transformers import XLMRobertaTokenizer
 
+from diffusion_kit.adapters.control import Control
+from diffusion_kit.models.denoiser import takes_hint
 from diffusion_kit.sampling.doors import spread
 from diffusion_kit.sampling.schedule import Schedule
 
@@ -121,7 +123,7 @@ class Kandinsky2Pipeline(MoVQPipeline):
 
 class Kandinsky22Pipeline(Kandinsky2Pipeline):
     """The family of Kandinsky 2.2's decoders: a picture of `image_embeds`. `KandinskyV22ControlnetPipeline`'s UNet takes a
-    `Control("hint", depth_map)`."""
+    `Control("hint", depth_map)`; such a UNet is also a control of a plain decoder, `Control(unet, depth_map)`."""
 
     Call: ClassVar[type] = Kandinsky22Call
     peer_name = "KandinskyV22Pipeline"
@@ -135,6 +137,22 @@ class Kandinsky22Pipeline(Kandinsky2Pipeline):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler, movq=movq)
         self._set_up()
+
+    def generate(self, call: Any) -> Any:
+        """A control that is a UNet denoises in the place of the pipeline's own."""
+        controls = [] if callable(call.controls) else [self.resolve_control(own) for own in call.controls]
+        worn = [own for own in controls if isinstance(own, Control) and takes_place(own)]
+        if not worn:
+            return super().generate(call)
+        if len(worn) > 1:
+            raise ValueError("two controls are decoders with a hint: one UNet denoises, give one of them")
+        controls = [replace(own, model="hint") if own is worn[0] else own for own in controls]
+        plain = self.unet
+        self.register_modules(unet=worn[0].model)
+        try:
+            return super().generate(replace(call, controls=controls))
+        finally:
+            self.register_modules(unet=plain)
 
     def conditioning(self, call: Kandinsky22Call, canvas: Canvas, device: torch.device) -> dict[str, Tensor]:
         return {"image_embeds": self.embeddings(call, device)}
@@ -194,6 +212,11 @@ class Kandinsky21Pipeline(Kandinsky2Pipeline):
         trained = self.scheduler.config.num_train_timesteps
         kept = torch.cumprod(1 - torch.linspace(1e-4, 2e-2, trained), 0)[max(int(trained * call.share) - 2, 0)]
         return kept.sqrt().item(), (1 - kept).sqrt().item()
+
+
+def takes_place(control: Control) -> bool:
+    """Whether a control is a UNet with a hint, and can act."""
+    return isinstance(control.model, UNet2DConditionModel) and takes_hint(control.model) and any(control.scales)
 
 
 def _joined(embeds: Any) -> Tensor:
