@@ -221,6 +221,13 @@ def test_missing_columns_are_named(more: dict[str, str], line: str, folder: Path
         sources(tmp_path / "x.parquet", **more)
 
 
+@pytest.mark.parametrize("row", [{"image": None}, {"image": "a.png", "text": 3}, {"image": "a.png", "text": [None]}])
+def test_a_list_with_other_things_than_texts_is_one_line(row: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "list.jsonl").write_text(json.dumps({"image": "a.png", "text": None}) + "\n" + json.dumps(row))
+    with pytest.raises(ValueError, match="list.jsonl, line 2: image and condition must be the paths of files"):
+        sources(tmp_path / "list.jsonl")
+
+
 @pytest.mark.parametrize("name", ["x.parquet", "x.arrow"])
 def test_a_damaged_table_is_one_line(name: str, folder: Path, tmp_path: Path) -> None:
     whole = as_parquet(folder, tmp_path / "whole") if name == "x.parquet" else as_arrow(folder, tmp_path / "whole")

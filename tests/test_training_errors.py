@@ -50,6 +50,8 @@ def data(tmp_path: Path, **columns: list) -> dict:
         ("target=lora", "target is 'lora': Input should be 't2i_adapter', 'controlnet'"),
         ("steps", "'steps' is no key=value, such as data.resolution=512"),
         ("data.sources.0.pat=x", "no key data.sources.0.pat; did you mean path?"),
+        ("data.sources.1.path=x", "data.sources.1.path: '1' is no entry of a list of 1; they are counted from 0"),
+        ("data.sources.path=x", "data.sources.path: 'path' is no entry of a list of 1"),
         ("base.model=/nowhere", "no model '/nowhere': no folder or file /nowhere"),
         ("data.sources=[]", "data.sources is empty: name at least one"),
         ("data.sources=[{path: /nowhere}]", "no data /nowhere"),
@@ -99,8 +101,23 @@ def test_bad_pictures_are_left_out_and_named(tmp_path, capsys):
     assert sorted(state["figures"]["bad"]) == ["1.png", "2.png"]
 
 
+def test_a_record_that_cannot_be_read_is_left_out_of_the_cache_too(tmp_path, monkeypatch):
+    record = Pictures.record
+
+    def damaged(self, index):
+        if index == 1:
+            raise OSError("cut short")
+        return record(self, index)
+
+    monkeypatch.setattr(Pictures, "record", damaged)
+    cache = {"folder": str(tmp_path / "cache")}
+    train(training_models.config("t2i_adapter", tmp_path / "run", data=data(tmp_path), cache=cache, steps=2, batch=4))
+    state = checkpoints.read(checkpoints.whole(tmp_path / "run" / "checkpoints")[-1]).state
+    assert state["figures"]["bad"] == {"picture 1": "picture 1: OSError: cut short"}
+
+
 def test_a_bad_picture_weighs_nothing(tmp_path):
-    """The gradient of a batch with a bad picture is that of the others alone."""
+    """It is not counted among those that were learned from."""
     weights = []
     for name in ("whole", "broken"):
         own = data(tmp_path / name)

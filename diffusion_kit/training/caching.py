@@ -81,7 +81,7 @@ def fill(
         fill_text(base, pictures, cache, dtype, part)
     if cache.latents is None and cache.conditions is None:
         return 0
-    jobs = [(k, view) for k in range(part[0], len(pictures), part[1]) for view in views(pictures, k)]
+    jobs = [(k, view) for k in range(part[0], len(pictures), part[1]) for view in tried(pictures.views, k)]
     made = 0
     bar = tqdm(total=len(jobs), desc="cache", unit="view", disable=None)
     for group in grouped(Missing(pictures, cache, jobs), config.data.workers):
@@ -105,12 +105,12 @@ def fill(
     return made
 
 
-def views(pictures: Pictures, index: int) -> Sequence[View]:
-    """Of a picture; none of one whose header cannot be read, which training names."""
+def tried(read: Callable[[int], Sequence[Any]], index: int) -> Sequence[Any]:
+    """What is read of a picture; nothing of one that cannot be read, which training names."""
     try:
-        return pictures.views(index)
+        return read(index)
     except Exception:
-        return []
+        return ()
 
 
 def grouped(missing: Missing, workers: int) -> Iterator[list[Job]]:
@@ -137,7 +137,11 @@ def grouped(missing: Missing, workers: int) -> Iterator[list[Job]]:
 def fill_text(base: Base, pictures: Pictures, cache: Cache, dtype: torch.dtype, part: tuple[int, int]) -> None:
     store = cache.text
     assert store is not None
-    captions = {c for k in range(part[0], len(pictures), part[1]) for c in pictures.record(k).captions} | {""}
+
+    def captions_of(index: int) -> Sequence[str]:
+        return pictures.record(index).captions
+
+    captions = {caption for k in range(part[0], len(pictures), part[1]) for caption in tried(captions_of, k)} | {""}
     new = [(c, False) for c in sorted(captions) if caption_key(c, False) not in store]
     if caption_key("", True) not in store:
         new.append(("", True))

@@ -304,20 +304,24 @@ def _put(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ValueError(f"{override!r} is no key=value, such as data.resolution=512")
-    *nodes, leaf = key.split(".")
-    here: Any = tree
-    for node in nodes:
-        here = here[int(node)] if isinstance(here, list) and node.isdigit() else here.setdefault(node, {})
-        if not isinstance(here, (dict, list)):
-            raise ValueError(f"{key}: {node} is a value, not a tree")
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         raise ValueError(f"{key}: {text!r} is no YAML value") from None
-    if isinstance(here, list):
-        here[int(leaf)] = value
-    else:
-        here[leaf] = value
+    *nodes, leaf = key.split(".")
+    here: Any = tree
+    for node in nodes:
+        here = here[_number(here, node, key)] if isinstance(here, list) else here.setdefault(node, {})
+        if not isinstance(here, (dict, list)):
+            raise ValueError(f"{key}: {node} is a value, not a tree")
+    here[_number(here, leaf, key) if isinstance(here, list) else leaf] = value
+
+
+def _number(entries: list[Any], text: str, key: str) -> int:
+    """Of an entry of a list."""
+    if not text.isdigit() or int(text) >= len(entries):
+        raise ValueError(f"{key}: {text!r} is no entry of a list of {len(entries)}; they are counted from 0")
+    return int(text)
 
 
 def _first(error: ValidationError) -> str:

@@ -76,18 +76,14 @@ def open_list(file: Path, settings: SourceConfig) -> list[Record]:
         if not isinstance(row, dict) or settings.image not in row:
             known = ", ".join(row) if isinstance(row, dict) else "no object"
             raise ValueError(f"{where} has no column {settings.image!r}; it has {known}: set image=NAME")
-        condition, text = row.get(settings.condition), row.get(settings.caption, "")
+        image, condition, text = row[settings.image], row.get(settings.condition), row.get(settings.caption) or ""
+        captions = (text,) if isinstance(text, str) else text
+        texts = isinstance(captions, (list, tuple)) and all(isinstance(caption, str) for caption in captions)
+        if not isinstance(image, str) or not isinstance(condition, (str, type(None))) or not texts:
+            raise ValueError(f"{where}: image and condition must be the paths of files, the caption a text or several")
         size = (row["width"], row["height"]) if {"width", "height"} <= row.keys() else None
-        captions = (text,) if isinstance(text, str) else tuple(text)
-        records.append(
-            Record(
-                row[settings.image],
-                file.parent / row[settings.image],
-                None if condition is None else file.parent / condition,
-                captions or ("",),
-                size,
-            )
-        )
+        control = None if condition is None else file.parent / condition
+        records.append(Record(image, file.parent / image, control, tuple(captions) or ("",), size))
     return _some(records, file)
 
 
