@@ -1,7 +1,8 @@
-"""Puts what was trained into the model folder of the package, as fp16 safetensors.
+"""Puts what was trained into the model folders of the package, as fp16 safetensors.
 
-`python scripts/make_default/assemble.py` takes `runs/make_default/base/result` and, where they are, the results of the
-controls, and writes `diffusion_kit/models/default/`; `--out FOLDER` writes somewhere else, to be measured first.
+`python scripts/make_default/assemble.py default` takes `runs/make_default/base/result` and, where they are, the results of
+the controls, and writes `diffusion_kit/models/default/`; `default_kandinsky` the same of `runs/make_default/kandinsky/`.
+`--out FOLDER` writes somewhere else, to be measured first.
 """
 
 from __future__ import annotations
@@ -9,16 +10,53 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
+from diffusers import (
+    EulerDiscreteScheduler,
+    KandinskyV22CombinedPipeline,
+    KandinskyV22Pipeline,
+    KandinskyV22PriorPipeline,
+    StableDiffusionXLPipeline,
+)
 from new_base import ROOT, SCHEDULE, TOKENIZER, WORK
 from safetensors.torch import load_file, save_file
 
-MODEL = ROOT / "diffusion_kit/models/default"
+MODELS = ROOT / "diffusion_kit/models"
 CONTROLS = ("canny", "sketch", "palette", "canny_controlnet", "regions")
-LARGEST = 60_000_000  # bytes of the whole
+PARTS = shutil.ignore_patterns("*.png", "*.md", "*.yaml")
+
+
+def default(new: Path) -> None:
+    pipe = StableDiffusionXLPipeline.from_pretrained(
+        WORK / "base/result", add_watermarker=False, torch_dtype=torch.float32
+    )
+    pipe.register_modules(scheduler=EulerDiscreteScheduler(**SCHEDULE))
+    pipe.save_pretrained(new, safe_serialization=True)
+    for name in CONTROLS:
+        result = WORK / name / "result"
+        if result.is_dir():
+            shutil.copytree(result, new / "controls" / name, ignore=PARTS)
+
+
+def default_kandinsky(new: Path) -> None:
+    """Decoder and prior together; the decoder that takes a hint of edges is a control."""
+    results = WORK / "kandinsky"
+    decoder = KandinskyV22Pipeline.from_pretrained(results / "decoder/result", torch_dtype=torch.float32)
+    prior = KandinskyV22PriorPipeline.from_pretrained(results / "prior/result", torch_dtype=torch.float32)
+    parts = {f"prior_{name}": part for name, part in prior.components.items()}
+    KandinskyV22CombinedPipeline(**decoder.components, **parts).save_pretrained(new, safe_serialization=True)
+    if (results / "hint/result").is_dir():
+        shutil.copytree(results / "hint/result/unet", new / "controls/canny", ignore=PARTS)
+
+
+# The sets, and how many bytes each may have.
+SETS: dict[str, tuple[Callable[[Path], None], int]] = {
+    "default": (default, 60_000_000),
+    "default_kandinsky": (default_kandinsky, 30_000_000),
+}
 
 
 def halved(folder: Path) -> None:
@@ -41,33 +79,28 @@ def tidied(folder: Path) -> None:
             file.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def main(out: Path) -> None:
+def main(name: str, out: Path) -> None:
+    make, largest = SETS[name]
     new = out.with_name(f".{out.name}.part")
     shutil.rmtree(new, ignore_errors=True)
-    pipe = StableDiffusionXLPipeline.from_pretrained(
-        WORK / "base/result", add_watermarker=False, torch_dtype=torch.float32
-    )
-    pipe.register_modules(scheduler=EulerDiscreteScheduler(**SCHEDULE))
-    pipe.save_pretrained(new, safe_serialization=True)
-    for name in ("tokenizer", "tokenizer_2"):
-        shutil.rmtree(new / name)
-        shutil.copytree(TOKENIZER, new / name)
-    for name in CONTROLS:
-        result = WORK / name / "result"
-        if result.is_dir():
-            shutil.copytree(result, new / "controls" / name, ignore=shutil.ignore_patterns("*.png", "*.md", "*.yaml"))
+    make(new)
+    for folder in new.glob("*tokenizer*"):
+        shutil.rmtree(folder)
+        shutil.copytree(TOKENIZER, folder)
     halved(new), tidied(new)
     size = sum(file.stat().st_size for file in new.rglob("*") if file.is_file())
     for file in sorted(new.rglob("*.safetensors")):
         print(f"{file.stat().st_size:>12,} {file.relative_to(new)}")
     print(f"{size:>12,} in all")
-    if size > LARGEST:
-        raise SystemExit(f"more than {LARGEST:,} bytes")
+    if size > largest:
+        raise SystemExit(f"more than {largest:,} bytes")
     shutil.rmtree(out, ignore_errors=True)
     new.rename(out)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--out", type=Path, default=MODEL)
-    main(parser.parse_args().out)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("set", choices=SETS)
+    parser.add_argument("--out", type=Path, help="folder; by default that of the package")
+    options = parser.parse_args()
+    main(options.set, options.out or MODELS / options.set)
