@@ -33,6 +33,8 @@ from diffusion_kit.evaluation.intervals import bootstrap
 from diffusion_kit.evaluation.measures import measures_of
 from diffusion_kit.evaluation.protocol import EMBEDDED
 from diffusion_kit.models.sources import embedded
+from diffusion_kit.models.vae import decode_latents
+from diffusion_kit.training.bases import posterior
 
 ROOT = drawings.HERE.parents[1]
 STORE = ROOT / "runs/make_default/measured"
@@ -93,6 +95,8 @@ def draw(
         part = slice(start, start + BATCH)
         out = pipe(
             list(prompts[part]),
+            height=pictures.SIZE,
+            width=pictures.SIZE,
             num_inference_steps=STEPS,
             guidance_scale=GUIDANCE,
             generator=[torch.Generator().manual_seed(seed) for seed in seeds[part]],
@@ -134,7 +138,8 @@ def autoencoder(model: Model) -> dict[str, Any]:
 def through(vae: Any, photos: np.ndarray) -> np.ndarray:
     """Photos (n, 64, 64, 3) uint8 encoded and decoded."""
     pixels = torch.from_numpy(photos).permute(0, 3, 1, 2) / 127.5 - 1
-    parts = [vae.decode(vae.encode(part).latent_dist.mode()).sample for part in pixels.split(64)]
+    moments = torch.cat([posterior(vae, part) for part in pixels.split(64)])
+    parts = [decode_latents(vae, mean) for mean in moments.chunk(2, 1)[0].split(64)]
     return ((torch.cat(parts).clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
 
 
