@@ -16,6 +16,7 @@ from diffusion_kit.adapters.detectors import _networks, detect, detector, detect
 LEARNED = {"depth", "hed", "lineart_anime", "mlsd", "normal", "openpose", "pidinet", "pose"}
 NAMES = sorted(set(detectors()) - LEARNED)
 LINES = ("canny", "lineart", "sketch")
+FACTORS = {"apart": 4}  # by which an option is changed so that it shows
 OPTIONS = [(name, option) for name in NAMES for option in options_of(detector(name)) if option != "model"]
 SIZES = [(64, 64), (70, 53), (1, 1), (1, 300)]
 
@@ -50,7 +51,7 @@ def values(image: Image.Image) -> np.ndarray:
 def other(name: str, option: str) -> Any:
     """A value of an option that is not its default."""
     default = options_of(detector(name))[option].default
-    return not default if isinstance(default, bool) else type(default)(1.5 * default + 1)
+    return not default if isinstance(default, bool) else type(default)(FACTORS.get(option, 1.5) * default + 1)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -131,6 +132,7 @@ def test_a_value_out_of_range_is_one_line(name: str, option: str, value: float) 
         ("canny", "high", 100, 2040),
         ("palette", "blocks", 1, 10**6),
         ("regions", "colours", 2, 256),
+        ("regions", "apart", 0, 1000),
         ("sketch", "threshold", 1e-6, 1e6),
         ("tile", "factor", 1, 1e6),
     ],
@@ -223,6 +225,27 @@ def test_regions_of_flat_areas_are_these_areas() -> None:
     result = detect("regions", image, colours=3)
     assert len(result.getcolors()) == 3
     assert (values(result) == values(image)).all(2).mean() > 0.999  # all but the tips of corners
+
+
+def test_regions_are_not_split_by_shading_or_grain() -> None:
+    ball = np.linspace(0.7, 1, 256)[:, None, None] * np.array([220, 40, 30])
+    image = np.full((256, 512, 3), [40, 60, 200.0])
+    image[:, 128:384] = ball
+    grain = np.random.default_rng(0).normal(0, 2, image.shape)
+    maps = [detect("regions", Image.fromarray((image + own).round().astype(np.uint8))) for own in (0, grain)]
+    assert [len(own.getcolors()) for own in maps] == [2, 2]
+    assert (abs(values(maps[0]) - values(maps[1])).max(2) < 5).mean() > 0.99
+    assert len(detect("regions", Image.fromarray(image.round().astype(np.uint8)), apart=0).getcolors()) > 2
+
+
+def test_a_small_sketch_is_as_white_as_a_large_one() -> None:
+    disc = Image.new("RGB", (64, 64), "olive")
+    ImageDraw.Draw(disc).ellipse((12, 12, 51, 51), fill="gold")
+    strokes = values(detect("sketch", disc))[..., 0]
+    angles = np.linspace(0, 2 * np.pi, 64, endpoint=False)
+    ring = [strokes[round(31.5 + 19.5 * np.sin(a)), round(31.5 + 19.5 * np.cos(a))] for a in angles]
+    assert np.mean(np.array(ring) > 128) > 0.9
+    assert (strokes > 128).mean() < 0.1
 
 
 @pytest.mark.parametrize("seed", range(4))

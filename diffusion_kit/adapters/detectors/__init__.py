@@ -5,6 +5,7 @@ A detector is one module here with a function `detect(image, **options) -> PIL.I
 * `RESOLUTION`: length of the shorter side at which it looks, where that is not the photo's own;
 * `MULTIPLE`: what its network needs both sides to be multiples of;
 * `RESAMPLE`: how its result is brought to the size asked for (Lanczos if it does not say);
+* `LINES`: its result is white lines on black, which keep a pixel's width where the result is much smaller;
 * `missing(model=None) -> str | None`: what it needs and does not find, in one line; None where it can run now.
 """
 
@@ -65,6 +66,8 @@ def detect(
         photo.size, detect_resolution or getattr(module, "RESOLUTION", None), getattr(module, "MULTIPLE", 1)
     )
     result = module.detect(resize(eight_bit(photo), seen), **options)
+    if getattr(module, "LINES", False):
+        result = _thickened(result, min(seen[0] / size[0], seen[1] / size[1]))
     result = resize(result, size, getattr(module, "RESAMPLE", Image.Resampling.LANCZOS))
     return inverted(result) if invert else result
 
@@ -116,6 +119,14 @@ def inverted(picture: Image.Image) -> Image.Image:
     if picture.mode.startswith("I;16"):
         return Image.fromarray(65535 - np.asarray(picture))
     return ImageOps.invert(picture)
+
+
+def _thickened(lines: Image.Image, shrink: float) -> Image.Image:
+    """White lines so wide that, made so many times smaller, they are about a pixel wide and not grey."""
+    import cv2
+
+    width = max(1, int(shrink) // 2 * 2 - 1)
+    return Image.fromarray(cv2.dilate(np.asarray(lines), np.ones((width, width), np.uint8)))
 
 
 def _seen_size(size: tuple[int, int], side: int | None, multiple: int) -> tuple[int, int]:

@@ -10,6 +10,7 @@ from PIL import Image
 from diffusion_kit.adapters.detectors._networks import absence, annotator, fill, find, look
 
 RESOLUTION, MULTIPLE = 512, 64
+LINES = True
 WEIGHTS = "mlsd_large_512_fp32.pth"
 
 

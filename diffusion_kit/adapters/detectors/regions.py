@@ -11,24 +11,50 @@ TIDY = 15  # pixels; side of the square in which the most frequent colour wins
 SETTLED = 100  # pixels; k-means ends when fewer than these change their cluster
 
 
-def detect(image: Image.Image, *, colours: int = 8) -> Image.Image:
+def detect(image: Image.Image, *, colours: int = 8, apart: float = 25.0) -> Image.Image:
     """The picture in areas of one colour each, their mean, RGB, of its size.
 
     Args:
         colours: how many at most, 2 to 256.
+        apart: how far their colours are from one another at least, so that shading does not split an area: in units of
+            CIE Lab with half its lightness, 0 or more.
 
     Raises:
-        ValueError: colours out of range.
+        ValueError: colours or apart out of range.
     """
     if not 2 <= colours <= 256:
         raise ValueError(f"colours is {colours}; it must be 2 to 256")
+    if not apart >= 0:
+        raise ValueError(f"apart is {apart}; it must be 0 or more")
     import cv2
 
     pixels = np.asarray(image)
     lab = cv2.cvtColor(pixels, cv2.COLOR_RGB2LAB)
     lab[..., 0] //= 2  # shading splits an area less than hue does
     clusters = Image.fromarray(lab).quantize(colours, Image.Quantize.MEDIANCUT, SETTLED, dither=Image.Dither.NONE)
-    area = np.asarray(Image.fromarray(np.asarray(clusters)).filter(ImageFilter.ModeFilter(TIDY)))
-    counts = np.bincount(area.ravel(), minlength=colours).clip(1)
+    joined = joins(*means(np.asarray(clusters), lab, colours), apart)[np.asarray(clusters)]
+    area = np.asarray(Image.fromarray(joined).filter(ImageFilter.ModeFilter(TIDY)))
+    return Image.fromarray(means(area, pixels, colours)[0].round().astype(np.uint8)[area])
+
+
+def means(area: np.ndarray, pixels: np.ndarray, colours: int) -> tuple[np.ndarray, np.ndarray]:
+    """Mean colours (colours, 3) of the areas (H, W) of a picture (H, W, 3), and how many pixels each has."""
+    counts = np.bincount(area.ravel(), minlength=colours)
     sums = [np.bincount(area.ravel(), channel.ravel(), colours) for channel in np.moveaxis(pixels, 2, 0)]
-    return Image.fromarray((np.stack(sums, 1) / counts[:, None]).round().astype(np.uint8)[area])
+    return np.stack(sums, 1) / counts.clip(1)[:, None], counts
+
+
+def joins(centres: np.ndarray, counts: np.ndarray, apart: float) -> np.ndarray:
+    """(n,) bytes: which cluster each one belongs to, when again and again the two with the nearest centres (n, 3) are made
+    one, until there are two or they are `apart`."""
+    centres, counts, own = centres.copy(), counts.astype(float), np.arange(len(counts), dtype=np.uint8)
+    while (counts > 0).sum() > 2:
+        distances = np.linalg.norm(centres[:, None] - centres, axis=2)
+        distances[(counts == 0)[:, None] | (counts == 0) | np.eye(len(counts), dtype=bool)] = np.inf
+        a, b = np.unravel_index(distances.argmin(), distances.shape)
+        if distances[a, b] >= apart:
+            break
+        centres[a] = np.average(centres[[a, b]], axis=0, weights=counts[[a, b]])
+        counts[a], counts[b] = counts[a] + counts[b], 0
+        own[own == b] = a
+    return own

@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 RESOLUTION = 512
+LINES = True
 
 # lengths in pixels
 SCALES = (1, 2, 4)  # of the Gaussians; grain shows at the finest only
