@@ -292,7 +292,7 @@ def test_latents_of_a_movq_are_normalised_by_its_weights(tmp_path):
     pixels = torch.rand(4, 3, 64, 64) * 2 - 1
     before = own.reconstruct(pixels)
     codes = own.vae.decode(own.vae.encode(pixels).latents).sample
-    batch = SimpleNamespace(samples=[SimpleNamespace(pixels=row) for row in pixels])
+    batch = SimpleNamespace(samples=[SimpleNamespace(pixels=row, weight=1.0) for row in pixels])
     own.finish(lambda: [batch])
     latents = own.vae.encode(pixels).latents
     std, mean = torch.std_mean(latents, (0, 2, 3))

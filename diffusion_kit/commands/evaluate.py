@@ -71,7 +71,7 @@ def run(options: argparse.Namespace) -> None:
 
     from .pictures import load_pipeline
 
-    kind = options.detector or name
+    kind = options.detector or detector_of(name)
     measures_of(kind)
     settings = parse_options(detector(kind), kind, options.option) | ({"invert": True} if options.invert else {})
     if not options.debug:
@@ -79,7 +79,7 @@ def run(options: argparse.Namespace) -> None:
     quality = quality_measures(inception=options.inception, clip=options.clip, lpips=options.lpips)
     pipe = load_pipeline(_settings(options), debug=options.debug)
     pipe.set_progress_bar_config(disable=True)
-    net = pipe.load_control(path or name)
+    net = pipe.load_control(str(Path(path).absolute()) if path and Path(path).exists() else path or name)
     report = evaluate(
         pipe,
         lambda images, scale: [Control(net, images, scale=scale)],
@@ -98,6 +98,15 @@ def run(options: argparse.Namespace) -> None:
     report = replace(report, about={"model": options.model, "control": options.control, **report.about})
     write(report, out)
     print(report.to_json().rstrip() if options.json else f"{report.table()}\n\n{out / 'index.html'}")
+
+
+def detector_of(control: str) -> str:
+    """Of a control's name: its own, or as the name says."""
+    from diffusion_kit.adapters.detectors import detectors
+    from diffusion_kit.adapters.maps import expected_map
+
+    known = expected_map(control)
+    return known.detector if control not in detectors() and known and known.detector in detectors() else control
 
 
 def parse_scales(text: str) -> list[float]:
@@ -154,7 +163,9 @@ def write(report: Any, out: Path) -> None:
 
 def _rows(file: Path) -> list[dict[str, str]]:
     rows = []
-    for number, line in enumerate(_text(file).splitlines(), 1):
+    for number, line in enumerate(_text(file).split("\n"), 1):
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
         except ValueError:

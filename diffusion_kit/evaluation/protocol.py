@@ -113,6 +113,7 @@ def evaluate(
     seed: int = 0,
     steps: int | None = None,
     guidance: float | None = None,
+    size: tuple[int, int] | None = None,
     batch: int = 8,
     dropped: bool = False,
     quality: Sequence[Measure] | None = None,
@@ -124,11 +125,12 @@ def evaluate(
     Args:
         make_controls: from control images, one for each prompt of a call, and a scale to the call's controls; of scale 0
             they do nothing.
-        conditions: pictures of another size than the model's own are brought to it (fit "cover").
+        conditions: pictures of another size than those that are made are brought to it (fit "cover").
         detector: its name, see `measures.MEASURES`; where it lacks its weights, its measures are "not measured".
         settings: the detector's options, those with which the conditions were made.
         seeds: pictures for each condition and arm; `seed` is the first one's.
         steps, guidance: by default as the model's card says, see `card`.
+        size: (width, height) of the pictures in pixels; by default the model's own.
         batch: pictures made in one call.
         dropped: also with the control at its last scale given a picture without content: black, or white if inverted.
         quality: see `quality.quality_measures`; by default those, which then are "not measured".
@@ -142,9 +144,10 @@ def evaluate(
     if len({condition.name for condition in conditions}) < len(conditions):
         raise ValueError("two conditions have one name")
     settings = dict(settings or {})
-    known, lack = measures_of(detector), missing(detector, settings.get("model"))
-    height, width = pipe.native_size
+    known = measures_of(detector)
+    width, height = size or pipe.native_size[::-1]
     ready = [fitted(condition, (width, height), detector, settings) for condition in conditions]
+    lack = missing(detector, settings.get("model"))  # after the first detection, which may fetch it
     own_steps, own_guidance = card(pipe)
     plan = Plan(
         pipe=pipe,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
+from torch.amp.autocast_mode import is_autocast_available
 
 from diffusion_kit.models.denoiser import UNetDenoiser, control_channels
 from diffusion_kit.models.sources import load_component
@@ -27,6 +29,7 @@ from .objective import Objective, make_objective, normal
 
 FAMILIES = (sdxl.SDXLPipeline, sd15.SD15Pipeline, kandinsky.Kandinsky22Pipeline)
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "no": torch.float32}
+SILENT = {"prediction_type": "epsilon", "rescale_betas_zero_snr": False}  # of schedulers that do not say
 Conditioning = dict[str, Tensor]
 
 
@@ -104,14 +107,14 @@ class Base:
     @torch.no_grad()
     def encode(self, pixels: Tensor, names: Sequence[str]) -> Tensor:
         """Moments of pixels (B, 3, H, W) in [-1, 1]. What overflows in half precision is made again in float32."""
-        moments = posterior(self.vae, pixels.to(self.vae.device)).to(self.device)
+        moments = self._posterior(pixels)
         if self.vae.dtype != torch.float16:
             return moments
         bad = [k for k, finite in enumerate(moments.isfinite().flatten(1).all(1).tolist()) if not finite]
         if bad:
             dtype = self.vae.dtype
             self.vae.to(torch.float32)
-            moments[bad] = posterior(self.vae, pixels[bad].to(self.vae.device)).to(self.device)
+            moments[bad] = self._posterior(pixels[bad])
             self.vae.to(dtype)
             new = {names[k] for k in bad} - self.retried
             self.retried |= new
@@ -121,6 +124,12 @@ class Base:
                     f"the VAE overflowed in {kind}, made again in float32: {', '.join(sorted(new))}", stacklevel=2
                 )
         return moments
+
+    def _posterior(self, pixels: Tensor) -> Tensor:
+        """In the autoencoder's own precision, whatever is trained around it."""
+        kind = self.vae.device.type
+        with torch.autocast(kind, enabled=False) if is_autocast_available(kind) else nullcontext():
+            return posterior(self.vae, pixels.to(self.vae.device)).to(self.device)
 
     # Text
 
@@ -159,10 +168,12 @@ def embedded(prior: Any, samples: Sequence[Sample], device: torch.device, *, dro
 
 
 def embed(prior: Any, pixels: Tensor) -> Tensor:
-    """(B, D) image embeddings of pixels (B, 3, H, W) in [-1, 1]."""
+    """(B, D) image embeddings of pixels (B, 3, H, W) in [-1, 1], of the square in their middle."""
     own, encoder = prior.image_processor, prior.image_encoder
-    side = encoder.config.image_size
-    small = F.interpolate(pixels, (side, side), mode="bicubic", antialias=True).clamp(-1, 1) / 2 + 0.5
+    side, middle = encoder.config.image_size, min(pixels.shape[-2:])
+    top, left = ((length - middle) // 2 for length in pixels.shape[-2:])
+    square = pixels[..., top : top + middle, left : left + middle]
+    small = F.interpolate(square, (side, side), mode="bicubic", antialias=True).clamp(-1, 1) / 2 + 0.5
     mean, std = (small.new_tensor(values).view(1, 3, 1, 1) for values in (own.image_mean, own.image_std))
     return encoder(((small - mean) / std).to(encoder.dtype)).image_embeds.float()
 
@@ -211,7 +222,16 @@ def load_base(config: Config, device: torch.device) -> Base:
     frozen(pipe.to(device))
     encoders, layer = text_parts(pipe)
     prior = load_prior(config, device) if family is kandinsky.Kandinsky22Pipeline else None
-    return Base(pipe, make_objective(pipe.scheduler, config.objective), encoders, layer, prior)
+    objective = make_objective(pipe.scheduler, config.objective)
+    told = {"prediction_type": objective.prediction, "rescale_betas_zero_snr": objective.zero_snr}
+    if told != {name: pipe.scheduler.config.get(name, default) for name, default in SILENT.items()}:
+        if config.target not in ("unet", "hint_decoder"):
+            raise ValueError(
+                "objective.prediction and zero_terminal_snr are the base's own where it is frozen: leave them out"
+            )
+        spacing = {"timestep_spacing": "trailing"} if objective.zero_snr else {}  # begins at pure noise
+        pipe.register_modules(scheduler=pipe.scheduler.from_config({**pipe.scheduler.config, **told, **spacing}))
+    return Base(pipe, objective, encoders, layer, prior)
 
 
 def load_prior(config: Config, device: torch.device) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,13 +11,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from diffusion_kit.adapters.detectors import detect
-from diffusion_kit.adapters.pictures import eight_bit
-
 from .bases import Base, embed
 from .config import DTYPES_OF, Config
 from .data.cache import Cache, caption_key, picture_bytes, view_key
-from .data.samples import Pictures, View, opened, seen
+from .data.samples import Pictures, View
 from .loader import quiet_worker
 
 TOGETHER = (8 * 1024**2, 64)  # pixels, and pictures, at most, that go through the autoencoder at once
@@ -26,9 +23,14 @@ CAPTIONS = 64  # captions that go through the encoders at once
 
 @dataclass(frozen=True)
 class Job:
-    """A view of a picture that is not whole in the cache, decoded; `problem` where that failed."""
+    """A view of a picture that is not whole in the cache, decoded; `problem` where that failed.
+
+    Attributes:
+        key: of its latents; `plain` of its condition, which is kept as it is unmirrored.
+    """
 
     key: str
+    plain: str
     name: str
     pixels: Tensor | None
     condition: Tensor | None
@@ -43,6 +45,11 @@ class Missing:
     cache: Cache
     jobs: list[tuple[int, View]]
 
+    @property
+    def unflipped(self) -> bool:
+        """Whether every view is there unmirrored too, whose condition is the same."""
+        return self.pictures.config.data.flip < 1
+
     def __len__(self) -> int:
         return len(self.jobs)
 
@@ -54,13 +61,11 @@ class Missing:
             latents, conditions = self.cache.latents, self.cache.conditions
             pixels = self.pictures.pixels(record, view) if latents is not None and key not in latents else None
             condition = None
-            if conditions is not None and not view.flip and plain not in conditions:
-                own = self.pictures.config.data.condition
-                part = seen(eight_bit(opened(record.image, record.name)), view)
-                condition = picture_bytes(detect(str(own.detector), part, **own.options))
-            return Job(key, record.name, pixels, condition)
+            if conditions is not None and plain not in conditions and not (view.flip and self.unflipped):
+                condition = picture_bytes(self.pictures.detected(record, replace(view, flip=False)))
+            return Job(key, plain, record.name, pixels, condition)
         except Exception as error:  # a reader of a damaged file may raise anything
-            return Job("", record.name, None, None, f"{type(error).__name__}: {error}")
+            return Job("", "", record.name, None, None, f"{type(error).__name__}: {error}")
 
 
 def fill(
@@ -90,7 +95,7 @@ def fill(
             if job.problem is not None:
                 say(f"left out: {job.problem}")
             if job.condition is not None and cache.conditions is not None:
-                cache.conditions.put(job.key, {"picture": job.condition})
+                cache.conditions.put(job.plain, {"picture": job.condition})
         new = [job for job in group if job.pixels is not None]
         if new and base is not None and cache.latents is not None:
             pixels = torch.stack([job.pixels for job in new])

@@ -21,6 +21,7 @@ from torch import Tensor
 
 MANIFEST = "COMPLETE.json"
 PART = ".part-"  # begins the name of a folder that is being written or removed
+SETTINGS = ("lr", "betas", "eps", "weight_decay", "warmup_steps")  # of an optimizer, that the configuration says
 SPARE = 1.1  # of the size of a checkpoint that must be free before it is written
 
 
@@ -146,16 +147,13 @@ def flat_optimizer(optimizer: torch.optim.Optimizer, names: list[str]) -> tuple[
     Args:
         names: of the parameters, in the optimizer's order.
     """
-    own = optimizer.state_dict()
     tensors: dict[str, Tensor] = {}
     values: dict[str, Any] = {}
-    for number, entry in own["state"].items():
-        for key, value in entry.items():
-            if isinstance(value, Tensor):
-                tensors[f"{names[number]}:{key}"] = value
-            else:
-                values[f"{names[number]}:{key}"] = value
-    groups = [{key: value for key, value in group.items() if key != "params"} for group in own["param_groups"]]
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    for name, weight in zip(names, weights, strict=True):  # not `state_dict`, in which some optimizers nest their own
+        for key, value in optimizer.state.get(weight, {}).items():
+            (tensors if isinstance(value, Tensor) else values)[f"{name}:{key}"] = value
+    groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     return tensors, {"values": values, "groups": groups}
 
 
@@ -168,9 +166,10 @@ def load_optimizer(
         name, _, key = full.rpartition(":")
         entries.setdefault(numbers[name], {})[key] = value
     own = optimizer.state_dict()
-    groups = [{**group, **kept} for group, kept in zip(own["param_groups"], state["groups"], strict=True)]
-    for group in groups:
-        group["betas"] = tuple(group["betas"])
+    groups = [
+        {**group, **kept, **{key: group[key] for key in SETTINGS if key in group}}  # those may have been changed
+        for group, kept in zip(own["param_groups"], state["groups"], strict=True)
+    ]
     optimizer.load_state_dict({"state": entries, "param_groups": groups})
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -41,6 +42,8 @@ class MicroBatches:
 
 def batches(pictures: Pictures, plan: MicroBatches, workers: int) -> Iterator[list[Batch]]:
     """The micro-batches of each step."""
+    if workers:
+        allow_open_files()
     loader: DataLoader[Any] = DataLoader(
         pictures,  # type: ignore[arg-type]
         batch_sampler=plan,
@@ -57,6 +60,12 @@ def batches(pictures: Pictures, plan: MicroBatches, workers: int) -> Iterator[li
         if len(step) == count:
             yield step
             step = []
+
+
+def allow_open_files() -> None:
+    """Every tensor that a worker sends is a file until it is used: as many as the system lets this process have."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def quiet_worker(_: int) -> None:

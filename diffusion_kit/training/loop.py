@@ -113,6 +113,9 @@ class Trainer:
         held = config.data.holdout
         count = len(self.pictures) - held
         batch = int(config.batch)
+        if batch % self.accelerator.num_processes:
+            told = f"batch is {batch}, which {self.accelerator.num_processes} processes cannot share"
+            raise ValueError(f"{told}: make it a multiple of their number")
         self.order = Order(self.pictures.shapes[:count], self.pictures.weights[:count], batch, config.seed)
         processes = self.accelerator.num_processes
         self.part = Part(self.accelerator.process_index, processes, config.micro_batch or batch // processes)
@@ -149,28 +152,30 @@ class Trainer:
                 # Processes' gradients are averaged, so each sum is over the batch of one process.
                 self._backward(losses.sum() * self.part.processes / self.order.batch)
             parts.append((batch, losses.detach(), levels))
-        self._update()
-        self._note(parts)
+        self._note(parts, finite=self._update())
         self.step += 1
 
     def _backward(self, loss: Tensor) -> None:
         (self.scaler.scale(loss) if self.scaler is not None else loss).backward()
 
-    def _update(self) -> None:
-        """Steps down the gradient, if it is finite."""
+    def _update(self) -> bool:
+        """Steps down the gradient, if it is finite; whether it was, or is to be with the next loss scale."""
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.weights, self.config.optimizer.clip or math.inf)
+        finite = bool(torch.isfinite(norm))
         if self.scaler is not None:
             self.scaler.step(self.optimizer)
             self.scaler.update()
-        elif torch.isfinite(norm):
+            finite = finite or self.scaler.get_scale() >= 1  # a scale that was too large has fallen
+        elif finite:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.average is not None:
             self.average.update(self.step)
+        return finite
 
-    def _note(self, parts: list[tuple[Batch, Tensor, Tensor]]) -> None:
+    def _note(self, parts: list[tuple[Batch, Tensor, Tensor]], finite: bool) -> None:
         """What a step gave, of all processes."""
         samples = [sample for batch, _, _ in parts for sample in batch.samples]
         own = torch.stack(
@@ -188,17 +193,19 @@ class Trainer:
         if not self.figures.used and self.step + 1 >= min(self.order.length(0), HOPELESS):
             first = next(iter(self.figures.bad.values()))
             raise ValueError(f"no picture of the data could be used in {self.step + 1} steps; the first: {first}")
-        finite = torch.isfinite(losses)
-        if not finite.all():
-            self._note_lost(
-                gather_object(
-                    [s.name for s, loss in zip(samples, own[:, 0].tolist(), strict=True) if not isfinite(loss)]
-                )
-            )
+        if not torch.isfinite(losses).all():
+            lost = [s.name for s, loss in zip(samples, own[:, 0].tolist(), strict=True) if not isfinite(loss)]
+            self._note_lost("loss", gather_object(lost))
+            return
+        if not finite:
+            self._note_lost("gradient", gather_object([sample.name for sample in samples]))
             return
         self.figures.lost = 0
-        self.figures.add(losses, levels)
-        if self.figures.step(float(losses.double().mean())):
+        used = weights > 0
+        if not used.any():
+            return
+        self.figures.add(losses[used], levels[used])
+        if self.figures.step(float(losses[used].double().mean())):
             worst = own[:, 0].argsort(descending=True)[:4].tolist()
             told = ", ".join(f"{samples[k].name} ({float(own[k, 0]):.3g})" for k in worst)
             self.say(f"step {self.step + 1}: the loss stands out, {float(losses.mean()):.4g}: {told}")
@@ -209,12 +216,12 @@ class Trainer:
                 self.figures.bad[name] = problem
                 self.say(f"left out: {problem}")
 
-    def _note_lost(self, names: list[str]) -> None:
+    def _note_lost(self, what: str, names: list[str]) -> None:
         self.figures.lost += 1
-        self.say(f"step {self.step + 1}: the loss is not finite, the step is left out: {', '.join(names)}")
+        self.say(f"step {self.step + 1}: the {what} is not finite, the step is left out: {', '.join(names)}")
         if self.figures.lost >= PATIENCE:
             raise RuntimeError(
-                f"the loss was not finite in {PATIENCE} steps one after the other: lower optimizer.learning_rate, "
+                f"the {what} was not finite in {PATIENCE} steps one after the other: lower optimizer.learning_rate, "
                 "or set precision=bf16 or no"
             )
 
@@ -237,19 +244,20 @@ class Trainer:
     def load(self, checkpoint: Checkpoint) -> None:
         self.target.load_state_dict(checkpoint.tensors["weights"], strict=False)  # `kept` may be less than all
         if self.average is not None:
-            self.average.load(checkpoint.tensors["ema"])
+            self.average.load(checkpoint.tensors.get("ema", checkpoint.tensors["weights"]))
         own = checkpoint.state["optimizer"]
         checkpoints.load_optimizer(self.optimizer, self.names, checkpoint.tensors["optimizer"], own)
         self.step = checkpoint.state["step"]
         self.figures = Figures(**checkpoint.state["figures"])
         self.best = checkpoint.state["best"]
-        if self.scaler is not None:
+        if self.scaler is not None and checkpoint.state["scaler"] is not None:
             self.scaler.load_state_dict(checkpoint.state["scaler"])
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """The target wears its averaged weights inside the block, if there are any."""
         free = hasattr(self.optimizer, "eval")  # a schedule-free optimizer keeps an average of its own
+        before = [weight.detach().clone() for weight in self.weights] if free else []
         if free:
             self.optimizer.eval()
         try:
@@ -258,3 +266,5 @@ class Trainer:
         finally:
             if free:
                 self.optimizer.train()
+                with torch.no_grad():  # bit for bit: there and back it rounds
+                    torch._foreach_copy_([*self.weights], before)

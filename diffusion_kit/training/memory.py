@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -36,11 +37,10 @@ def fitting_batch(trainer: Trainer, say: Callable[[str], None]) -> int:
     best = 1
     trials: list[Trial] = []
     while (size := 2 ** len(trials)) <= LARGEST and not _too_much(trials):
-        try:
-            trials.append(trial(trainer, size))
-        except torch.OutOfMemoryError:
+        last = trial(trainer, size)
+        if last is None:
             break
-        last = trials[-1]
+        trials.append(last)
         say(f"{size} pictures at once: {last.memory / 1e9:.2f} GB, {size / last.seconds:.1f} images/s")
         if last.memory > SHARE * limit(trainer.accelerator.device) or (best < size and not _worth(trials)):
             break
@@ -61,18 +61,35 @@ def _too_much(trials: list[Trial]) -> bool:
     return last.memory + 2 * (last.memory - before.memory) > SHARE * limit(torch.device("cpu"))
 
 
-def trial(trainer: Trainer, size: int) -> Trial:
-    """Forward and backward of the first pictures, twice: the first time costs more."""
-    batch = first_batch(trainer, size)
-    seconds = 0.0
-    for _ in range(2):
-        start = time.monotonic()
-        with torch.enable_grad(), trainer.executing():
-            losses, _ = trainer.module(batch.to(trainer.accelerator.device))
-            losses.sum().backward()
-        trainer.optimizer.zero_grad(set_to_none=True)
-        seconds = time.monotonic() - start
-    return Trial(size, peak(trainer.accelerator.device), seconds)
+def trial(trainer: Trainer, size: int) -> Trial | None:
+    """Steps of the first pictures that change nothing, twice: the first time costs more. None where they do not fit.
+
+    Of several processes the same answer in all, that of the slowest and fullest; none waits for gradients of another.
+    """
+    accelerator = trainer.accelerator
+    seconds, failed = 0.0, False
+    try:
+        batch = first_batch(trainer, size)
+        for _ in range(2):
+            start = time.monotonic()
+            with torch.enable_grad(), trainer.executing(), accelerator.autocast():
+                losses, _ = trainer.target(batch.to(accelerator.device))
+                losses.sum().backward()
+            still(trainer.optimizer)
+            seconds = time.monotonic() - start
+    except torch.OutOfMemoryError:
+        failed = True
+    own = torch.tensor([[failed, peak(accelerator.device), seconds]], dtype=torch.float64, device=accelerator.device)
+    failed, memory, seconds = accelerator.gather(own).amax(0).tolist()
+    return None if failed else Trial(size, int(memory), seconds)
+
+
+def still(optimizer: Any) -> None:
+    """A step of length 0, so that the optimizer has all that it keeps."""
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
 
 
 def first_batch(trainer: Trainer, size: int) -> Batch:

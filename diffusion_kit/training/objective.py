@@ -24,11 +24,13 @@ class Objective:
     Attributes:
         alphas: (T,) a_t.
         prediction: "epsilon", "v_prediction", or of a prior "sample".
+        zero_snr: whether the last timestep is pure noise.
     """
 
     alphas: Tensor
     prediction: str
     config: ObjectiveConfig
+    zero_snr: bool = False
 
     def timesteps(self, places: Sequence[Place]) -> Tensor:
         """(B,) whole numbers below T."""
@@ -87,7 +89,7 @@ def make_objective(scheduler: Any, config: ObjectiveConfig) -> Objective:
         )
     names = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
     trained = DDPMScheduler(**{name: own[name] for name in names if name in own}, rescale_betas_zero_snr=zero)
-    return Objective(trained.alphas_cumprod.float(), prediction, config)
+    return Objective(trained.alphas_cumprod.float(), prediction, config, zero)
 
 
 def fraction(rng: np.random.Generator, kind: str) -> float:

@@ -32,6 +32,7 @@ from .config import Config, parse
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 # What a run may change without being another: places, and how long it lasts and what it keeps.
 FREE = {"output", "steps", "checkpoints", "validation", "log_every", "license", "cache", "data.workers", "threads"}
+FIXED = {"target", "optimizer.name"}  # what no run can change
 
 
 @dataclass
@@ -107,6 +108,8 @@ def begin(config: Config, resume: bool, allow: Sequence[str]) -> checkpoints.Che
     folder = Path(config.output)
     found = checkpoints.whole(folder / "checkpoints")
     file = folder / "config.yaml"
+    if resume and found and not file.is_file():
+        raise ValueError(f"output {folder} has checkpoints and no config.yaml, which says of what run: give it back")
     if resume and file.is_file():
         check_same(parse(yaml.safe_load(file.read_text()), str(file)), config, allow, found[-1] if found else None)
     elif found or (folder / "result").exists():
@@ -134,6 +137,10 @@ def check_same(old: Config, new: Config, allow: Sequence[str], checkpoint: Path 
     before, after = (dict(leaves(config.model_dump(mode="json"))) for config in (old, new))
     for key in {**before, **after}:
         free = any(key == name or key.startswith(f"{name}.") for name in (*FREE, *allow))
+        if before.get(key) != after.get(key) and key in FIXED:
+            raise ValueError(
+                f"{key} is {after.get(key)!r}, the run of {old.output} has {before.get(key)!r}: begin a new run"
+            )
         if before.get(key) != after.get(key) and not free:
             where = f"{checkpoint or old.output}"
             raise ValueError(
@@ -198,6 +205,8 @@ class Signals:
 def resume_command(arguments: Sequence[str]) -> str:
     """The command line again, with --resume."""
     parts = [part for part in arguments if part != "--resume"]
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        parts[:1] = ["torchrun", "--nproc_per_node", os.environ["LOCAL_WORLD_SIZE"], "-m", "diffusion_kit.cli"]
     return shlex.join([*parts, "--resume"])
 
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import InitProcessGroupKwargs
 
+from diffusion_kit.adapters.detectors import missing
 from diffusion_kit.evaluation.measures import measures_of
 
 from . import caching, card, checkpoints, memory, run, trial
@@ -19,7 +23,7 @@ from .bases import Base
 from .config import CacheConfig, Config
 from .data.cache import open_cache
 from .data.samples import Batch, Pictures, open_pictures
-from .loader import MicroBatches, batches
+from .loader import MicroBatches, Part, batches
 from .loop import Trainer
 from .targets import make_target
 from .watch import Watch
@@ -76,7 +80,9 @@ def make_accelerator(config: Config) -> Accelerator:
     if cpu and config.precision == "fp16":
         raise ValueError("precision=fp16 needs a GPU: on a CPU take bf16, or no")
     AcceleratorState._reset_state()  # of an earlier training in this process, which may have had another precision
-    return Accelerator(mixed_precision=config.precision, cpu=cpu)
+    # Processes may wait long for one another: for a share of a cache, or a validation.
+    patient = InitProcessGroupKwargs(timeout=timedelta(days=1))
+    return Accelerator(mixed_precision=config.precision, cpu=cpu, kwargs_handlers=[patient])
 
 
 def check(config: Config, say: Callable[[str], None]) -> bool:
@@ -95,6 +101,8 @@ def with_batch(config: Config, accelerator: Accelerator, say: Callable[[str], No
         return config
     probe = config.model_copy(update={"batch": accelerator.num_processes, "micro_batch": 1})
     micro = memory.fitting_batch(make_trainer(probe, accelerator, say), say)
+    accelerator.free_memory()  # which else keeps what it prepared
+    gc.collect()
     say(f"batch: {micro * accelerator.num_processes}")
     return config.model_copy(update={"batch": micro * accelerator.num_processes, "micro_batch": micro})
 
@@ -102,6 +110,8 @@ def with_batch(config: Config, accelerator: Accelerator, say: Callable[[str], No
 def make_trainer(config: Config, accelerator: Accelerator, say: Callable[[str], None]) -> Trainer:
     if config.validation.measure is not None:
         measures_of(config.validation.measure)
+        if lack := missing(config.validation.measure):
+            raise ValueError(f"validation.measure: {lack}")
     torch.manual_seed(config.seed)  # of weights that begin at random
     target = make_target(config, accelerator.device)
     pictures = open_pictures(config, target.conditioned)
@@ -164,6 +174,6 @@ def last_validation(own: run.Run) -> tuple[dict[str, float] | None, Path | None]
 
 
 def first_batches(trainer: Trainer) -> list[Batch]:
-    """Some batches as they came first."""
-    plan = MicroBatches(trainer.order, trainer.part, 0, min(FINISH, trainer.config.steps))
+    """Some batches as they came first, the same in every process."""
+    plan = MicroBatches(trainer.order, Part(0, 1, trainer.part.micro), 0, min(FINISH, trainer.config.steps))
     return [batch for step in batches(trainer.pictures, plan, 0) for batch in step]

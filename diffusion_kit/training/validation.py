@@ -57,21 +57,27 @@ def validate(trainer: Trainer, folder: Path) -> dict[str, float]:
             with trainer.executing(), trainer.accelerator.autocast():
                 losses, _ = trainer.target(batch.to(trainer.accelerator.device))
             figures[f"loss_{group.name}"] = float(losses.double().mean())
-            figures |= {f"{name}_{group.name}": value for name, value in show(trainer, group, batch, folder).items()}
+            try:
+                found = show(trainer, group, batch, folder)
+            except ValueError as error:  # such as a pose without a person: no reason to end a training
+                trainer.say(f"validation of {group.name} pictures: {error}")
+                found = {}
+            figures |= {f"{name}_{group.name}": value for name, value in found.items()}
     last = "unseen" if trainer.config.data.holdout else "seen"
     figures["fidelity"] = figures.get(f"fidelity_{last}", -figures[f"loss_{last}"])
     return figures
 
 
 def quiet_batch(pictures: Pictures, indices: tuple[int, ...]) -> Batch:
-    """The pictures whole: in the middle, not mirrored, nothing dropped; of the first one's shape."""
+    """The pictures whole: in the middle, not mirrored, nothing dropped; of the first one's shape, and that can be read."""
     config = pictures.config
     data = config.data.model_copy(update={"crop": "center", "flip": 0.0})
     dropout = config.dropout.model_copy(update={"caption": 0.0, "condition": 0.0})
     quiet = replace(pictures, config=config.model_copy(update={"data": data, "dropout": dropout}))
     shape = pictures.shapes[indices[0]]
     own = [index for index in indices if pictures.shapes[index] == shape]
-    return collate([quiet[Place(config.validation.seed, FAR, k), index] for k, index in enumerate(own)])
+    samples = [quiet[Place(config.validation.seed, FAR, k), index] for k, index in enumerate(own)]
+    return collate([sample for sample in samples if sample.weight] or samples)
 
 
 def show(trainer: Trainer, group: Group, batch: Batch, folder: Path) -> dict[str, float]:
@@ -90,9 +96,11 @@ def show(trainer: Trainer, group: Group, batch: Batch, folder: Path) -> dict[str
         page.mkdir(exist_ok=True)
         report.page(page)
         grid(report).save(folder / f"{group.name}.png")
-        line = next(line for line in report.lines if line.arm != "without")
+        line = next((line for line in report.lines if line.arm != "without"), None)
+        if line is None:  # the detector lacks its weights
+            return {}
         return {"fidelity": line.own.value if line.larger_is_better else -line.own.value}
-    pictures = plain(trainer, pipe, batch, prompts)
+    pictures = plain(trainer, pipe, group, batch, prompts)
     make_image_grid(pictures, 1, len(pictures)).save(folder / f"{group.name}.png")
     return {}
 
@@ -123,19 +131,22 @@ def fidelity(trainer: Trainer, pipe: Any, batch: Batch, prompts: list[str]) -> R
         seed=own.seed,
         steps=own.steps,
         guidance=own.guidance,
+        size=images[0].size,
         batch=trainer.part.micro,
     )
 
 
-def plain(trainer: Trainer, pipe: Any, batch: Batch, prompts: list[str]) -> list[Image.Image]:
+def plain(trainer: Trainer, pipe: Any, group: Group, batch: Batch, prompts: list[str]) -> list[Image.Image]:
     """A picture of each prompt, under its condition where the target has one."""
     own = trainer.config.validation
+    width, height = trainer.pictures.sizes[trainer.pictures.shapes[group.indices[0]]]
     made = []
     for k, prompt in enumerate(prompts):
         condition = batch.samples[k].condition
         controls = [] if condition is None else [Control(trainer.target.control, picture(condition))]
         noise = torch.Generator().manual_seed(own.seed + k)
         call = {"num_inference_steps": own.steps, "guidance_scale": own.guidance, "generator": noise}
+        call |= {"width": width, "height": height}
         made.append(pipe(prompt, controls=controls, **call).images[0])
     return made
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from datetime import timedelta
 
@@ -49,7 +50,8 @@ class Watch:
             step = trainer.step
             figures = validation.validate(trainer, self.run.folder / "validation" / f"step-{step:08d}")
             self.run.log("metrics", {"step": step, "validation": figures})
-            if trainer.best is None or figures["fidelity"] > trainer.best["fidelity"]:
+            best = trainer.best["fidelity"] if trainer.best is not None else math.nan
+            if math.isnan(best) or figures["fidelity"] > best:
                 trainer.best = {"step": step, "fidelity": figures["fidelity"]}
             self.run.say(f"step {step}  " + "  ".join(f"{name} {value:.4g}" for name, value in figures.items()))
         trainer.accelerator.wait_for_everyone()

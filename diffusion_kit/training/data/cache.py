@@ -24,6 +24,8 @@ from .crops import Crop
 from .sources import Record
 from .store import Store
 
+SCALES = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")  # of an autoencoder's latents
+
 
 @dataclass
 class Cache:
@@ -61,14 +63,24 @@ def open_cache(
     if own.latents and pictured:
         if any(p.requires_grad for net in pictured for p in net.parameters()):
             raise ValueError("cache.latents cannot keep what a network in training makes: set cache.latents=false")
-        cache.latents = Store(root / f"latents-{digest([*map(fingerprint, pictured), own.dtype])}")
+        made_by = [(fingerprint(net), *(getattr(net.config, name, None) for name in SCALES)) for net in pictured]
+        cache.latents = Store(root / f"latents-{digest([*made_by, own.dtype])}")
     if own.text and encoders:
         cache.text = Store(root / f"text-{digest([*map(fingerprint, encoders), own.dtype])}")
     detector = config.data.condition
     if own.conditions and conditioned and detector.detector is not None:
         settings = [detector.detector, sorted(detector.options.items()), detector.channels]
+        settings += [
+            (file.stat().st_size, file.stat().st_mtime_ns) for file in weight_files(detector.options.get("model"))
+        ]
         cache.conditions = Store(root / f"{detector.detector}-{digest(settings)}")
     return cache
+
+
+def weight_files(model: Any) -> list[Path]:
+    """Of a detector's model where it is a folder or a file: others may come to lie there."""
+    place = Path(str(model)) if model else Path()
+    return sorted(place.rglob("*.safetensors")) if model and place.is_dir() else [place] if place.is_file() else []
 
 
 def digest(values: Any) -> str:

@@ -22,6 +22,12 @@ class Crop:
     def box(self) -> tuple[int, int, int, int]:
         return (self.left, self.top, self.left + self.size[0], self.top + self.size[1])
 
+    def part_of(self, size: tuple[int, int]) -> tuple[float, float, float, float]:
+        """The box in a picture of that size, before it is scaled."""
+        wide, high = (whole / scaled for whole, scaled in zip(size, self.scaled, strict=True))
+        left, top, right, bottom = self.box
+        return left * wide, top * high, min(right * wide, size[0]), min(bottom * high, size[1])
+
 
 def bucket_sizes(resolution: int, buckets: int, step: int) -> list[tuple[int, int]]:
     """(width, height) of the square and of so many other shapes, each with about resolution^2 pixels.

@@ -111,6 +111,7 @@ class Pictures:
             condition = torch.full_like(condition, self.config.data.condition.background)
         caption, dropped, zeros = self.caption(record, place)
         crop, (width, height) = view.crop, record_size(record)
+        left = crop.scaled[0] - crop.size[0] - crop.left if view.flip else crop.left
         return Sample(
             place,
             record.name,
@@ -120,7 +121,7 @@ class Pictures:
             caption=caption,
             dropped=dropped,
             zeros=zeros,
-            time_ids=torch.tensor([height, width, crop.top, crop.left, *crop.size[::-1]], dtype=torch.float32),
+            time_ids=torch.tensor([height, width, crop.top, left, *crop.size[::-1]], dtype=torch.float32),
             moments=kept.get("moments"),
             embed=kept.get("embed"),
             text=self.cache.text.get(caption_key(caption, zeros)) if self.cache.text is not None else None,
@@ -229,6 +230,9 @@ def open_pictures(config: Config, conditioned: bool) -> Pictures:
             f"data.flip must be 0 for {data.condition.detector}: a mirrored picture has other left and right sides"
         )
     sources = [open_source(source) for source in data.sources]
+    count = sum(map(len, sources))
+    if data.holdout >= count:
+        raise ValueError(f"data.holdout is {data.holdout}, and there are {count} pictures: leave some to train on")
     records = [(k, number) for k, source in enumerate(sources) for number in range(len(source))]
     sizes = bucket_sizes(data.resolution, data.buckets, data.bucket_step)
     shapes = tuple(_shape(sources[k], number, sizes) if len(sizes) > 1 else 0 for k, number in records)
@@ -261,8 +265,7 @@ def opened(content: Content, name: str) -> Image.Image:
 def seen(picture: Image.Image, view: View) -> Image.Image:
     """The part of a picture that a view keeps."""
     crop = view.crop
-    part = resize(picture, crop.scaled)
-    part = part if crop.scaled == crop.size else part.crop(crop.box)
+    part = resize(picture, crop.size, box=crop.part_of(picture.size))  # the rest may be huge at that scale
     return part.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if view.flip else part
 
 

@@ -65,7 +65,7 @@ def open_source(settings: SourceConfig) -> Source:
 def open_list(file: Path, settings: SourceConfig) -> list[Record]:
     """A JSON object in each line; paths are relative to the file. The caption is a text or a list of texts."""
     records = []
-    for number, line in enumerate(file.read_text().splitlines(), 1):
+    for number, line in enumerate(file.read_text("utf-8-sig").split("\n"), 1):
         if not line.strip():
             continue
         where = f"{file}, line {number}"
@@ -97,7 +97,8 @@ def open_folder(folder: Path, settings: SourceConfig) -> list[Record]:
     records = []
     for file in files:
         name, text = file.relative_to(folder), file.with_suffix(".txt")
-        captions = tuple(line for line in text.read_text().splitlines() if line.strip()) if text.is_file() else ()
+        lines = text.read_text("utf-8-sig", "replace").splitlines() if text.is_file() else []
+        captions = tuple(line for line in lines if line.strip())
         records.append(Record(str(name), file, given.get(name.with_suffix("")), captions or ("",)))
     return _some(records, folder)
 

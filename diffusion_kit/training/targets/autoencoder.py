@@ -19,6 +19,7 @@ from torch import Tensor
 
 from diffusion_kit.models.sources import component_class, load_component, locate
 from diffusion_kit.models.vae import encode_mode
+from diffusion_kit.pipelines.auto import class_name
 from diffusion_kit.training.config import Config
 from diffusion_kit.training.data.samples import Batch
 from diffusion_kit.training.objective import normal
@@ -45,8 +46,10 @@ class AutoencoderTarget(Target):
         super().__init__(config)
         network = dict(config.network)
         self.weights = {name: float(network.pop(name, default)) for name, default in WEIGHTS.items()}
-        kind = CLASSES[network.pop("class", "AutoencoderKL")]
-        self.vae = in_float32(built(kind, network) if network else _existing(config)).to(device)
+        name = network.pop("class", "AutoencoderKL")
+        if name not in CLASSES:
+            raise ValueError(f"network.class is {name!r}; it must be {' or '.join(CLASSES)}")
+        self.vae = in_float32(built(CLASSES[name], network) if network else _existing(config)).to(device)
 
     def forward(self, batch: Batch) -> Losses:
         pixels = torch.stack([sample.pixels for sample in batch.samples]).to(self.vae.device)
@@ -88,9 +91,13 @@ class AutoencoderTarget(Target):
         vae = self.vae
         if not isinstance(vae, VQModel):
             vae.register_to_config(scaling_factor=1.0, latents_mean=None, latents_std=None)
-        pixels = torch.cat([torch.stack([s.pixels for s in batch.samples]) for batch in batches()])
-        latents = torch.cat([encode_mode(vae, part.to(vae.device)) for part in pixels.split(32)])
-        std, mean = torch.std_mean(latents.float(), (0, 2, 3))
+        rows = []
+        for batch in batches():
+            usable = [sample.pixels for sample in batch.samples if sample.weight and sample.pixels is not None]
+            if usable:
+                latents = encode_mode(vae, torch.stack(usable).to(vae.device))
+                rows.append(latents.float().transpose(0, 1).flatten(1))
+        std, mean = torch.std_mean(torch.cat(rows, 1), 1)
         if isinstance(vae, VQModel):
             fold(vae, mean, std)
         else:
@@ -105,9 +112,8 @@ def _existing(config: Config) -> Any:
     """The one that is named, or the base's."""
     if config.base.vae is not None:
         return load_component(CLASSES[component_class(config.base.vae)], config.base.vae)
-    folder = Path(locate(config.base.model))
-    kind, name = (VQModel, "movq") if (folder / "movq").is_dir() else (AutoencoderKL, "vae")
-    return load_component(kind, folder / name)
+    kind, name = (VQModel, "movq") if "Kandinsky" in class_name(config.base.model) else (AutoencoderKL, "vae")
+    return load_component(kind, locate(config.base.model), subfolder=name)
 
 
 def fold(movq: VQModel, mean: Tensor, std: Tensor) -> None:

@@ -24,6 +24,8 @@ from .target import Losses, Target, in_float32
 class PriorTarget(Target):
     def __init__(self, config: Config, device: torch.device) -> None:
         super().__init__(config)
+        if config.objective.prediction is not None or config.objective.zero_terminal_snr is not None:
+            raise ValueError("objective.prediction and zero_terminal_snr are not a prior's: it predicts the embedding")
         self.pipe = load_prior(config, device)
         if (why := obstacle(self.pipe.prior)) is not None:
             raise ValueError(f"base.prior {config.base.prior} cannot be trained: {why}")
@@ -66,7 +68,9 @@ class PriorTarget(Target):
 
     @torch.no_grad()
     def begin(self, batches: Callable[[], list[Batch]]) -> None:
-        """Measures mean and deviation of image embeddings, which the prior keeps with its weights."""
+        """Measures mean and deviation of image embeddings, which the prior keeps with its weights, where it is new."""
+        if self.prior.clip_mean.any() or (self.prior.clip_std != 1).any():
+            return
         rows = torch.cat([self.embeds(batch) for batch in batches()])
         std, mean = torch.std_mean(rows, 0)
         self.prior.clip_mean.data = mean[None]
