@@ -1,0 +1,332 @@
+"""What a training must not mistake, lose or be ended by: each was once wrong."""
+
+from __future__ import annotations
+
+import json
+import weakref
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import training_models
+from conftest import picture
+from PIL import Image
+
+from diffusion_kit import cli
+from diffusion_kit.training import bases, checkpoints, memory, run
+from diffusion_kit.training.data.cache import open_cache
+from diffusion_kit.training.data.crops import make_crop
+from diffusion_kit.training.data.samples import View, open_pictures, seen
+from diffusion_kit.training.data.sources import open_folder, open_list
+from diffusion_kit.training.keyed import Place
+from diffusion_kit.training.targets import make_target
+from diffusion_kit.training.train import make_accelerator, make_trainer, train, with_batch
+
+CPU = torch.device("cpu")
+EDGES = {"condition": {"detector": "canny"}}
+
+
+def trainer(folder: Path, target: str = "t2i_adapter", **more: Any) -> Any:
+    config = training_models.config(target, folder, **more)
+    return make_trainer(config, make_accelerator(config), lambda line: None)
+
+
+def state(folder: Path) -> Any:
+    return checkpoints.read(checkpoints.whole(folder / "checkpoints")[-1]).state
+
+
+# Precision and objective
+
+
+def test_the_autoencoder_is_left_out_of_autocast(tmp_path: Path) -> None:
+    base = bases.load_base(training_models.config("t2i_adapter", tmp_path), CPU)
+    pixels = torch.rand(2, 3, 64, 64) * 2 - 1
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(base.encode(pixels, ["a", "b"]), base.encode(pixels, ["a", "b"]).float())
+        inside = base.encode(pixels, ["a", "b"])
+    assert torch.equal(inside, base.encode(pixels, ["a", "b"]))
+
+
+def test_the_scheduler_is_told_what_was_trained(tmp_path: Path) -> None:
+    own = {"prediction": "v_prediction", "zero_terminal_snr": True}
+    train(training_models.config("unet", tmp_path / "run", steps=1, objective=own))
+    told = json.loads((tmp_path / "run/result/scheduler/scheduler_config.json").read_text())
+    assert (told["prediction_type"], told["rescale_betas_zero_snr"]) == ("v_prediction", True)
+    assert told["timestep_spacing"] == "trailing"
+    with pytest.raises(ValueError, match="are the base's own where it is frozen"):
+        make_target(training_models.config("t2i_adapter", tmp_path, objective=own), CPU)
+    with pytest.raises(ValueError, match="not a prior's"):
+        make_target(training_models.config("prior", tmp_path, "kandinsky", objective=own), CPU)
+
+
+def test_a_mirrored_crop_is_told_from_the_side_that_is_seen(tmp_path: Path) -> None:
+    data = {"crop": "random", "crops": 4, "flip": 1.0, "sources": [{"path": str(wide(tmp_path))}]}
+    pictures = open_pictures(training_models.config("unet", tmp_path / "run", data=data), False)
+    plain = open_pictures(training_models.config("unet", tmp_path / "run", data={**data, "flip": 0.0}), False)
+    lefts = [[own[Place(0, 0, k), 0].time_ids[3].item() for k in range(8)] for own in (pictures, plain)]
+    assert [a + b for a, b in zip(*lefts, strict=True)] == [64.0] * 8
+    assert lefts[0] != lefts[1]
+
+
+def wide(folder: Path) -> Path:
+    (folder / "wide").mkdir()
+    picture(0, 128).resize((128, 64)).save(folder / "wide" / "0.png")
+    return folder / "wide"
+
+
+def test_an_embedding_is_of_the_square_in_the_middle(tmp_path: Path) -> None:
+    prior = bases.load_prior(training_models.config("unet", tmp_path, "kandinsky"), CPU)
+    pixels = torch.rand(1, 3, 64, 96) * 2 - 1
+    made = bases.embed(prior, pixels)
+    assert torch.equal(made, bases.embed(prior, pixels[..., 16:80]))
+    assert not torch.allclose(made, bases.embed(prior, pixels[..., :64]), atol=1e-4)
+
+
+def test_what_a_prior_has_measured_stays(tmp_path: Path) -> None:
+    target = make_target(training_models.config("prior", tmp_path, "kandinsky"), CPU)
+    target.prior.clip_mean.data.fill_(0.0), target.prior.clip_std.data.fill_(1.0)
+    batch = SimpleNamespace(samples=[SimpleNamespace(embed=torch.randn(target.prior.clip_mean.shape[1])) for _ in "ab"])
+    target.begin(lambda: [batch])
+    measured = target.prior.clip_std.clone()
+    assert (measured != 1).any()
+    target.begin(lambda: [SimpleNamespace(samples=batch.samples[:1] * 2)])
+    assert torch.equal(target.prior.clip_std, measured)
+
+
+# Data
+
+
+@pytest.mark.parametrize("size", [(100, 80), (64, 200), (31, 97)])
+def test_a_part_is_scaled_as_it_would_be_with_the_whole(size: tuple[int, int]) -> None:
+    own = picture(1, 256).resize(size)
+    crop = make_crop(size, (64, 64), 1, (0, 0))
+    whole = own.resize(crop.scaled, Image.Resampling.LANCZOS).crop(crop.box)
+    assert abs(np.asarray(whole, float) - np.asarray(seen(own, View(crop, False)), float)).max() <= 2
+
+
+def test_a_strip_does_not_grow_huge(monkeypatch: pytest.MonkeyPatch) -> None:
+    crop, made = make_crop((4000, 1), (1024, 1024), None), []
+    resize = Image.Image.resize
+    monkeypatch.setattr(Image.Image, "resize", lambda self, size, *more: made.append(size) or resize(self, size, *more))
+    assert seen(Image.new("RGB", (4000, 1)), View(crop, False)).size == (1024, 1024)
+    assert made == [(1024, 1024)]
+
+
+def test_captions_with_any_characters(tmp_path: Path) -> None:
+    settings = SimpleNamespace(image="image", condition="condition", caption="text")
+    picture().save(tmp_path / "a.png")
+    (tmp_path / "l.jsonl").write_text(json.dumps({"image": "a.png", "text": "one\u2028two\x0b"}, ensure_ascii=False))
+    assert open_list(tmp_path / "l.jsonl", settings)[0].captions == ("one\u2028two\x0b",)  # type: ignore[arg-type]
+    (tmp_path / "a.txt").write_bytes("caf\xe9".encode("latin-1"))
+    assert open_folder(tmp_path, settings)[0].captions == ("caf\ufffd",)  # type: ignore[arg-type]
+
+
+def test_more_held_out_than_there_is(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="data.holdout is 6, and there are 6 pictures"):
+        trainer(tmp_path, data={"holdout": 6})
+
+
+def test_a_cache_knows_how_latents_are_scaled_and_whose_weights_a_detector_has(tmp_path: Path) -> None:
+    weights = tmp_path / "weights" / "a.safetensors"
+    weights.parent.mkdir()
+    weights.write_bytes(b"one")
+    condition = {"detector": "canny", "options": {"model": str(weights.parent)}}
+    more = {"cache": {"folder": str(tmp_path / "cache")}, "data": {"condition": condition}}
+    config = training_models.config("t2i_adapter", tmp_path / "run", **more)
+    vae = bases.load_base(config, CPU).vae
+    folders = []
+    for change in (
+        lambda: None,
+        lambda: vae.register_to_config(scaling_factor=0.7),
+        lambda: weights.write_bytes(b"other"),
+    ):
+        change()
+        cache = open_cache(config, [vae], [], conditioned=True)
+        folders.append((cache.latents.folder, cache.conditions.folder))  # type: ignore[union-attr]
+    (first, scaled, other) = folders
+    assert first[0] != scaled[0] == other[0]
+    assert first[1] == scaled[1] != other[1]
+
+
+def test_conditions_of_pictures_that_are_always_mirrored_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from diffusion_kit.training.data import samples
+
+    own = trainer(tmp_path, data={**EDGES, "flip": 1.0}, cache={"folder": str(tmp_path / "cache")})
+    assert len(own.pictures.cache.conditions) == len(own.pictures)
+    monkeypatch.setattr(samples, "detect", None)  # is not asked again
+    assert own.pictures[Place(0, 0, 0), 0].problem is None
+
+
+# The loop
+
+
+def test_pictures_left_out_do_not_lower_the_loss(tmp_path: Path) -> None:
+    whole, broken = (trainer(tmp_path / name, data={**EDGES}, batch=6, steps=1) for name in ("a", "b"))
+    getitem = type(broken.pictures).__getitem__
+
+    class Broken(type(broken.pictures)):  # type: ignore[misc]
+        def __getitem__(self, key: Any) -> Any:
+            made = getitem(self, key)
+            return self._blank(key[0], made.name, (64, 64), "broken") if key[1] < 3 else made
+
+    broken.pictures.__class__ = Broken
+    for own in (whole, broken):
+        own.run(lambda _: False)
+    bands = [sum(own.figures.band_counts) for own in (whole, broken)]
+    assert bands == [6, 3]
+    assert broken.figures.losses[0] == pytest.approx(sum(broken.figures.band_sums) / 3)
+
+
+def test_a_gradient_that_is_not_finite_is_told_and_ends_a_run(tmp_path: Path) -> None:
+    own = trainer(tmp_path, steps=40)
+    told: list[str] = []
+    own.say = told.append
+    own.weights[0].register_hook(lambda gradient: gradient * float("nan"))
+    before = own.weights[1].detach().clone()
+    with pytest.raises(RuntimeError, match="the gradient was not finite in 20 steps"):
+        own.run(lambda _: False)
+    assert told[0].startswith("step 1: the gradient is not finite, the step is left out: ")
+    assert torch.equal(own.weights[1], before)
+
+
+def test_a_schedule_free_average_is_worn_and_taken_off_bit_for_bit(tmp_path: Path) -> None:
+    pytest.importorskip("schedulefree")
+    own = trainer(tmp_path, optimizer={"name": "schedule_free"})
+    own.run(lambda _: False)
+    before = [weight.detach().clone() for weight in own.weights]
+    with own.averaged():
+        assert any(not torch.equal(a, b) for a, b in zip(before, own.weights, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, own.weights, strict=True))
+
+
+def test_an_optimizer_may_nest_its_state() -> None:
+    class Nesting(torch.optim.AdamW):
+        def state_dict(self) -> Any:
+            found = super().state_dict()
+            return {**found, "state": {n: {"nested": entry} for n, entry in found["state"].items()}}
+
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = Nesting([weight])
+    weight.grad = torch.ones(3)
+    optimizer.step()
+    tensors, values = checkpoints.flat_optimizer(optimizer, ["w"])
+    assert {"w:exp_avg", "w:exp_avg_sq"} <= tensors.keys()
+    json.dumps(values)
+
+
+def test_a_batch_that_processes_cannot_share(tmp_path: Path) -> None:
+    config = training_models.config("t2i_adapter", tmp_path, batch=3)
+    accelerator = make_accelerator(config)
+    accelerator.state.num_processes = 2
+    try:
+        with pytest.raises(ValueError, match="batch is 3, which 2 processes cannot share"):
+            make_trainer(config, accelerator, lambda line: None)
+    finally:
+        accelerator.state.num_processes = 1
+
+
+# A run
+
+
+def test_a_change_that_is_allowed_is_made(tmp_path: Path) -> None:
+    train(training_models.config("t2i_adapter", tmp_path, steps=1))
+    more = {"steps": 2, "optimizer": {"weight_decay": 0.5, "betas": (0.5, 0.6)}, "ema": 0.9}
+    train(training_models.config("t2i_adapter", tmp_path, **more), resume=True, allow=["optimizer", "ema"])
+    (group,) = state(tmp_path)["optimizer"]["groups"]
+    assert (group["weight_decay"], tuple(group["betas"])) == (0.5, (0.5, 0.6))
+    other = training_models.config("t2i_adapter", tmp_path, **{**more, "optimizer": {"name": "schedule_free"}})
+    with pytest.raises(ValueError, match="optimizer.name is 'schedule_free', .* begin a new run"):
+        train(other, resume=True, allow=["optimizer", "ema"])
+
+
+def test_checkpoints_without_their_configuration(tmp_path: Path) -> None:
+    train(training_models.config("t2i_adapter", tmp_path, steps=1))
+    (tmp_path / "config.yaml").unlink()
+    with pytest.raises(ValueError, match="has checkpoints and no config.yaml"):
+        train(training_models.config("t2i_adapter", tmp_path, steps=2), resume=True)
+
+
+def test_the_line_that_says_how_to_go_on_names_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    command = ["diffusion-kit", "train", "a.yaml", "steps=3"]
+    assert run.resume_command(command) == "diffusion-kit train a.yaml steps=3 --resume"
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    launched = "torchrun --nproc_per_node 2 -m diffusion_kit.cli train a.yaml steps=3 --resume"
+    assert run.resume_command(command) == launched
+
+
+def test_an_autoencoder_learns_from_pictures_of_several_shapes(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    for k, size in enumerate([(64, 64), (64, 128), (64, 64), (128, 64)]):
+        picture(k, 128).resize(size).save(tmp_path / "data" / f"{k}.png")
+    data = {"sources": [{"path": str(tmp_path / "data")}], "buckets": 2, "bucket_step": 16}
+    assert train(training_models.config("autoencoder", tmp_path / "run", data=data, steps=4)) is not None
+    with pytest.raises(ValueError, match="network.class is 'VAE'; it must be AutoencoderKL or VQModel"):
+        make_target(training_models.config("autoencoder", tmp_path, network={"class": "VAE"}), CPU)
+
+
+def test_a_validation_that_cannot_measure_ends_no_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    from diffusion_kit.training import validation
+
+    def no_joint(*_: Any, **__: Any) -> None:
+        raise ValueError("a pose shows no joint")
+
+    monkeypatch.setattr(validation, "evaluate", no_joint)
+    own = {"every": 1, "pictures": 1, "steps": 1}
+    assert train(training_models.config("t2i_adapter", tmp_path / "a", data=EDGES, steps=1, validation=own)) is not None
+    assert "validation of seen pictures: a pose shows no joint" in capsys.readouterr().out
+    monkeypatch.setattr(
+        validation, "evaluate", lambda *_, **__: SimpleNamespace(lines=[], gallery=[], page=lambda _: None)
+    )
+    monkeypatch.setattr(validation, "grid", lambda _: Image.new("RGB", (8, 8)))
+    assert train(training_models.config("t2i_adapter", tmp_path / "b", data=EDGES, steps=1, validation=own)) is not None
+    config = training_models.config("t2i_adapter", tmp_path / "c", validation={**own, "measure": "openpose"})
+    with pytest.raises(ValueError, match=r"^validation.measure: [^\n]+$"):
+        make_trainer(config, make_accelerator(config), print)
+
+
+def test_a_validation_has_the_size_of_the_training(tmp_path: Path) -> None:
+    own = {"every": 1, "pictures": 1, "steps": 1}
+    data = {**EDGES, "resolution": 96}
+    train(training_models.config("t2i_adapter", tmp_path, data=data, steps=1, validation=own))
+    page = next((tmp_path / "validation").glob("*/seen"))
+    assert {Image.open(file).size for file in page.glob("*.png")} == {(96, 96)}
+
+
+def test_batch_auto_leaves_nothing_of_its_probe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    probes, find = [], memory.fitting_batch
+
+    def watched(trainer: Any, say: Any) -> int:
+        probes.append(weakref.ref(trainer.target))
+        before = [weight.detach().clone() for weight in trainer.weights]
+        found = find(trainer, say)
+        assert trainer.optimizer.state, "a step of the optimizer is part of what has to fit"
+        assert all(torch.equal(a, b) for a, b in zip(before, trainer.weights, strict=True))
+        return found
+
+    monkeypatch.setattr(memory, "fitting_batch", watched)
+    config = training_models.config("t2i_adapter", tmp_path, steps=1, batch="auto")
+    assert int(with_batch(config, make_accelerator(config), lambda line: None).batch) >= 1
+    assert probes[0]() is None
+
+
+def test_a_control_may_lie_in_a_folder_without_a_slash(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    from diffusion_kit.commands.evaluate import detector_of
+
+    assert [detector_of(name) for name in ("canny", "canny_controlnet", "mine")] == ["canny", "canny", "mine"]
+    monkeypatch.chdir(tmp_path)
+    picture().save("0.png")
+    Path("0.txt").write_text("a fox")
+    Path("edges").mkdir()
+    arguments = ["--detector", "canny", "--conditions", ".", "--photos", "--seeds", "1", "--steps", "1"]
+    assert cli.main(["evaluate", "--control", "mine=edges", *arguments]) == 2
+    assert f"{tmp_path / 'edges'} is no network" in capsys.readouterr().err
