@@ -42,7 +42,7 @@ def crop(photo: Image.Image, rng: np.random.Generator) -> Image.Image:
 
 def write(folder: Path, photos: dict[str, str], count: int, rng: np.random.Generator) -> None:
     """So many crops of several photos, as many of each."""
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for name, caption in photos.items():
         photo = Image.open(Path(skimage.data_dir) / name).convert("RGB")
@@ -60,4 +60,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1] if len(sys.argv) > 1 else "photos"))

@@ -134,11 +134,12 @@ def test_turned_hues() -> None:
 
 def figures(course: list[float], versus: float) -> dict[str, Any]:
     arms = {f"{k / 4:g}": {"value": value, "another's": versus} for k, value in enumerate(course)}
-    word = {"word, of all 324": {"value": 0.8}}
+    word = {"word, of all 324": {"value": 0.8}, "background": {"value": 1.0}}
+    fewer = {"word, of all 324": {"value": 0.69}, "background": {"value": 0.89}}
     return {
         "autoencoder": {"dB": 26.0},
         "captions": {"all": word},
-        "captions, strange": {"without": word, "canny": word, "palette": {"word, of all 324": {"value": 0.69}}},
+        "captions, strange": {"without": word, "canny": word, "palette": fewer},
         "controls": {"canny": {"measure": "edge F1"} | arms, "palette": {"measure": "CIEDE2000"} | arms},
         "doodles": {"canny": arms},
         "photos": {},
@@ -150,10 +151,11 @@ def test_bounds() -> None:
         rows = json.loads(json.dumps(measure.bounds(figures(*of))))
         return {row["what"] for row in rows if not row["passed"]}
 
-    always = {"palette, words lost under control"}
+    always = {f"palette, {what} lost under control" for what in ("words", "backgrounds")}
     rising = {"palette, CIEDE2000 over that without", "palette, largest step up over scale"} | always
     assert failed([0.5, 0.6, 0.7, 0.71, 0.75], 0.5) == rising
     assert failed([0.5, 0.6, 0.7, 0.76, 0.75], 0.56) == rising | {"canny, above another's condition"}
     assert failed([0.5, 0.6, 0.7, 0.77, 0.75], 0.5) == rising | {"canny, largest step down over scale"}
     assert "canny, share of the gap closed" in failed([0.51, 0.6, 0.7, 0.71, 0.75], 0.5)
     assert not failed([0.8, 0.7, 0.6, 0.5, 0.4], 0.1) & (rising - always)
+    assert measure.bounds(figures([0.5] * 5, 0.5), ["canny", "sketch"])[-2]["what"] == "sketch is not there"

@@ -320,9 +320,9 @@ def test_batch_auto_leaves_nothing_of_its_probe(tmp_path: Path, monkeypatch: pyt
 def test_a_control_may_lie_in_a_folder_without_a_slash(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    from diffusion_kit.commands.evaluate import detector_of
+    from diffusion_kit.adapters.maps import detector_of
 
-    assert [detector_of(name) for name in ("canny", "canny_controlnet", "mine")] == ["canny", "canny", "mine"]
+    assert [detector_of(name) for name in ("canny", "canny_controlnet", "mine")] == ["canny", "canny", None]
     monkeypatch.chdir(tmp_path)
     picture().save("0.png")
     Path("0.txt").write_text("a fox")

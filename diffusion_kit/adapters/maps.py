@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 from diffusers import MultiAdapter
 
+from .detectors import detectors
 from .pictures import as_list, picture_tensor
 
 Polarity = Literal["white on black", "black on white"]
@@ -66,6 +67,14 @@ def expected_map(name: str) -> ControlMap | None:
     """What an adapter of that name expects; None where the name does not say."""
     last = re.split(r"[/\\]", str(name).rstrip("/\\"))[-1].lower()
     return next((known for pattern, known in KNOWN if re.search(pattern, last)), None)
+
+
+def detector_of(name: str) -> str | None:
+    """The detector that makes the maps of a control of that name; None where the name does not say."""
+    if name in detectors():
+        return name
+    known = expected_map(name)
+    return known.detector if known is not None and known.detector in detectors() else None
 
 
 def warn_of_polarity(model: Any, image: Any) -> None:

@@ -66,12 +66,13 @@ def run(options: argparse.Namespace) -> None:
 
     from diffusion_kit.adapters.control import Control
     from diffusion_kit.adapters.detectors import detector
+    from diffusion_kit.adapters.maps import detector_of
     from diffusion_kit.evaluation import Condition, evaluate, quality_measures
     from diffusion_kit.evaluation.measures import measures_of
 
     from .pictures import load_pipeline
 
-    kind = options.detector or detector_of(name)
+    kind = options.detector or detector_of(name) or name
     measures_of(kind)
     settings = parse_options(detector(kind), kind, options.option) | ({"invert": True} if options.invert else {})
     if not options.debug:
@@ -98,15 +99,6 @@ def run(options: argparse.Namespace) -> None:
     report = replace(report, about={"model": options.model, "control": options.control, **report.about})
     write(report, out)
     print(report.to_json().rstrip() if options.json else f"{report.table()}\n\n{out / 'index.html'}")
-
-
-def detector_of(control: str) -> str:
-    """Of a control's name: its own, or as the name says."""
-    from diffusion_kit.adapters.detectors import detectors
-    from diffusion_kit.adapters.maps import expected_map
-
-    known = expected_map(control)
-    return known.detector if control not in detectors() and known and known.detector in detectors() else control
 
 
 def parse_scales(text: str) -> list[float]:

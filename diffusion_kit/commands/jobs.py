@@ -149,8 +149,10 @@ def _text(file: Path) -> str:
         raise ValueError(f"{file} is no text file in UTF-8") from None
 
 
-def without_auto(control: ControlRecipe, own_detectors: list[str]) -> ControlRecipe:
-    """The control with its detector settled: its own where it comes with the base and the kit has one of its name."""
+def without_auto(control: ControlRecipe, own: list[str]) -> ControlRecipe:
+    """The control with its detector settled: where it comes with the base, the one that its name says."""
+    from diffusion_kit.adapters.maps import detector_of
+
     if control.detect == AUTO:
-        return replace(control, detect=control.kind if control.kind in own_detectors else None)
+        return replace(control, detect=detector_of(control.kind) if control.kind in own else None)
     return replace(control, detect=None) if control.detect == "none" else control

@@ -14,7 +14,7 @@ import transformers
 from PIL import Image
 
 from diffusion_kit.adapters.control import Control, granularity
-from diffusion_kit.adapters.detectors import detect, detector, detectors
+from diffusion_kit.adapters.detectors import detect, detector
 from diffusion_kit.adapters.pictures import FITS, MEGAPIXELS, fit_image, load_image, resize
 from diffusion_kit.commands.fingerprint import fingerprint
 from diffusion_kit.pipelines.auto import AutoPipelineForText2Image
@@ -141,7 +141,7 @@ def _scheduler(name: str) -> Any:
 
 def complete(pipe: Any, job: Job, settings: Settings, seed: int, hash_of: Callable[[Any], str]) -> Recipe:
     """The whole recipe of one picture: what the model says is filled in, and the hashes of all networks."""
-    own = [name for name in pipe.control_names if name in detectors()]
+    own = pipe.control_names
     controls = tuple(_hashed(pipe, without_auto(control, own), hash_of) for control in job.controls)
     nets = [pipe.load_control(control.kind) for control in controls]
     multiple = granularity(pipe.size_multiple, nets)

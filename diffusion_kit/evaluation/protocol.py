@@ -211,8 +211,10 @@ def fitted(condition: Condition, size: tuple[int, int], name: str, settings: Map
     if condition.image is None:
         return replace(condition, image=detect(name, photo, **settings), photo=photo)
     image = load_image(condition.image)
-    flat = getattr(detector(name), "RESAMPLE", None) == Image.Resampling.NEAREST  # colours that must not mix
-    image = ImageOps.fit(image, size, Image.Resampling.NEAREST) if flat else fit_image(image, *size)
+    resample = getattr(
+        detector(name), "RESAMPLE", None
+    )  # that of colours that must not mix, of limbs that must not ring
+    image = fit_image(image, *size) if resample is None else ImageOps.fit(image, size, resample)
     return replace(condition, image=image, photo=photo)
 
 

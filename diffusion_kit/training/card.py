@@ -66,12 +66,13 @@ def facts(trainer: Trainer) -> dict[str, str]:
 def _use(config: Config) -> str:
     if config.target not in ("t2i_adapter", "controlnet", "control_lora"):
         return f"Load it with diffusers, or with diffusion_kit as `{config.target}`'s folder."
-    detector = config.data.condition.detector or "image"
+    detector = config.data.condition.detector
+    condition = 'load_image("condition.png")' if detector is None else f'detect("{detector}", "photo.png")'
     source = "this-folder/control_lora.safetensors" if config.target == "control_lora" else "this-folder"
     return (
-        "```python\nfrom diffusion_kit import AutoPipelineForText2Image, Control, detect\n\n"
+        "```python\nfrom diffusion_kit import AutoPipelineForText2Image, Control, detect, load_image\n\n"
         f'pipe = AutoPipelineForText2Image.from_pretrained("{config.base.model}")\n'
-        f'condition = detect("{detector}", "photo.png")\n'
+        f"condition = {condition}\n"
         f'pipe("a caption", controls=[Control("{source}", condition)]).images[0].save("out.png")\n```'
     )
 

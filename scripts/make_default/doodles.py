@@ -25,11 +25,11 @@ GROUNDS = ("blue", "yellow", "white", "green", "pink")
 PHOTOS: dict[str, tuple[str, int, int, int, str]] = {
     "cat": ("chelsea.png", 90, 0, 300, "a cat"),
     "coffee": ("coffee.png", 90, 0, 400, "a cup of coffee"),
-    "spoon": ("coffee.png", 300, 180, 200, "a spoon"),
+    "clock": ("clock_motion.png", 50, 0, 300, "a clock"),
     "rocket": ("rocket.jpg", 220, 60, 220, "a rocket on a blue background"),
     "camera": ("camera.png", 150, 50, 250, "a camera on a white background"),
     "astronaut": ("astronaut.png", 110, 0, 230, "an astronaut"),
-    "shuttle": ("astronaut.png", 330, 0, 182, "a rocket"),
+    "moon": ("moon.png", 0, 0, 512, "a grey moon"),
     "coin": ("coins.png", 26, 18, 66, "a coin on a black background"),
     "motorcycle": ("motorcycle_left.png", 150, 60, 400, "a motorcycle"),
     "retina": ("retina.jpg", 0, 0, 1411, "an orange moon on a black background"),

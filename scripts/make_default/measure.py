@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -51,7 +52,7 @@ class Model:
     def __init__(self, folder: Path) -> None:
         self.folder, self.hash = folder, fingerprint(folder).removeprefix("sha256:")[:12]
         self.controls = [name for name in CONTROLS if (folder / "controls" / name).is_dir()]
-        self.place = STORE / self.hash
+        self.place = STORE / f"{self.hash}-{protocol_hash()}"
         self.place.mkdir(parents=True, exist_ok=True)
 
     @property
@@ -70,6 +71,16 @@ class Model:
         """Where something is kept that is about these weights, and those of a control."""
         own = "" if control is None else f"-{fingerprint(self.folder / 'controls' / control)[7:15]}"
         return self.place / f"{name.replace(' ', '_')}{own}.{kind}"
+
+
+@cache
+def protocol_hash() -> str:
+    """Of all that figures depend on beside the weights: who measures, what is asked for, and how it is compared."""
+    own, kit = drawings.HERE, ROOT / "diffusion_kit"
+    files = [*own.glob("*.py"), *own.glob("*.txt"), *(kit / "evaluation").glob("*.py")]
+    files += [*(kit / "adapters/detectors").glob("*.py"), *(ROOT / "configs/default").glob("*.yaml")]
+    files += [classifier.FILE] if classifier.FILE.exists() else []
+    return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(files))).hexdigest()[:8]
 
 
 @cache
@@ -263,8 +274,8 @@ def figures_of(model: Model) -> dict[str, Any]:
     return figures
 
 
-def bounds(figures: dict[str, Any]) -> list[dict[str, Any]]:
-    """What was to be reached, and whether it was."""
+def bounds(figures: dict[str, Any], wanted: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """What was to be reached, and whether it was; a control of `wanted` that is not there is a miss."""
     rows: list[dict[str, Any]] = []
 
     def row(what: str, value: float, bound: float, *, most: bool = False) -> None:
@@ -287,8 +298,12 @@ def bounds(figures: dict[str, Any]) -> list[dict[str, Any]]:
             row(f"{name}, share of the gap closed", (with_ - without) / (1 - without), gaps.get(name, 0.5))
             row(f"{name}, above another's condition", with_ - versus, 0.2)
             row(f"{name}, largest step down over scale", -steps.min(), 0.01, most=True)
-        seen = [figures["captions, strange"][key]["word, of all 324"]["value"] for key in ("without", name)]
-        row(f"{name}, words lost under control", seen[0] - seen[1], 0.1, most=True)
+        for what, told in (("word, of all 324", "words"), ("background", "backgrounds")):
+            seen = [figures["captions, strange"][key][what]["value"] for key in ("without", name)]
+            row(f"{name}, {told} lost under control", seen[0] - seen[1], 0.1, most=True)
+    for name in wanted:
+        if name not in figures["controls"]:
+            rows.append({"what": f"{name} is not there", "value": 0, "at least": 1, "passed": False})
     for kind in ("doodles", "photos"):
         for name, own in figures[kind].items():
             row(f"{kind}, {name}, edge F1", own["1"]["value"], 0.5)
@@ -300,7 +315,8 @@ def main(folder: Path) -> dict[str, Any]:
     cv2.setNumThreads(0)
     model = Model(folder)
     figures = figures_of(model)
-    result = {"weights": model.hash, "bounds": bounds(figures), **figures}
+    wanted = ("canny",) if hasattr(model.pipe, "movq") else CONTROLS
+    result = {"weights": model.hash, "bounds": bounds(figures, wanted), **figures}
     (model.place / "all.json").write_text(json.dumps(result, indent=2) + "\n")
     for row in result["bounds"]:
         limit = next(f"{key} {row[key]}" for key in ("at least", "at most") if key in row)

@@ -162,14 +162,13 @@ def base_pictures(pool: list[Drawing]) -> Iterator[tuple[str, Picture]]:
 
 
 def control_pictures(pool: list[Drawing]) -> Iterator[tuple[str, Picture]]:
-    measured = drawings.measured()
+    words = drawings.words()
+    kept = {words[slug]: backgrounds for slug, backgrounds in drawings.measured().items()}
     for drawing in pool:
+        word = words.get(drawing.slug, drawing.label.lower())  # two drawings may have the same
         for k in range(CONTROLS):
             name = f"{drawing.style}-{drawing.slug}-{k}"
-            yield (
-                name,
-                compose(drawing, rng_of("controls", name), moved=k % 3 > 0, kept=measured.get(drawing.slug, ())),
-            )
+            yield name, compose(drawing, rng_of("controls", name), moved=k % 3 > 0, kept=kept.get(word, ()))
 
 
 def write(folder: Path, pictures: Iterator[tuple[str, np.ndarray, list[str]]]) -> None:
