@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 import training_models
-from conftest import picture
+from conftest import make_adapter, make_sd_unet, picture
+from diffusers import ControlNetModel, T2IAdapter
 from PIL import Image
 
 from diffusion_kit import cli
@@ -330,3 +331,25 @@ def test_a_control_may_lie_in_a_folder_without_a_slash(
     arguments = ["--detector", "canny", "--conditions", ".", "--photos", "--seeds", "1", "--steps", "1"]
     assert cli.main(["evaluate", "--control", "mine=edges", *arguments]) == 2
     assert f"{tmp_path / 'edges'} is no network" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "line"),
+    [
+        (
+            {"target": "controlnet", "init_from": "adapter"},
+            "adapter is a T2IAdapter; controlnet starts from a ControlNet",
+        ),
+        ({"init_from": "grey"}, "grey sees 1 channels: set data.condition.channels=1"),
+        ({"target": "controlnet", "init_from": "other"}, "other is for another base: its .* has another shape"),
+        ({"data": {"resolution": 100}}, "a side of 100 pixels is no multiple of"),
+    ],
+)
+def test_what_does_not_fit_the_base_is_one_line(more: dict[str, Any], line: str, tmp_path: Path) -> None:
+    make_adapter().save_pretrained(tmp_path / "adapter")
+    T2IAdapter(1, [8], 1, 8, "full_adapter_xl").save_pretrained(tmp_path / "grey")
+    ControlNetModel.from_unet(make_sd_unet()).save_pretrained(tmp_path / "other")
+    if "init_from" in more:
+        more = {**more, "init_from": str(tmp_path / more["init_from"])}
+    with pytest.raises(ValueError, match=line):
+        trainer(tmp_path / "run", **{"target": "t2i_adapter", **more})

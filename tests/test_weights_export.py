@@ -394,7 +394,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("net --layout tencentarc", "ControlNetModel, .* take --layout controlnet or control-lora"),
         ("lora.safetensors --layout controlnet", "is a ControlLoRA, .* take --layout control-lora$"),
         ("union --layout controlnet", "is a ControlNetUnionModel, .* there is no layout for it here"),
-        ("base/unet --layout controlnet", "base/unet is a UNet2DConditionModel, which layout controlnet does not hold: there is no layout"),
+        (
+            "base/unet --layout controlnet",
+            "a UNet2DConditionModel, which layout controlnet does not hold: there is no layout",
+        ),
         ("none.safetensors --layout controlnet", "no model 'none.safetensors'"),
         ("net --layout control-lora", r"net is a ControlNet: .* so name that \(--base\)"),
         ("net --layout controlnet --base base", "is only renamed for layout controlnet: leave out --base and --rank"),

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs
 
+from diffusion_kit.adapters.control import granularity
 from diffusion_kit.adapters.detectors import missing
 from diffusion_kit.evaluation.measures import measures_of
 
@@ -115,6 +116,11 @@ def make_trainer(config: Config, accelerator: Accelerator, say: Callable[[str], 
     torch.manual_seed(config.seed)  # of weights that begin at random
     target = make_target(config, accelerator.device)
     pictures = open_pictures(config, target.conditioned)
+    if target.base is not None:
+        nets = [target.control] if target.conditioned and isinstance(target.control, torch.nn.Module) else []
+        multiple = granularity(target.base.pipe.vae_scale_factor, nets)
+        if odd := next((side for size in pictures.sizes for side in size if side % multiple), None):
+            raise ValueError(f"data.resolution, data.bucket_step: a side of {odd} pixels is no multiple of {multiple}")
     fill_cache(config, target.base, pictures, (accelerator.process_index, accelerator.num_processes), say)
     accelerator.wait_for_everyone()
     for store in pictures.cache.stores:

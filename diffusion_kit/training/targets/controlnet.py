@@ -9,7 +9,6 @@ import torch
 from diffusers import ControlNetModel
 from torch import Tensor
 
-from diffusion_kit.adapters.control import load_control_model
 from diffusion_kit.adapters.controlnet import RunControlNet
 from diffusion_kit.models.vae import scale_factor
 from diffusion_kit.pipelines.kandinsky import Kandinsky22Pipeline
@@ -18,7 +17,7 @@ from diffusion_kit.training.bases import Base, Conditioning, load_base
 from diffusion_kit.training.config import Config
 from diffusion_kit.training.data.samples import Batch
 
-from .target import Denoising, check_keys, in_float32
+from .target import Denoising, check_keys, given, in_float32
 
 WIDTHS = (16, 32, 96, 256)  # of the embedding of the control image, as published; one for each halving and one
 
@@ -34,7 +33,13 @@ class ControlNetTarget(Denoising):
 
     def network(self) -> Any:
         if self.config.init_from:
-            return in_float32(load_control_model(self.config.init_from))
+            net = given(self.config, ControlNetModel)
+            shapes = {name: value.shape for name, value in self.base.unet.state_dict().items()}
+            if other := next((n for n, own in net.state_dict().items() if shapes.get(n, own.shape) != own.shape), None):
+                raise ValueError(
+                    f"init_from {self.config.init_from} is for another base: its {other} has another shape"
+                )
+            return in_float32(net)
         return in_float32(ControlNetModel.from_unet(self.base.unet, **hint_settings(self.config, self.base)))
 
     @property

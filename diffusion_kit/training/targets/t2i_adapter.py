@@ -9,7 +9,6 @@ import torch
 from diffusers import T2IAdapter
 from torch import Tensor
 
-from diffusion_kit.adapters.control import load_control_model
 from diffusion_kit.models.denoiser import residual_fit
 from diffusion_kit.models.vae import scale_factor
 from diffusion_kit.sampling.doors import Answer
@@ -17,7 +16,7 @@ from diffusion_kit.training.bases import Base, Conditioning, load_base
 from diffusion_kit.training.config import Config
 from diffusion_kit.training.data.samples import Batch
 
-from .target import Denoising, built, in_float32
+from .target import Denoising, built, given, in_float32
 
 PROBE = 64  # side of the latents at which the shapes of residuals are compared
 
@@ -29,7 +28,7 @@ class T2IAdapterTarget(Denoising):
         super().__init__(config)
         self.base = load_base(config, device)
         settings = {"in_channels": config.data.condition.channels, **fitting(self.base), **config.network}
-        adapter = load_control_model(config.init_from) if config.init_from else built(T2IAdapter, settings)
+        adapter = given(config, T2IAdapter) if config.init_from else built(T2IAdapter, settings)
         self.adapter = in_float32(adapter).to(device)
         check_fit(self.adapter, self.base)
 

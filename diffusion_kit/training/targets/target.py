@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffusion_kit.adapters.control import load_control_model
 from diffusion_kit.pipelines.auto import AutoPipelineForText2Image
 from diffusion_kit.sampling.doors import Answer
 from diffusion_kit.training.bases import Base, Conditioning
@@ -112,6 +113,23 @@ def built(cls: Any, settings: dict[str, Any]) -> Any:
     """A network of a class of diffusers with the settings of the configuration's `network`."""
     check_keys(cls.__init__, settings, cls.__name__)
     return cls(**settings)
+
+
+def given(config: Config, cls: Any) -> Any:
+    """The network that `init_from` names.
+
+    Raises:
+        ValueError: of another class, or for condition images of other channels.
+    """
+    net = load_control_model(str(config.init_from))
+    if not isinstance(net, cls):
+        raise ValueError(
+            f"init_from {config.init_from} is a {type(net).__name__}; {config.target} starts from a {cls.__name__}"
+        )
+    takes = net.config.get("in_channels" if config.target == "t2i_adapter" else "conditioning_channels")
+    if takes != config.data.condition.channels:
+        raise ValueError(f"init_from {config.init_from} sees {takes} channels: set data.condition.channels={takes}")
+    return net
 
 
 def check_keys(function: Any, settings: dict[str, Any], what: str) -> None:
