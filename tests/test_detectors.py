@@ -238,6 +238,12 @@ def test_regions_are_not_split_by_shading_or_grain() -> None:
     assert len(detect("regions", Image.fromarray(image.round().astype(np.uint8)), apart=0).getcolors()) > 2
 
 
+def test_regions_of_a_muted_picture_are_those_of_a_vivid_one() -> None:
+    muted = Image.fromarray((0.3 * values(photo()) + 90).round().astype(np.uint8))
+    vivid, faint = (len(detect("regions", own).getcolors()) for own in (photo(), muted))
+    assert faint >= vivid > 2
+
+
 def test_a_small_sketch_is_as_white_as_a_large_one() -> None:
     disc = Image.new("RGB", (64, 64), "olive")
     ImageDraw.Draw(disc).ellipse((12, 12, 51, 51), fill="gold")

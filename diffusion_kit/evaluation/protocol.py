@@ -211,9 +211,7 @@ def fitted(condition: Condition, size: tuple[int, int], name: str, settings: Map
     if condition.image is None:
         return replace(condition, image=detect(name, photo, **settings), photo=photo)
     image = load_image(condition.image)
-    resample = getattr(
-        detector(name), "RESAMPLE", None
-    )  # that of colours that must not mix, of limbs that must not ring
+    resample = getattr(detector(name), "RESAMPLE", None)  # colours must not mix, limbs must not ring
     image = fit_image(image, *size) if resample is None else ImageOps.fit(image, size, resample)
     return replace(condition, image=image, photo=photo)
 

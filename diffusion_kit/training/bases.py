@@ -223,15 +223,26 @@ def load_base(config: Config, device: torch.device) -> Base:
     encoders, layer = text_parts(pipe)
     prior = load_prior(config, device) if family is kandinsky.Kandinsky22Pipeline else None
     objective = make_objective(pipe.scheduler, config.objective)
-    told = {"prediction_type": objective.prediction, "rescale_betas_zero_snr": objective.zero_snr}
-    if told != {name: pipe.scheduler.config.get(name, default) for name, default in SILENT.items()}:
-        if config.target not in ("unet", "hint_decoder"):
-            raise ValueError(
-                "objective.prediction and zero_terminal_snr are the base's own where it is frozen: leave them out"
-            )
-        spacing = {"timestep_spacing": "trailing"} if objective.zero_snr else {}  # begins at pure noise
-        pipe.register_modules(scheduler=pipe.scheduler.from_config({**pipe.scheduler.config, **told, **spacing}))
+    tell_scheduler(pipe, objective, learns=config.target in ("unet", "hint_decoder"))
     return Base(pipe, objective, encoders, layer, prior)
+
+
+def tell_scheduler(pipe: Any, objective: Objective, *, learns: bool) -> None:
+    """Gives a pipeline the scheduler of what its UNet learns to predict, with which it is shown and saved.
+
+    Raises:
+        ValueError: it does not learn, and predicts something else.
+    """
+    own = pipe.scheduler
+    told = {"prediction_type": objective.prediction, "rescale_betas_zero_snr": objective.zero_snr}
+    if told == {name: own.config.get(name, default) for name, default in SILENT.items()}:
+        return
+    if not learns:
+        raise ValueError(
+            "objective.prediction and zero_terminal_snr are the base's own where it is frozen: leave them out"
+        )
+    spacing = {"timestep_spacing": "trailing"} if objective.zero_snr else {}  # begins at pure noise
+    pipe.register_modules(scheduler=own.from_config({**own.config, **told, **spacing}))
 
 
 def load_prior(config: Config, device: torch.device) -> Any:

@@ -27,6 +27,7 @@ from .data.samples import Batch, Pictures, open_pictures
 from .loader import MicroBatches, Part, batches
 from .loop import Trainer
 from .targets import make_target
+from .targets.target import Target
 from .watch import Watch
 
 FINISH = 64  # batches over which a target measures itself at the end
@@ -111,16 +112,12 @@ def with_batch(config: Config, accelerator: Accelerator, say: Callable[[str], No
 def make_trainer(config: Config, accelerator: Accelerator, say: Callable[[str], None]) -> Trainer:
     if config.validation.measure is not None:
         measures_of(config.validation.measure)
-        if lack := missing(config.validation.measure):
+        if lack := missing(config.validation.measure):  # said now, not at the first validation
             raise ValueError(f"validation.measure: {lack}")
     torch.manual_seed(config.seed)  # of weights that begin at random
     target = make_target(config, accelerator.device)
     pictures = open_pictures(config, target.conditioned)
-    if target.base is not None:
-        nets = [target.control] if target.conditioned and isinstance(target.control, torch.nn.Module) else []
-        multiple = granularity(target.base.pipe.vae_scale_factor, nets)
-        if odd := next((side for size in pictures.sizes for side in size if side % multiple), None):
-            raise ValueError(f"data.resolution, data.bucket_step: a side of {odd} pixels is no multiple of {multiple}")
+    check_sizes(target, pictures)
     fill_cache(config, target.base, pictures, (accelerator.process_index, accelerator.num_processes), say)
     accelerator.wait_for_everyone()
     for store in pictures.cache.stores:
@@ -128,6 +125,19 @@ def make_trainer(config: Config, accelerator: Accelerator, say: Callable[[str], 
     if target.base is not None:
         target.base.put_away(pictures.cache)
     return Trainer(config, accelerator, target, pictures, say)
+
+
+def check_sizes(target: Target, pictures: Pictures) -> None:
+    """
+    Raises:
+        ValueError: sides that the autoencoder or the control cannot make smaller without a rest.
+    """
+    if target.base is None:
+        return
+    nets = [target.control] if target.conditioned and isinstance(target.control, torch.nn.Module) else []
+    multiple = granularity(target.base.pipe.vae_scale_factor, nets)
+    if odd := next((side for size in pictures.sizes for side in size if side % multiple), None):
+        raise ValueError(f"data.resolution, data.bucket_step: a side of {odd} pixels is no multiple of {multiple}")
 
 
 def build_cache(config: Config, part: tuple[int, int], say: Callable[[str], None]) -> None:

@@ -48,9 +48,10 @@ def _spread(first: int, last: int, count: int) -> tuple[int, ...]:
 
 @torch.no_grad()
 def validate(trainer: Trainer, folder: Path) -> dict[str, float]:
-    """Figures by name; `fidelity` is what the best checkpoint is chosen by: more is better."""
+    """Figures by name; `fidelity`, if it could be measured, is what the best checkpoint is chosen by: more is better."""
     folder.mkdir(parents=True, exist_ok=True)
     figures: dict[str, float] = {}
+    lost = set()
     with trainer.averaged():
         for group in groups(trainer):
             batch = quiet_batch(trainer.pictures, group.indices)
@@ -62,9 +63,11 @@ def validate(trainer: Trainer, folder: Path) -> dict[str, float]:
             except ValueError as error:  # such as a pose without a person: no reason to end a training
                 trainer.say(f"validation of {group.name} pictures: {error}")
                 found = {}
+                lost.add(group.name)
             figures |= {f"{name}_{group.name}": value for name, value in found.items()}
     last = "unseen" if trainer.config.data.holdout else "seen"
-    figures["fidelity"] = figures.get(f"fidelity_{last}", -figures[f"loss_{last}"])
+    if last not in lost:  # a loss beside fidelities would be taken for the best of them
+        figures["fidelity"] = figures.get(f"fidelity_{last}", -figures[f"loss_{last}"])
     return figures
 
 
@@ -100,7 +103,7 @@ def show(trainer: Trainer, group: Group, batch: Batch, folder: Path) -> dict[str
         if line is None:  # the detector lacks its weights
             return {}
         return {"fidelity": line.own.value if line.larger_is_better else -line.own.value}
-    pictures = plain(trainer, pipe, group, batch, prompts)
+    pictures = plain(trainer, pipe, batch, prompts)
     make_image_grid(pictures, 1, len(pictures)).save(folder / f"{group.name}.png")
     return {}
 
@@ -136,10 +139,10 @@ def fidelity(trainer: Trainer, pipe: Any, batch: Batch, prompts: list[str]) -> R
     )
 
 
-def plain(trainer: Trainer, pipe: Any, group: Group, batch: Batch, prompts: list[str]) -> list[Image.Image]:
+def plain(trainer: Trainer, pipe: Any, batch: Batch, prompts: list[str]) -> list[Image.Image]:
     """A picture of each prompt, under its condition where the target has one."""
     own = trainer.config.validation
-    width, height = trainer.pictures.sizes[trainer.pictures.shapes[group.indices[0]]]
+    height, width = batch.time_ids[0, 4:].int().tolist()
     made = []
     for k, prompt in enumerate(prompts):
         condition = batch.samples[k].condition

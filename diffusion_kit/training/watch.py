@@ -50,9 +50,9 @@ class Watch:
             step = trainer.step
             figures = validation.validate(trainer, self.run.folder / "validation" / f"step-{step:08d}")
             self.run.log("metrics", {"step": step, "validation": figures})
-            best = trainer.best["fidelity"] if trainer.best is not None else math.nan
-            if math.isnan(best) or figures["fidelity"] > best:
-                trainer.best = {"step": step, "fidelity": figures["fidelity"]}
+            fidelity = figures.get("fidelity", math.nan)
+            if not math.isnan(fidelity) and (trainer.best is None or fidelity > trainer.best["fidelity"]):
+                trainer.best = {"step": step, "fidelity": fidelity}
             self.run.say(f"step {step}  " + "  ".join(f"{name} {value:.4g}" for name, value in figures.items()))
         trainer.accelerator.wait_for_everyone()
 

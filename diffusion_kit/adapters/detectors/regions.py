@@ -11,13 +11,13 @@ TIDY = 15  # pixels; side of the square in which the most frequent colour wins
 SETTLED = 100  # pixels; k-means ends when fewer than these change their cluster
 
 
-def detect(image: Image.Image, *, colours: int = 8, apart: float = 25.0) -> Image.Image:
+def detect(image: Image.Image, *, colours: int = 8, apart: float = 0.7) -> Image.Image:
     """The picture in areas of one colour each, their mean, RGB, of its size.
 
     Args:
         colours: how many at most, 2 to 256.
-        apart: how far their colours are from one another at least, so that shading does not split an area: in units of
-            CIE Lab with half its lightness, 0 or more.
+        apart: how far their colours are from one another at least, so that shading does not split an area: as a share of
+            how widely the picture's own are spread (standard deviation in CIE Lab with half its lightness), 0 or more.
 
     Raises:
         ValueError: colours or apart out of range.
@@ -32,7 +32,8 @@ def detect(image: Image.Image, *, colours: int = 8, apart: float = 25.0) -> Imag
     lab = cv2.cvtColor(pixels, cv2.COLOR_RGB2LAB)
     lab[..., 0] //= 2  # shading splits an area less than hue does
     clusters = Image.fromarray(lab).quantize(colours, Image.Quantize.MEDIANCUT, SETTLED, dither=Image.Dither.NONE)
-    joined = joins(*means(np.asarray(clusters), lab, colours), apart)[np.asarray(clusters)]
+    spread = np.sqrt(lab.reshape(-1, 3).var(0).sum())
+    joined = joins(*means(np.asarray(clusters), lab, colours), apart * spread)[np.asarray(clusters)]
     area = np.asarray(Image.fromarray(joined).filter(ImageFilter.ModeFilter(TIDY)))
     return Image.fromarray(means(area, pixels, colours)[0].round().astype(np.uint8)[area])
 
