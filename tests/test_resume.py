@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 from pathlib import Path
@@ -13,7 +14,8 @@ import training_models
 from safetensors.torch import load_file
 
 from diffusion_kit import cli
-from diffusion_kit.training import checkpoints, run
+from diffusion_kit.training import caching, checkpoints, run
+from diffusion_kit.training.data.samples import open_pictures
 from diffusion_kit.training.train import train
 
 RUN = {
@@ -63,12 +65,14 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(tmp_path, undisturbed, w
 
 
 def stop_at(step: int, number: int = signal.SIGTERM):
-    """A log that sends the process a signal after a step, as a cluster or Ctrl-C does."""
+    """A log that sends the process and its workers a signal after a step, as a cluster or Ctrl-C does."""
     log = run.Run.log
 
     def logged(self: run.Run, name: str, row: dict) -> None:
         log(self, name, row)
         if row["step"] == step and name == "metrics":
+            for worker in multiprocessing.active_children():
+                os.kill(int(worker.pid or 0), number)
             os.kill(os.getpid(), number)
 
     return logged
@@ -87,6 +91,25 @@ def test_a_signal_saves_and_says_how_to_go_on(tmp_path, number, monkeypatch, cap
     monkeypatch.undo()
     assert cli.main(told.partition("diffusion-kit ")[2].split()) == 0
     assert (tmp_path / "run" / "result" / "config.json").is_file()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_the_cache_is_filled_stops_at_once_and_keeps_it(tmp_path, number, monkeypatch, capsys):
+    file = tmp_path / "config.yaml"
+    own = training_models.config("t2i_adapter", tmp_path / "run", steps=2, cache={"folder": str(tmp_path / "cache")})
+    file.write_text(own.dump())
+    keep = caching.keep
+    monkeypatch.setattr(caching, "TOGETHER", (8 * 1024**2, 2))
+    monkeypatch.setattr(caching, "keep", lambda *given: (keep(*given), os.kill(os.getpid(), number)))
+    monkeypatch.setattr("sys.argv", ["diffusion-kit", "train", str(file)])
+    with pytest.raises(SystemExit, match="1"):
+        cli.main(["train", str(file)])
+    assert f"stopped before the first step; go on with: diffusion-kit train {file} --resume" in capsys.readouterr().out
+    assert cli.main(["cache", str(file)]) == 1
+    assert "the same command goes on" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert cli.main(["train", str(file), "--resume"]) == 0
+    assert f"{len(open_pictures(own, True)) - 2} views are new" in capsys.readouterr().out
 
 
 def test_another_environment_is_told(tmp_path, capsys, monkeypatch):

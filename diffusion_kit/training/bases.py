@@ -59,7 +59,7 @@ class Base:
 
     @property
     def device(self) -> torch.device:
-        return self.unet.device
+        return next(self.unet.parameters()).device  # diffusers' own walks through all modules, at every call
 
     def denoiser(self) -> UNetDenoiser:
         channels = self.vae.config.latent_channels

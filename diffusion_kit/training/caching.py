@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -83,31 +84,46 @@ def fill(
     """
     dtype = DTYPES_OF[config.cache.dtype]
     if cache.text is not None and base is not None:
-        fill_text(base, pictures, cache, dtype, part)
+        with flushed(cache):
+            fill_text(base, pictures, cache, dtype, part)
     if cache.latents is None and cache.conditions is None:
         return 0
     jobs = [(k, view) for k in range(part[0], len(pictures), part[1]) for view in tried(pictures.views, k)]
     made = 0
-    bar = tqdm(total=len(jobs), desc="cache", unit="view", disable=None)
-    for group in grouped(Missing(pictures, cache, jobs), config.data.workers):
-        bar.update(len(group))
-        for job in group:
-            if job.problem is not None:
-                say(f"left out: {job.problem}")
-            if job.condition is not None and cache.conditions is not None:
-                cache.conditions.put(job.plain, {"picture": job.condition})
-        new = [job for job in group if job.pixels is not None]
-        if new and base is not None and cache.latents is not None:
-            pixels = torch.stack([job.pixels for job in new])
-            moments = base.encode(pixels, [job.name for job in new]).to(dtype)
-            embeds = embed(base.prior, pixels.to(base.device)).to(dtype) if base.prior is not None else None
-            for k, job in enumerate(new):
-                more = {} if embeds is None else {"embed": embeds[k]}
-                cache.latents.put(job.key, {"moments": moments[k], **more})
-        made += sum(job.pixels is not None or job.condition is not None for job in group)
-    bar.close()
-    cache.flush()
+    with tqdm(total=len(jobs), desc="cache", unit="view", disable=None) as bar, flushed(cache):
+        for group in grouped(Missing(pictures, cache, jobs), config.data.workers):
+            bar.update(len(group))
+            for job in group:
+                if job.problem is not None:
+                    say(f"left out: {job.problem}")
+            keep(base, cache, group, dtype)
+            made += sum(job.pixels is not None or job.condition is not None for job in group)
     return made
+
+
+@contextmanager
+def flushed(cache: Cache) -> Iterator[None]:
+    """What was made is kept, however the block ends."""
+    try:
+        yield
+    finally:
+        cache.flush()
+
+
+def keep(base: Base | None, cache: Cache, group: list[Job], dtype: torch.dtype) -> None:
+    """Puts conditions, and what the base makes of the pixels, into the cache."""
+    for job in group:
+        if job.condition is not None and cache.conditions is not None:
+            cache.conditions.put(job.plain, {"picture": job.condition})
+    new = [(job, job.pixels) for job in group if job.pixels is not None]
+    if not new or base is None or cache.latents is None:
+        return
+    pixels = torch.stack([own for _, own in new])
+    moments = base.encode(pixels, [job.name for job, _ in new]).to(dtype)
+    embeds = embed(base.prior, pixels.to(base.device)).to(dtype) if base.prior is not None else None
+    for k, (job, _) in enumerate(new):
+        more = {} if embeds is None else {"embed": embeds[k]}
+        cache.latents.put(job.key, {"moments": moments[k], **more})
 
 
 def tried(read: Callable[[int], Sequence[Any]], index: int) -> Sequence[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from torch.utils.data import DataLoader
 from .data.order import Order, share
 from .data.samples import Batch, Pictures, collate
 from .keyed import Place
+from .run import SIGNALS
 
 
 @dataclass(frozen=True)
@@ -69,8 +71,12 @@ def allow_open_files() -> None:
 
 
 def quiet_worker(_: int) -> None:
-    """One thread each: the workers are the parallelism."""
+    """One thread each: the workers are the parallelism. Signals that a terminal or a cluster sends to the whole group are
+    the main process's to answer, which still wants its pictures."""
     import cv2
+
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
     cv2.setNumThreads(0)
     torch.set_num_threads(1)

@@ -180,11 +180,16 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     return [f"{name} was {before.get(name)}, is {now[name]}" for name in now if before.get(name) != now[name]]
 
 
+class Stopped(Exception):
+    """A signal came before the first step, when there is nothing to finish and to save."""
+
+
 @dataclass
 class Signals:
-    """Asks a run to stop after the step at hand."""
+    """Asks a run to stop: after the step at hand where it is `stepping`, at once before."""
 
     received: int | None = None
+    stepping: bool = False
     _before: dict[int, Any] = field(default_factory=dict)
 
     def __enter__(self) -> Signals:
@@ -200,6 +205,8 @@ class Signals:
         if self.received is not None and number == signal.SIGINT:
             raise KeyboardInterrupt  # a second Ctrl-C does not wait for the step
         self.received = number
+        if not self.stepping:
+            raise Stopped
 
 
 def resume_command(arguments: Sequence[str]) -> str:

@@ -51,30 +51,42 @@ def train(
     accelerator = make_accelerator(config)
     folder = Path(config.output)
     with run.locked(folder) if accelerator.is_main_process else nullcontext(), run.Signals() as signals:
-        config = with_batch(run.settled(config, resume), accelerator, print)
-        start = run.begin(config, resume, allow) if accelerator.is_main_process else None
-        accelerator.wait_for_everyone()
-        if not accelerator.is_main_process and resume:
-            found = checkpoints.whole(folder / "checkpoints")
-            start = checkpoints.read(found[-1]) if found else None
-        own = run.Run(folder, accelerator.is_main_process)
-        trainer = make_trainer(config, accelerator, own.say)
-        if start is not None:
-            trainer.load(start)
-            own.say(f"goes on at step {trainer.step} of {config.steps}")
-            for change in run.changes(start.state["environment"], run.environment(accelerator.num_processes)):
-                own.say(f"{change}: the numbers may differ in their last digits")
-        else:
-            trainer.target.begin(lambda: first_batches(trainer))
-        if own.main:
-            own.cut_logs(trainer.step)
-        if trainer.step < config.steps:
+        try:
+            trainer, own = begin(config, accelerator, resume, allow)
+        except run.Stopped:
+            accelerator.print(f"stopped before the first step; go on with: {run.resume_command(command)}")
+            return None
+        signals.stepping = True
+        if trainer.step < trainer.config.steps:
             with memory.explained(trainer), Watch(trainer, own, signals) as watch:
                 trainer.run(watch)
-        if trainer.step < config.steps:
-            own.say(f"stopped at step {trainer.step} of {config.steps}; go on with: {run.resume_command(command)}")
+        if trainer.step < trainer.config.steps:
+            told = f"stopped at step {trainer.step} of {trainer.config.steps}"
+            own.say(f"{told}; go on with: {run.resume_command(command)}")
             return None
         return finish(trainer, own)
+
+
+def begin(config: Config, accelerator: Accelerator, resume: bool, allow: Sequence[str]) -> tuple[Trainer, run.Run]:
+    """A training at the step from which it goes on, and its folder."""
+    config = with_batch(run.settled(config, resume), accelerator, print)
+    start = run.begin(config, resume, allow) if accelerator.is_main_process else None
+    accelerator.wait_for_everyone()
+    if not accelerator.is_main_process and resume:
+        found = checkpoints.whole(Path(config.output) / "checkpoints")
+        start = checkpoints.read(found[-1]) if found else None
+    own = run.Run(Path(config.output), accelerator.is_main_process)
+    trainer = make_trainer(config, accelerator, own.say)
+    if start is not None:
+        trainer.load(start)
+        own.say(f"goes on at step {trainer.step} of {config.steps}")
+        for change in run.changes(start.state["environment"], run.environment(accelerator.num_processes)):
+            own.say(f"{change}: the numbers may differ in their last digits")
+    else:
+        trainer.target.begin(lambda: first_batches(trainer))
+    if own.main:
+        own.cut_logs(trainer.step)
+    return trainer, own
 
 
 def make_accelerator(config: Config) -> Accelerator:
@@ -146,8 +158,12 @@ def build_cache(config: Config, part: tuple[int, int], say: Callable[[str], None
     Raises:
         FileNotFoundError, ValueError: data, base or configuration that cannot be used, in one line.
     """
-    target = make_target(config, make_accelerator(config).device)
-    fill_cache(config, target.base, open_pictures(config, target.conditioned), part, say)
+    with run.Signals():
+        target = make_target(config, make_accelerator(config).device)
+        try:
+            fill_cache(config, target.base, open_pictures(config, target.conditioned), part, say)
+        except run.Stopped:
+            raise InterruptedError("stopped; what was made is kept, the same command goes on") from None
 
 
 def fill_cache(
