@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import weakref
 from pathlib import Path
@@ -137,19 +138,50 @@ def test_a_cache_knows_how_latents_are_scaled_and_whose_weights_a_detector_has(t
     condition = {"detector": "canny", "options": {"model": str(weights.parent)}}
     more = {"cache": {"folder": str(tmp_path / "cache")}, "data": {"condition": condition}}
     config = training_models.config("t2i_adapter", tmp_path / "run", **more)
-    vae = bases.load_base(config, CPU).vae
+    base = bases.load_base(config, CPU)
     folders = []
     for change in (
         lambda: None,
-        lambda: vae.register_to_config(scaling_factor=0.7),
+        lambda: base.vae.register_to_config(scaling_factor=0.7),
+        lambda: base.pipe.tokenizer.add_tokens(["<new>"]),
         lambda: weights.write_bytes(b"other"),
     ):
         change()
-        cache = open_cache(config, [vae], [], conditioned=True)
-        folders.append((cache.latents.folder, cache.conditions.folder))  # type: ignore[union-attr]
-    (first, scaled, other) = folders
-    assert first[0] != scaled[0] == other[0]
-    assert first[1] == scaled[1] != other[1]
+        cache = open_cache(config, base.pictured, base.frozen_encoders, conditioned=True)
+        folders.append([store.folder for store in cache.stores])
+    assert [[a != b for a, b in zip(*pair, strict=True)] for pair in itertools.pairwise(folders)] == [
+        [True, False, False],  # latents, conditions, texts
+        [False, False, True],
+        [False, True, False],
+    ]
+
+
+def test_embeddings_of_pictures_are_kept_by_how_the_image_encoder_sees_them(tmp_path: Path) -> None:
+    config = training_models.config("unet", tmp_path / "run", "kandinsky", cache={"folder": str(tmp_path / "cache")})
+    base = bases.load_base(config, CPU)
+    folders = []
+    for mean in ([0.5, 0.5, 0.5], [0.4, 0.5, 0.5]):
+        base.prior.image_processor.image_mean = mean
+        folders.append(open_cache(config, base.pictured, [], conditioned=False).latents.folder)  # type: ignore[union-attr]
+    assert folders[0] != folders[1]
+
+
+def test_a_base_that_sees_more_than_latents_is_refused(tmp_path: Path) -> None:
+    from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+
+    pipe = StableDiffusionXLPipeline.from_pretrained(training_models.base())
+    pipe.register_modules(unet=UNet2DConditionModel.from_config({**pipe.unet.config, "in_channels": 9}))
+    pipe.save_pretrained(folder := tmp_path / "inpainting")
+    with pytest.raises(
+        ValueError, match="for inpainting or editing: its UNet takes 9 channels; .* the 4 of the latents"
+    ):
+        trainer(tmp_path / "run", base={"model": str(folder)})
+
+
+def test_a_network_without_gradient_checkpointing_is_named(tmp_path: Path) -> None:
+    config = training_models.config("prior", tmp_path, "kandinsky", gradient_checkpointing=True)
+    with pytest.raises(ValueError, match="gradient_checkpointing: a PriorTransformer has none"):
+        make_trainer(config, make_accelerator(config), lambda line: None)
 
 
 def test_conditions_of_pictures_that_are_always_mirrored_are_kept(

@@ -221,6 +221,13 @@ def test_missing_columns_are_named(more: dict[str, str], line: str, folder: Path
         sources(tmp_path / "x.parquet", **more)
 
 
+def test_of_several_saved_tables_one_has_to_be_named(folder: Path, tmp_path: Path) -> None:
+    datasets.DatasetDict(train=(own := table(folder, datasets.Image())), test=own).save_to_disk(tmp_path / "both")
+    with pytest.raises(ValueError, match="holds several tables, test, train: name one of them"):
+        open_source(SourceConfig(path=str(tmp_path / "both")))
+    assert len(open_source(SourceConfig(path=str(tmp_path / "both" / "train")))) == len(own)
+
+
 @pytest.mark.parametrize("row", [{"image": None}, {"image": "a.png", "text": 3}, {"image": "a.png", "text": [None]}])
 def test_a_list_with_other_things_than_texts_is_one_line(row: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "list.jsonl").write_text(json.dumps({"image": "a.png", "text": None}) + "\n" + json.dumps(row))

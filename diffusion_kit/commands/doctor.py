@@ -16,6 +16,8 @@ OPTIONAL = {  # module: what it is for, and how to get it
         "pip install 'diffusion_kit[detectors]'",
     ),
     "ai_edge_litert": ("the detector pose", "pip install 'diffusion_kit[detectors]'"),
+    "datasets": ("training data in tables", "pip install 'diffusion_kit[data]'"),
+    "webdataset": ("training data in tars", "pip install 'diffusion_kit[data]'"),
     "xformers": ("memory-efficient attention on CUDA", "pip install 'diffusion_kit[xformers]'"),
     "imwatermark": ("SDXL's invisible watermark", "pip install invisible-watermark"),
 }

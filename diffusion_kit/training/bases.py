@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from torch.amp.autocast_mode import is_autocast_available
 
-from diffusion_kit.models.denoiser import UNetDenoiser, control_channels
+from diffusion_kit.models.denoiser import UNetDenoiser, control_channels, takes_hint
 from diffusion_kit.models.sources import load_component
 from diffusion_kit.models.text import Layer, Text, encode_text
 from diffusion_kit.models.unet import obstacle
@@ -23,12 +23,13 @@ from diffusion_kit.pipelines import auto, kandinsky, kandinsky_prior, sd15, sdxl
 from diffusion_kit.sampling.doors import Answer
 
 from .config import Config
-from .data.cache import Cache
+from .data.cache import Cache, Maker
 from .data.samples import Batch, Sample
 from .objective import Objective, make_objective, normal
 
 FAMILIES = (sdxl.SDXLPipeline, sd15.SD15Pipeline, kandinsky.Kandinsky22Pipeline)
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "no": torch.float32}
+SCALES = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")  # of an autoencoder's latents
 SILENT = {"prediction_type": "epsilon", "rescale_betas_zero_snr": False}  # of schedulers that do not say
 Conditioning = dict[str, Tensor]
 
@@ -72,15 +73,20 @@ class Base:
         return denoiser(tensors, x.to(self.unet.dtype), torch.zeros(1, dtype=torch.long, device=x.device), answer)[0]
 
     @property
-    def pictured(self) -> list[nn.Module]:
+    def pictured(self) -> list[Maker]:
         """What is made of a picture before it is noisy: its latents, and a Kandinsky decoder's embedding."""
-        return [self.vae] if self.prior is None else [self.vae, self.prior.image_encoder]
+        latents = (self.vae, [getattr(self.vae.config, name, None) for name in SCALES])
+        if self.prior is None:
+            return [latents]
+        own = self.prior.image_processor
+        return [latents, (self.prior.image_encoder, [own.image_mean, own.image_std])]
 
     @property
-    def frozen_encoders(self) -> list[nn.Module]:
+    def frozen_encoders(self) -> list[Maker]:
         """Text encoders whose answers may be kept, since they do not learn."""
-        nets = [encoder for _, encoder in self.encoders]
-        return [] if any(p.requires_grad for net in nets for p in net.parameters()) else nets
+        if any(p.requires_grad for _, encoder in self.encoders for p in encoder.parameters()):
+            return []
+        return [(net, [sorted(own.get_vocab().items()), own.model_max_length]) for own, net in self.encoders]
 
     def put_away(self, cache: Cache) -> None:
         """Moves what a full cache makes needless off the accelerator."""
@@ -219,12 +225,26 @@ def load_base(config: Config, device: torch.device) -> Base:
     pipe = family.from_pretrained(own.model, torch_dtype={"vae": fine, "movq": fine, "default": dtype}, **parts, **hub)
     if (why := obstacle(pipe.unet)) is not None:
         raise ValueError(f"base.model {own.model} cannot be trained with: {why}")
+    check_channels(pipe, own.model)
     frozen(pipe.to(device))
     encoders, layer = text_parts(pipe)
     prior = load_prior(config, device) if family is kandinsky.Kandinsky22Pipeline else None
     objective = make_objective(pipe.scheduler, config.objective)
     tell_scheduler(pipe, objective, learns=config.target in ("unet", "hint_decoder"))
     return Base(pipe, objective, encoders, layer, prior)
+
+
+def check_channels(pipe: Any, name: str) -> None:
+    """
+    Raises:
+        ValueError: a UNet that sees more than noisy latents and a Kandinsky decoder's hint.
+    """
+    taken, channels = pipe.unet.config.in_channels, pipe.vae.config.latent_channels
+    if taken != channels and not takes_hint(pipe.unet):
+        raise ValueError(
+            f"base.model {name} is for inpainting or editing: its UNet takes {taken} channels; a training starts from one "
+            f"that takes the {channels} of the latents alone"
+        )
 
 
 def tell_scheduler(pipe: Any, objective: Objective, *, learns: bool) -> None:

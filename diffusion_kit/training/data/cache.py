@@ -24,7 +24,7 @@ from .crops import Crop
 from .sources import Record
 from .store import Store
 
-SCALES = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")  # of an autoencoder's latents
+Maker = tuple[nn.Module, list[Any]]  # a network whose answers are kept, and the settings around it that shape them
 
 
 @dataclass
@@ -44,9 +44,7 @@ class Cache:
             store.flush()
 
 
-def open_cache(
-    config: Config, pictured: Sequence[nn.Module], encoders: Sequence[nn.Module], conditioned: bool
-) -> Cache:
+def open_cache(config: Config, pictured: Sequence[Maker], encoders: Sequence[Maker], conditioned: bool) -> Cache:
     """
     Args:
         pictured: make the latents, and of a Kandinsky decoder the embeddings; none where the target sees pixels.
@@ -61,12 +59,11 @@ def open_cache(
     root = Path(own.folder).expanduser()
     cache = Cache()
     if own.latents and pictured:
-        if any(p.requires_grad for net in pictured for p in net.parameters()):
+        if any(p.requires_grad for net, _ in pictured for p in net.parameters()):
             raise ValueError("cache.latents cannot keep what a network in training makes: set cache.latents=false")
-        made_by = [(fingerprint(net), *(getattr(net.config, name, None) for name in SCALES)) for net in pictured]
-        cache.latents = Store(root / f"latents-{digest([*made_by, own.dtype])}")
+        cache.latents = Store(root / f"latents-{digest([*map(made_by, pictured), own.dtype])}")
     if own.text and encoders:
-        cache.text = Store(root / f"text-{digest([*map(fingerprint, encoders), own.dtype])}")
+        cache.text = Store(root / f"text-{digest([*map(made_by, encoders), own.dtype])}")
     detector = config.data.condition
     if own.conditions and conditioned and detector.detector is not None:
         settings = [detector.detector, sorted(detector.options.items()), detector.channels]
@@ -86,6 +83,11 @@ def weight_files(model: Any) -> list[Path]:
 def digest(values: Any) -> str:
     """Sixteen letters for values that JSON can write."""
     return hashlib.sha256(json.dumps(values, default=str).encode()).hexdigest()[:16]
+
+
+def made_by(maker: Maker) -> list[Any]:
+    net, settings = maker
+    return [fingerprint(net), *settings]
 
 
 def fingerprint(net: nn.Module) -> str:

@@ -55,6 +55,9 @@ def open_source(settings: SourceConfig) -> Source:
         return open_list(path, settings)
     if (path / "metadata.jsonl").is_file():
         return open_list(path / "metadata.jsonl", settings)
+    if (path / "dataset_dict.json").is_file():
+        splits = ", ".join(sorted(folder.name for folder in path.iterdir() if folder.is_dir()))
+        raise ValueError(f"{path} holds several tables, {splits}: name one of them, such as {path / 'train'}")
     if path.is_dir() and not any(path.glob("*.arrow")) and not any(path.glob("**/*.parquet")):
         return open_folder(path, settings)
     from .tables import open_table

@@ -24,7 +24,7 @@ from diffusion_kit.training.config import Config
 from diffusion_kit.training.data.samples import Batch
 from diffusion_kit.training.objective import normal
 
-from .target import Losses, Target, built, in_float32
+from .target import Losses, Target, built, checkpoint_gradients, in_float32
 
 WEIGHTS = {
     "absolute": 1.0,
@@ -82,7 +82,7 @@ class AutoencoderTarget(Target):
         self.vae.save_pretrained(folder, safe_serialization=True)
 
     def checkpoint_gradients(self) -> None:
-        self.vae.enable_gradient_checkpointing()
+        checkpoint_gradients(self.vae)
 
     @torch.no_grad()
     def finish(self, batches: Callable[[], list[Batch]]) -> None:

@@ -18,7 +18,7 @@ from diffusion_kit.training.config import Config
 from diffusion_kit.training.data.samples import Batch
 from diffusion_kit.training.objective import Objective
 
-from .target import Losses, Target, in_float32
+from .target import Losses, Target, checkpoint_gradients, in_float32
 
 
 class PriorTarget(Target):
@@ -80,7 +80,7 @@ class PriorTarget(Target):
         self.pipe.save_pretrained(folder, safe_serialization=True)
 
     def checkpoint_gradients(self) -> None:
-        self.prior.enable_gradient_checkpointing()
+        checkpoint_gradients(self.prior)
 
 
 def make(config: Config, device: torch.device) -> Any:

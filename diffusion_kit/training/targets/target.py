@@ -106,7 +106,17 @@ class Denoising(Target):
 
     def checkpoint_gradients(self) -> None:
         for net in self.executed:
-            net.enable_gradient_checkpointing()
+            checkpoint_gradients(net)
+
+
+def checkpoint_gradients(net: Any) -> None:
+    """
+    Raises:
+        ValueError: a network that cannot compute its activations again.
+    """
+    if not net._supports_gradient_checkpointing:
+        raise ValueError(f"gradient_checkpointing: a {type(net).__name__} has none, set it to false")
+    net.enable_gradient_checkpointing()
 
 
 def built(cls: Any, settings: dict[str, Any]) -> Any:
