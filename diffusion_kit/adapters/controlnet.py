@@ -52,7 +52,7 @@ class RunControlNet:
 
     def _executor(self, tensors: Tree, x: Tensor, call: Tensor) -> list[Tensor]:
         emb = pick(tensors["emb"], call)[0]
-        h, skips = encode_unet(self.net, x.to(self.net.dtype), emb, tensors["context"], hint=tensors["hint"])
+        h, skips = encode_unet(self.net, x.to(emb.dtype), emb, tensors["context"], hint=tensors["hint"])
         convolutions = [*self.net.controlnet_down_blocks, self.net.controlnet_mid_block]
         return [conv(value) for conv, value in zip(convolutions, [*skips, h], strict=True)]
 

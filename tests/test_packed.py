@@ -1,0 +1,211 @@
+"""Packed layers: the same numbers, no second copy of a weight, and plain layers again for whoever looks at them."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import components, distance, lines, make_adapter, make_controlnet, make_vae, pipeline
+from test_loaders import save_lora
+from test_mixtures import KINDS, TASKS, run
+from torch import nn
+
+from diffusion_kit import Control, SDXLPipeline
+from diffusion_kit.models import packed
+from diffusion_kit.models.packed import Packed, pack_layer, unpack
+
+pytestmark = pytest.mark.skipif(packed.obstacle() is not None, reason=str(packed.obstacle()))
+LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "linear": (lambda: nn.Linear(24, 40), (2, 5, 24)),
+    "linear without bias": (lambda: nn.Linear(24, 40, bias=False), (7, 24)),
+    "convolution": (lambda: nn.Conv2d(12, 20, 3, padding=1), (2, 12, 9, 7)),
+    "strided": (lambda: nn.Conv2d(12, 20, 3, stride=2, padding=1), (2, 12, 9, 7)),
+    "of one pixel": (lambda: nn.Conv2d(12, 20, 1, bias=False), (2, 12, 9, 7)),
+    "grouped": (lambda: nn.Conv2d(12, 24, 3, groups=3, dilation=2, padding=2), (1, 12, 8, 8)),
+}
+
+
+def made(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, torch.Tensor]:
+    torch.manual_seed(0)
+    make, shape = LAYERS[name]
+    return make().to(dtype), torch.randn(shape, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", packed.DTYPES)
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_packed_layer_gives_the_same_and_holds_no_plain_weight(name: str, dtype: torch.dtype) -> None:
+    layer, x = made(name, dtype)
+    expected, plain, kind = layer(x), weakref.ref(layer.weight), type(layer)
+    bits = layer.weight.detach().clone()
+    assert pack_layer(layer)
+    gc.collect()
+    assert plain() is None
+    assert isinstance(layer, kind)
+    assert isinstance(layer, Packed)
+    assert distance(layer(x), expected) < (1e-5 if dtype == torch.float32 else 1e-2)
+    assert distance(layer(x.transpose(0, 1).contiguous().transpose(0, 1)), expected) < 1e-2
+    assert isinstance(layer, Packed)
+    assert torch.equal(layer.weight, bits)
+    assert type(layer) is kind
+
+
+LOOKS: dict[str, Callable[[Any], Any]] = {
+    "weight": lambda layer: layer.weight,
+    "parameters": lambda layer: [*layer.parameters()][0],
+    "of a parent": lambda layer: nn.Sequential(layer).state_dict()["0.weight"],
+    "copy": lambda layer: copy.deepcopy(layer).weight,
+    "pickle": lambda layer: pickle.loads(pickle.dumps(layer)).weight,
+    "to": lambda layer: layer.to(torch.float64).to(torch.float32).weight,
+    "half": lambda layer: layer.bfloat16().float().weight - layer.weight + layer.weight,
+}
+
+
+@pytest.mark.parametrize("look", LOOKS)
+@pytest.mark.parametrize("name", ["linear", "convolution"])
+def test_whoever_looks_sees_the_same_bits(name: str, look: str) -> None:
+    (layer, x), (plain, _) = made(name), made(name)
+    pack_layer(layer)
+    assert torch.equal(LOOKS[look](layer), LOOKS[look](plain))
+    assert type(layer) is type(plain)
+    assert [name for name, _ in layer.named_parameters()] == [name for name, _ in plain.named_parameters()]
+    pack_layer(layer)
+    assert distance(layer(x), plain(x)) < 1e-5
+
+
+EDITS: dict[str, Callable[[Any, torch.Tensor], Any]] = {
+    "load": lambda layer, new: layer.load_state_dict({**layer.state_dict(), "weight": new}),
+    "in place": lambda layer, new: layer.weight.copy_(new),
+    "assigned": lambda layer, new: setattr(layer, "weight", nn.Parameter(new)),
+    "data": lambda layer, new: setattr(layer.weight, "data", new),
+    "bias": lambda layer, new: layer.bias.add_(1),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_an_edit_of_a_packed_layer_counts(edit: str) -> None:
+    (layer, x), (plain, _) = made("linear"), made("linear")
+    before = plain(x)
+    new = torch.randn_like(plain.weight)
+    pack_layer(layer)
+    for own in (layer, plain):
+        EDITS[edit](own, new.clone())
+    pack_layer(layer)
+    assert isinstance(layer, Packed)
+    assert distance(layer(x), plain(x)) < 1e-5 < distance(before, plain(x))
+
+
+def test_an_edit_through_a_reference_that_was_kept_counts() -> None:
+    layer, x = made("linear")
+    kept = layer.weight
+    pack_layer(layer)
+    kept.mul_(2)
+    pack_layer(layer)
+    assert distance(layer(x), nn.functional.linear(x, kept, layer.bias)) < 1e-5
+    assert unpack(layer).weight is kept
+
+
+def test_what_a_packed_operation_cannot_do_the_plain_layer_does() -> None:
+    layer, x = made("linear")
+    pack_layer(layer)
+    with torch.enable_grad():
+        layer(x.requires_grad_()).sum().backward()
+    assert x.grad is not None
+    assert layer.weight.grad is not None
+    pack_layer(layer)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
+    pack_layer(layer)
+    with pytest.raises(RuntimeError, match="dtype"):
+        layer(x.double())
+    for other in (nn.Linear(3, 4).half(), nn.Conv2d(3, 4, 3, padding="same"), nn.ConvTranspose2d(3, 4, 3)):
+        assert not pack_layer(other)
+
+
+def test_to_ask_whether_layers_can_be_packed_draws_nothing() -> None:
+    packed.obstacle.cache_clear()
+    before = torch.random.get_rng_state()
+    assert packed.obstacle() is None
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+# Pipelines
+
+
+def packing(**more: Any) -> Any:
+    pipe = pipeline(SDXLPipeline, **{**copy.deepcopy(components()), **more})
+    assert pipe.pack_layers() is None
+    return pipe
+
+
+def count(net: nn.Module) -> int:
+    return sum(isinstance(layer, Packed) for layer in net.modules())
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_same_picture_with_every_control(kind: str, task: str) -> None:
+    plain = run([KINDS[kind]()], task)
+    pipe = packing(vae=make_vae(4))
+    assert distance(run([KINDS[kind]()], task, pipe), plain) < 1e-4
+    assert count(pipe.unet) > 100
+    assert "layers packed" in pipe.explain()
+
+
+def test_the_same_picture_with_a_window_and_kept_features() -> None:
+    pipes = [pipeline(SDXLPipeline), packing()]
+    controls = [Control(make_adapter(), lines(1), end=0.5), Control(make_controlnet(), lines(2), start=0.5)]
+    for pipe in pipes:
+        pipe.cache_steps(2)
+    a, b = (run(controls, pipe=pipe) for pipe in pipes)
+    assert distance(b, a) < 1e-4
+
+
+def test_a_lora_after_packing_acts_and_goes(tmp_path: Path) -> None:
+    save_lora(tmp_path, "a", 1)
+    pipes = [pipeline(SDXLPipeline, **copy.deepcopy(components())), packing()]
+    results = []
+    for pipe in pipes:
+        before = run(pipe=pipe)
+        pipe.load_lora_weights(tmp_path, weight_name="a.safetensors", adapter_name="a")
+        loaded = run(pipe=pipe)
+        pipe.fuse_lora(lora_scale=0.6)
+        fused = run(pipe=pipe)
+        pipe.unfuse_lora()
+        pipe.unload_lora_weights()
+        results.append([before, loaded, fused, run(pipe=pipe)])
+    for a, b in zip(*results, strict=True):
+        assert distance(b, a) < 1e-4
+    assert distance(results[0][1], results[0][0]) > 1e-2 < distance(results[0][2], results[0][1])
+
+
+def test_a_saved_pipeline_has_the_same_bits(tmp_path: Path) -> None:
+    pipe = packing()
+    run(pipe=pipe)
+    assert count(pipe.unet)
+    pipe.save_pretrained(tmp_path)
+    again = SDXLPipeline.from_pretrained(tmp_path)
+    for name, value in components()["unet"].state_dict().items():
+        assert torch.equal(again.unet.state_dict()[name], value), name
+
+
+def test_another_engine_finds_plain_layers() -> None:
+    pipe = packing()
+    first = run(pipe=pipe)
+    pipe.pack_layers(False)
+    assert distance(run(pipe=pipe), first) < 1e-4
+    assert not count(pipe.unet)
+
+
+def test_layers_that_share_a_weight_stay_plain() -> None:
+    one, other = (nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)) for _ in range(2))
+    other[0].weight = one[0].weight
+    packed.Packing([one, other])(lambda: None, None, None)
+    assert [isinstance(layer, Packed) for layer in (*one, *other)] == [False, True, False, True]
+    assert other[0].weight is one[0].weight
