@@ -19,7 +19,9 @@ from torch import nn
 
 from diffusion_kit import Control, SDXLPipeline
 from diffusion_kit.models import packed
+from diffusion_kit.models import tiled_attention as attention_by_tiles
 from diffusion_kit.models.packed import Packed, pack_layer, unpack
+from diffusion_kit.models.tiled_attention import tiled_attention
 
 pytestmark = pytest.mark.skipif(packed.obstacle() is not None, reason=str(packed.obstacle()))
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
@@ -135,6 +137,17 @@ def test_to_ask_whether_layers_can_be_packed_draws_nothing() -> None:
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
+@pytest.mark.parametrize(("queries", "keys"), [(256, 256), (300, 129), (2048, 4096), (64, 512), (512, 77)])
+@pytest.mark.parametrize("dtype", packed.DTYPES)
+def test_tiled_attention_is_attention(queries: int, keys: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, n, 3, 16).transpose(1, 2) for n in (queries, keys, keys))
+    expected = nn.functional.scaled_dot_product_attention(q, k, v)
+    found = tiled_attention(q.to(dtype), k.to(dtype), v.to(dtype))
+    assert found.shape == expected.shape
+    assert distance(found.float(), expected) < (1e-5 if dtype == torch.float32 else 2e-2)
+
+
 # Pipelines
 
 
@@ -156,6 +169,19 @@ def test_the_same_picture_with_every_control(kind: str, task: str) -> None:
     assert distance(run([KINDS[kind]()], task, pipe), plain) < 1e-4
     assert count(pipe.unet) > 100
     assert "layers packed" in pipe.explain()
+
+
+def test_the_same_picture_where_attention_is_tiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The small networks attend to fewer tokens than are worth it."""
+    tiles = []
+    own = attention_by_tiles.product
+    monkeypatch.setattr(attention_by_tiles, "FEWEST", 1)
+    monkeypatch.setattr(attention_by_tiles, "SCORES", 512)
+    monkeypatch.setattr(attention_by_tiles, "product", lambda *pair: tiles.append(len(pair[0])) or own(*pair))
+    plain = run([KINDS["ip_adapter"]()])
+    assert not tiles
+    assert distance(run([KINDS["ip_adapter"]()], pipe=packing(vae=make_vae(4))), plain) < 1e-4
+    assert len(set(tiles)) > 1
 
 
 def test_the_same_picture_with_a_window_and_kept_features() -> None:

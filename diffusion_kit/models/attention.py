@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -48,9 +48,12 @@ def split_heads(layer: Attention, x: Tensor) -> Tensor:
     return x.unflatten(-1, (layer.heads, -1)).transpose(1, 2)
 
 
-def attend(query: Tensor, tokens: Tokens) -> Tensor:
+Product = Callable[..., Tensor]  # of the signature of torch's scaled_dot_product_attention
+
+
+def attend(query: Tensor, tokens: Tokens, product: Product = F.scaled_dot_product_attention) -> Tensor:
     """weight x softmax(Q K^T / sqrt(d) + bias) V, (B, heads, queries, width)."""
-    out = F.scaled_dot_product_attention(query, tokens.key, tokens.value, tokens.bias)
+    out = product(query, tokens.key, tokens.value, tokens.bias)
     return out if tokens.weight is None else tokens.weight * out
 
 
@@ -60,6 +63,7 @@ class _Attend:
     itself and added (arXiv 2308.06721, eq. 5)."""
 
     name: str
+    product: Product
 
     def __call__(
         self,
@@ -76,9 +80,9 @@ class _Attend:
                 Tokens(*(split_heads(attn, project(hidden_states)) for project in (attn.to_k, attn.to_v))),
                 [],
             )
-        out = attend(query, first)
+        out = attend(query, first, self.product)
         for tokens in others:
-            out = out + attend(query, tokens)
+            out = out + attend(query, tokens, self.product)
         return attn.to_out[0](out.transpose(1, 2).flatten(2))
 
 
@@ -87,6 +91,7 @@ class _AttendJointly:
     """The same for layers that see text and picture (B, C, H, W) in one softmax."""
 
     name: str
+    product: Product
 
     def __call__(
         self,
@@ -100,23 +105,25 @@ class _AttendJointly:
         if not attn.only_cross_attention:
             key = torch.cat([key, split_heads(attn, attn.to_k(x))], 2)
             value = torch.cat([value, split_heads(attn, attn.to_v(x))], 2)
-        out = attend(split_heads(attn, attn.to_q(x)), Tokens(key, value))
+        out = attend(split_heads(attn, attn.to_q(x)), Tokens(key, value), self.product)
         out = attn.to_out[0](out.transpose(1, 2).flatten(2))
         return hidden_states + out.transpose(1, 2).unflatten(-1, hidden_states.shape[2:])
 
 
 # One processor a layer for the life of a network: a compiled step finds the same objects in every run.
-_processors: WeakKeyDictionary[nn.Module, dict[str, Any]] = WeakKeyDictionary()
+_processors: WeakKeyDictionary[nn.Module, dict[Product, dict[str, Any]]] = WeakKeyDictionary()
 
 
 @contextmanager
-def installed(*nets: nn.Module) -> Iterator[None]:
-    """The executor's attention inside the block; afterwards every network has the processors that it had before."""
+def installed(*nets: nn.Module, product: Product = F.scaled_dot_product_attention) -> Iterator[None]:
+    """The executor's attention, by that product, inside the block; afterwards every network has the processors that it had
+    before."""
     with ExitStack() as stack:
         for net in nets:
             layers = attention_layers(net)
-            made = {name: _AttendJointly(name) if joint(layer) else _Attend(name) for name, layer in layers}
-            own = _processors.setdefault(net, made)
+            own = _processors.setdefault(net, {}).setdefault(product, {})
+            for name, layer in layers if not own else ():
+                own[name] = (_AttendJointly if joint(layer) else _Attend)(name, product)
             for name, layer in layers:
                 stack.callback(setattr, layer, "processor", layer.processor)
                 layer.processor = own[name]

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from diffusers import DiffusionPipeline
 from diffusers.utils import is_xformers_available
 from diffusers.utils.peft_utils import scale_lora_layers, unscale_lora_layers
@@ -28,11 +29,12 @@ from diffusion_kit.adapters.control import (
     load_control_model,
     named_kinds,
 )
-from diffusion_kit.models.attention import installed
+from diffusion_kit.models.attention import Product, installed
 from diffusion_kit.models.denoiser import make_denoiser, with_kept_features
 from diffusion_kit.models.packed import Packing, unpack_all
 from diffusion_kit.models.packed import obstacle as packing_obstacle
 from diffusion_kit.models.sources import check_folder, embedded, locate, one_line
+from diffusion_kit.models.tiled_attention import tiled_attention
 from diffusion_kit.models.unet import obstacle
 from diffusion_kit.sampling.cache import StepCache
 from diffusion_kit.sampling.engines import Compiled, Engine, eager
@@ -300,8 +302,9 @@ class ControlledPipeline(DiffusionPipeline):
         nets = [net for control in run.controls for net in control.nets]  # type: ignore[attr-defined]
         nets += run.denoiser.executed  # type: ignore[attr-defined]
         unique = list({id(net): net for net in nets}.values())
+        product: Product = F.scaled_dot_product_attention
         if self.packs_layers and run.engine is eager:
-            run.engine = Packing(unique)
+            run.engine, product = Packing(unique), tiled_attention
         else:
             unpack_all(unique)
         scale = (self._cross_attention_kwargs or {}).get("scale")
@@ -312,7 +315,7 @@ class ControlledPipeline(DiffusionPipeline):
             bar.update(run.schedule.ends_step(k))
             return result
 
-        with bar, installed(*unique), loras_scaled(scale, self.unet):
+        with bar, installed(*unique, product=product), loras_scaled(scale, self.unet):
             for net in unique:
                 if getattr(net, "_hf_hook", None) is not None:
                     net._hf_hook.pre_forward(net)
