@@ -11,19 +11,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import test_kandinsky
 import torch
-from conftest import components, distance, lines, make_adapter, make_controlnet, make_vae, pipeline
+from conftest import components, distance, lines, make_adapter, make_controlnet, make_vae, pipeline, seeds
 from test_loaders import save_lora
 from test_mixtures import KINDS, TASKS, run
 from torch import nn
+from torch.nn.utils import prune
 
+import diffusion_kit
 from diffusion_kit import Control, SDXLPipeline
-from diffusion_kit.models import packed
+from diffusion_kit.models import onednn, packed
 from diffusion_kit.models import tiled_attention as attention_by_tiles
 from diffusion_kit.models.packed import Packed, pack_layer, unpack
 from diffusion_kit.models.tiled_attention import tiled_attention
 
-pytestmark = pytest.mark.skipif(packed.obstacle() is not None, reason=str(packed.obstacle()))
+WHY = onednn.obstacle(torch.float32) or onednn.obstacle(torch.bfloat16)
+pytestmark = pytest.mark.skipif(WHY is not None, reason=str(WHY))
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "linear": (lambda: nn.Linear(24, 40), (2, 5, 24)),
     "linear without bias": (lambda: nn.Linear(24, 40, bias=False), (7, 24)),
@@ -40,7 +44,7 @@ def made(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, torch.Tens
     return make().to(dtype), torch.randn(shape, dtype=dtype)
 
 
-@pytest.mark.parametrize("dtype", packed.DTYPES)
+@pytest.mark.parametrize("dtype", onednn.DTYPES)
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_packed_layer_gives_the_same_and_holds_no_plain_weight(name: str, dtype: torch.dtype) -> None:
     layer, x = made(name, dtype)
@@ -103,14 +107,94 @@ def test_an_edit_of_a_packed_layer_counts(edit: str) -> None:
     assert distance(layer(x), plain(x)) < 1e-5 < distance(before, plain(x))
 
 
-def test_an_edit_through_a_reference_that_was_kept_counts() -> None:
+HOLDERS: dict[str, Callable[[Any], Any]] = {
+    "parameter": lambda layer: layer.weight,
+    "data": lambda layer: layer.weight.data,
+    "state dict": lambda layer: layer.state_dict()["weight"],
+    "view": lambda layer: layer.weight.detach()[:1],
+}
+
+
+@pytest.mark.parametrize("held", HOLDERS)
+def test_a_weight_that_somebody_holds_stays_plain(held: str) -> None:
+    layer, _ = made("linear")
+    kept = HOLDERS[held](layer)
+    assert not pack_layer(layer)
+    assert kept.data_ptr() == layer.weight.data_ptr()
+    del kept
+    assert pack_layer(layer)
+
+
+def test_layers_that_share_a_weight_stay_plain() -> None:
+    one, other = (nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)) for _ in range(2))
+    other[0].weight = one[0].weight
+    packed.Packing([one, other])(None, None, None)  # type: ignore[arg-type]
+    assert [isinstance(layer, Packed) for layer in (*one, *other)] == [False, True, False, True]
+    assert other[0].weight is one[0].weight
+
+
+def interrupted(*_: Any) -> Any:
+    raise KeyboardInterrupt
+
+
+def test_an_interrupt_leaves_a_whole_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, x = made("linear")
-    kept = layer.weight
+    expected = layer(x)
+    monkeypatch.setattr(onednn, "laid_out", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pack_layer(layer)
+    assert torch.equal(layer(x), expected)
+    monkeypatch.undo()
     pack_layer(layer)
-    kept.mul_(2)
+    monkeypatch.setattr(nn, "Parameter", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        unpack(layer)
+    monkeypatch.undo()
+    assert isinstance(layer, Packed)
+    assert torch.equal(copy.copy(layer).weight, made("linear")[0].weight)
+    assert distance(layer(x), expected) < 1e-5
+
+
+def test_what_is_set_of_a_packed_layer_counts() -> None:
+    (layer, x), (plain, _) = made("convolution"), made("convolution")
     pack_layer(layer)
-    assert distance(layer(x), nn.functional.linear(x, kept, layer.bias)) < 1e-5
-    assert unpack(layer).weight is kept
+    for own in (layer, plain):
+        own.padding_mode = "circular"
+        own._reversed_padding_repeated_twice = [1, 1, 1, 1]
+    assert not pack_layer(layer)
+    assert torch.equal(layer(x), plain(x))
+    (layer, x), seen = made("convolution"), []
+    before = layer._conv_forward
+    layer._conv_forward = lambda *given: seen.append(1) or before(*given)
+    assert not pack_layer(layer)
+    assert torch.equal(layer(x), made("convolution")[0](x))
+    assert seen
+
+
+def test_a_hook_runs_once_and_a_kept_forward_goes_on() -> None:
+    layer, x = made("linear")
+    expected, forward = layer(x), layer.forward
+    layer.register_forward_hook(lambda _, __, output: 2 * output)
+    pack_layer(layer)
+    assert distance(layer(x), 2 * expected) < 1e-5
+    with torch.enable_grad():
+        assert distance(layer(x).detach(), 2 * expected) < 1e-5
+    packed_forward = layer.forward if pack_layer(layer) else None
+    unpack(layer)
+    assert torch.equal(packed_forward(x), forward(x))  # type: ignore[misc]
+
+
+def test_layers_made_and_run_under_inference_mode() -> None:
+    with torch.inference_mode():
+        inside, x = made("linear")
+        assert not pack_layer(inside)
+    layer, x = made("linear")
+    expected = layer(x)
+    with torch.inference_mode():
+        for _ in range(2):
+            assert pack_layer(layer)
+            assert distance(layer(x), expected) < 1e-5
+            assert not layer.weight.is_inference()
 
 
 def test_what_a_packed_operation_cannot_do_the_plain_layer_does() -> None:
@@ -126,26 +210,41 @@ def test_what_a_packed_operation_cannot_do_the_plain_layer_does() -> None:
     pack_layer(layer)
     with pytest.raises(RuntimeError, match="dtype"):
         layer(x.double())
-    for other in (nn.Linear(3, 4).half(), nn.Conv2d(3, 4, 3, padding="same"), nn.ConvTranspose2d(3, 4, 3)):
-        assert not pack_layer(other)
+    convolution, x = made("convolution")
+    expected = convolution(x[0])
+    pack_layer(convolution)
+    assert torch.equal(convolution(x[0]), expected)  # without a batch
+    pruned = prune.identity(nn.Linear(3, 4), "weight")
+    graded = nn.Linear(3, 4)
+    graded.weight.grad = torch.ones_like(graded.weight)
+    others = (nn.Linear(3, 4).half(), nn.Conv2d(3, 4, 3, padding="same"), nn.ConvTranspose2d(3, 4, 3), pruned, graded)
+    assert not any(map(pack_layer, others))
 
 
 def test_to_ask_whether_layers_can_be_packed_draws_nothing() -> None:
-    packed.obstacle.cache_clear()
+    onednn.obstacle.cache_clear()
+    packed.alone.cache_clear()
     before = torch.random.get_rng_state()
-    assert packed.obstacle() is None
+    assert onednn.obstacle(torch.float32) is None
+    assert packed.alone()
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
 @pytest.mark.parametrize(("queries", "keys"), [(256, 256), (300, 129), (2048, 4096), (64, 512), (512, 77)])
-@pytest.mark.parametrize("dtype", packed.DTYPES)
+@pytest.mark.parametrize("dtype", onednn.DTYPES)
 def test_tiled_attention_is_attention(queries: int, keys: int, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, n, 3, 16).transpose(1, 2) for n in (queries, keys, keys))
     expected = nn.functional.scaled_dot_product_attention(q, k, v)
-    found = tiled_attention(q.to(dtype), k.to(dtype), v.to(dtype))
+    found = tiled_attention(*(x.to(dtype) for x in (q, k, v)))
     assert found.shape == expected.shape
     assert distance(found.float(), expected) < (1e-5 if dtype == torch.float32 else 2e-2)
+
+
+def test_of_a_dtype_that_onednn_has_not_torch_takes_care() -> None:
+    q = torch.randn(1, 2, 256, 16, dtype=torch.float64)
+    assert torch.equal(tiled_attention(q, q, q), nn.functional.scaled_dot_product_attention(q, q, q))
+    assert "not float16" in str(pipeline(SDXLPipeline, **copy.deepcopy(components())).to(torch.float16).pack_layers())
 
 
 # Pipelines
@@ -182,6 +281,18 @@ def test_the_same_picture_where_attention_is_tiled(monkeypatch: pytest.MonkeyPat
     assert not tiles
     assert distance(run([KINDS["ip_adapter"]()], pipe=packing(vae=make_vae(4))), plain) < 1e-4
     assert len(set(tiles)) > 1
+
+
+@pytest.mark.parametrize("name", ["KandinskyCombinedPipeline", "KandinskyV22CombinedPipeline", "Kandinsky3Pipeline"])
+def test_the_same_picture_of_a_kandinsky(name: str) -> None:
+    call = {"prompt": "a cat", "num_inference_steps": 2, "output_type": "latent"}
+    call |= {"prior_num_inference_steps": 2, "height": 64, "width": 64} if "Combined" in name else {}
+    pipe = copy.deepcopy(test_kandinsky.build(diffusion_kit, name))
+    plain = pipe(**call, generator=seeds(1)).images
+    assert pipe.pack_layers() is None
+    assert distance(pipe(**call, generator=seeds(1)).images, plain) < 1e-4
+    nets = [pipe.unet, *([pipe.prior_prior] if "Combined" in name else [])]
+    assert all(map(count, nets))
 
 
 def test_the_same_picture_with_a_window_and_kept_features() -> None:
@@ -227,11 +338,3 @@ def test_another_engine_finds_plain_layers() -> None:
     pipe.pack_layers(False)
     assert distance(run(pipe=pipe), first) < 1e-4
     assert not count(pipe.unet)
-
-
-def test_layers_that_share_a_weight_stay_plain() -> None:
-    one, other = (nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)) for _ in range(2))
-    other[0].weight = one[0].weight
-    packed.Packing([one, other])(lambda: None, None, None)
-    assert [isinstance(layer, Packed) for layer in (*one, *other)] == [False, True, False, True]
-    assert other[0].weight is one[0].weight

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import signal
+import threading
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 
 from diffusion_kit import cli
 from diffusion_kit.training import caching, checkpoints, run
-from diffusion_kit.training.data.samples import open_pictures
+from diffusion_kit.training.data.samples import Pictures, open_pictures
 from diffusion_kit.training.train import train
 
 RUN = {
@@ -93,23 +94,63 @@ def test_a_signal_saves_and_says_how_to_go_on(tmp_path, number, monkeypatch, cap
     assert (tmp_path / "run" / "result" / "config.json").is_file()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_while_the_cache_is_filled_stops_at_once_and_keeps_it(tmp_path, number, monkeypatch, capsys):
     file = tmp_path / "config.yaml"
     own = training_models.config("t2i_adapter", tmp_path / "run", steps=2, cache={"folder": str(tmp_path / "cache")})
     file.write_text(own.dump())
-    keep = caching.keep
+    keep, pixels = caching.keep, Pictures.pixels
     monkeypatch.setattr(caching, "TOGETHER", (8 * 1024**2, 2))
     monkeypatch.setattr(caching, "keep", lambda *given: (keep(*given), os.kill(os.getpid(), number)))
     monkeypatch.setattr("sys.argv", ["diffusion-kit", "train", str(file)])
     with pytest.raises(SystemExit, match="1"):
         cli.main(["train", str(file)])
-    assert f"stopped before the first step; go on with: diffusion-kit train {file} --resume" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert f"stopped before the first step; go on with: diffusion-kit train {file} --resume" in told
+    monkeypatch.undo()
+    # Where a picture is read, whatever goes wrong is the picture's fault; a signal is not.
+    monkeypatch.setattr(Pictures, "pixels", lambda *given: (os.kill(os.getpid(), number), pixels(*given))[1])
     assert cli.main(["cache", str(file)]) == 1
-    assert "the same command goes on" in capsys.readouterr().err
+    told = capsys.readouterr()
+    assert "the same command goes on" in told.err
+    assert "left out" not in told.out
     monkeypatch.undo()
     assert cli.main(["train", str(file), "--resume"]) == 0
     assert f"{len(open_pictures(own, True)) - 2} views are new" in capsys.readouterr().out
+
+
+def test_a_validation_that_was_due_when_a_run_was_stopped_is_made_when_it_goes_on(tmp_path, monkeypatch):
+    more = {"validation": {"every": 2, "pictures": 1, "steps": 1}, "steps": 3}
+    whole, stopped = (training_models.config("t2i_adapter", tmp_path / name, **more) for name in ("whole", "stopped"))
+    train(whole)
+    monkeypatch.setattr(run.Run, "log", stop_at(2))
+    assert train(stopped) is None
+    monkeypatch.undo()
+    assert not run.Run(tmp_path / "stopped").validations()
+    train(stopped, resume=True)
+    a, b = ((tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "stopped"))
+    assert a == b
+    assert list(run.Run(tmp_path / "whole").validations()) == [2, 3]
+
+
+def test_what_a_process_was_started_to_ignore_it_goes_on_ignoring():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with run.Signals() as signals:
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert signals.received is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_training_in_another_thread_hears_no_signals(tmp_path):
+    made = []
+    thread = threading.Thread(
+        target=lambda: made.append(train(training_models.config("t2i_adapter", tmp_path, steps=1)))
+    )
+    thread.start()
+    thread.join()
+    assert made == [tmp_path / "result"]
 
 
 def test_another_environment_is_told(tmp_path, capsys, monkeypatch):

@@ -315,7 +315,7 @@ def test_a_validation_that_cannot_measure_ends_no_training(
     own = {"every": 1, "pictures": 1, "steps": 1}
     assert train(training_models.config("t2i_adapter", tmp_path / "a", data=EDGES, steps=1, validation=own)) is not None
     assert "validation of seen pictures: a pose shows no joint" in capsys.readouterr().out
-    assert state(tmp_path / "a")["best"] is None, "a loss is no fidelity"
+    assert run.Run(tmp_path / "a").best() is None, "a loss is no fidelity"
     monkeypatch.setattr(
         validation, "evaluate", lambda *_, **__: SimpleNamespace(lines=[], gallery=[], page=lambda _: None)
     )

@@ -129,7 +129,8 @@ def encoded(cls: type[RunControlNet], control: Control, site: Site, pixels: Tens
     """A network that runs as a ControlNet does, by an injection of the class; `pixels` are its control images (N, ...)."""
     net = control.model
     _check_fit(net, site)
-    net.to(site.device)
+    if net.device != site.device:
+        net.to(site.device)
     pixels = pixels.to(site.device, net.dtype)
     pooled = net.config.global_pool_conditions
     run = cls(net, pooled or control.mode != "balanced", obstacle(net) is not None, **fields)

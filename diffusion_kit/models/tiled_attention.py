@@ -9,15 +9,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .onednn import obstacle, product
+
 SCORES = 2**19  # of a tile, that stay in a core's cache
 FEWEST = 128  # queries and keys; below, torch's own is as fast
 
 
 def tiled_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
-    """softmax(Q K^T / sqrt(d) + bias) V for (B, heads, queries or keys, d); with a bias, for gradients or few tokens it is
-    torch's own."""
-    queries, keys, width = query.shape[2], key.shape[2], query.shape[3]
-    if bias is not None or min(queries, keys) < FEWEST or torch.is_grad_enabled() or query.device.type != "cpu":
+    """softmax(Q K^T / sqrt(d) + bias) V for (B, heads, queries or keys, d); with a bias, for gradients or few tokens, or
+    where oneDNN cannot, it is torch's own."""
+    keys, width = key.shape[2], key.shape[3]
+    plain = bias is not None or min(query.shape[2], keys) < FEWEST or torch.is_grad_enabled()
+    if plain or query.device.type != "cpu" or obstacle(query.dtype) is not None:
         return F.scaled_dot_product_attention(query, key, value, bias)
     q = (query * width**-0.5).contiguous().flatten(0, 1)
     k, v = key.contiguous().flatten(0, 1), value.transpose(2, 3).contiguous().flatten(0, 1)
@@ -26,8 +29,3 @@ def tiled_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | No
         for tile, result in zip(q[head].split(rows), out[head].split(rows), strict=True):
             result.copy_(product(torch.softmax(product(tile, k[head]), -1), v[head]))
     return out.view_as(query)
-
-
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """A B^T: (m, k), (n, k) -> (m, n)."""
-    return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")

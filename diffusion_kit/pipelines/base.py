@@ -31,8 +31,8 @@ from diffusion_kit.adapters.control import (
 )
 from diffusion_kit.models.attention import Product, installed
 from diffusion_kit.models.denoiser import make_denoiser, with_kept_features
+from diffusion_kit.models.onednn import obstacle as onednn_obstacle
 from diffusion_kit.models.packed import Packing, unpack_all
-from diffusion_kit.models.packed import obstacle as packing_obstacle
 from diffusion_kit.models.sources import check_folder, embedded, locate, one_line
 from diffusion_kit.models.tiled_attention import tiled_attention
 from diffusion_kit.models.unet import obstacle
@@ -224,8 +224,8 @@ class ControlledPipeline(DiffusionPipeline):
         """From now on the networks that steps run have their weights as oneDNN computes with them, on a CPU and in float32
         or bfloat16: the same picture in less time and the same memory (see `models.packed`). None, or why not.
         """
-        why = packing_obstacle() if on else None
-        if why is None and self._execution_device.type != "cpu":
+        why = onednn_obstacle(self.unet.dtype) if on else None
+        if on and self._execution_device.type != "cpu":
             why = "packed layers are for a CPU"
         self.packs_layers = on and why is None
         return why
@@ -306,7 +306,7 @@ class ControlledPipeline(DiffusionPipeline):
         if self.packs_layers and run.engine is eager:
             run.engine, product = Packing(unique), tiled_attention
         else:
-            unpack_all(unique)
+            unpack_all([*unique, *(part for part in self.components.values() if isinstance(part, nn.Module))])
         scale = (self._cross_attention_kwargs or {}).get("scale")
         bar = self.progress_bar(total=run.schedule.steps)
 

@@ -67,6 +67,11 @@ class WithPrior(Kandinsky2Pipeline):
         super().set_progress_bar_config(**kwargs)
         self.prior_pipe.set_progress_bar_config(**kwargs)
 
+    def pack_layers(self, on: bool = True) -> str | None:
+        why = super().pack_layers(on)
+        self.prior_pipe.packs_layers = self.packs_layers
+        return why
+
     def generate(self, call: Any) -> Any:
         call.check(self._callback_tensor_inputs)
         return super().generate(call if call.image_embeds is not None else self._with_embeds(call))

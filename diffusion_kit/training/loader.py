@@ -71,12 +71,12 @@ def allow_open_files() -> None:
 
 
 def quiet_worker(_: int) -> None:
-    """One thread each: the workers are the parallelism. Signals that a terminal or a cluster sends to the whole group are
-    the main process's to answer, which still wants its pictures."""
-    import cv2
-
+    """One thread each: the workers are the parallelism. What a terminal or a cluster sends to the whole group is the main
+    process's to answer, which still wants its pictures; the second SIGTERM is its own."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, _: signal.signal(number, signal.SIG_DFL))
+    import cv2
 
     cv2.setNumThreads(0)
     torch.set_num_threads(1)

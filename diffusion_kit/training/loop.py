@@ -84,7 +84,6 @@ class Trainer:
 
     Attributes:
         step: how many steps were made.
-        best: "step" and "fidelity" of the best validation so far.
         say: takes a line for the user.
     """
 
@@ -95,7 +94,6 @@ class Trainer:
     say: Callable[[str], None] = print
     step: int = 0
     figures: Figures = field(default_factory=Figures)
-    best: dict[str, float] | None = None
 
     def __post_init__(self) -> None:
         config = self.config
@@ -235,7 +233,6 @@ class Trainer:
         state = {
             "step": self.step,
             "figures": vars(self.figures),
-            "best": self.best,
             "optimizer": optimizer,
             "scaler": self.scaler.state_dict() if self.scaler is not None else None,
         }
@@ -249,7 +246,6 @@ class Trainer:
         checkpoints.load_optimizer(self.optimizer, self.names, checkpoint.tensors["optimizer"], own)
         self.step = checkpoint.state["step"]
         self.figures = Figures(**checkpoint.state["figures"])
-        self.best = checkpoint.state["best"]
         if self.scaler is not None and checkpoint.state["scaler"] is not None:
             self.scaler.load_state_dict(checkpoint.state["scaler"])
 

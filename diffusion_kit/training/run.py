@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import shlex
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -29,7 +31,7 @@ from tqdm import tqdm
 from . import checkpoints
 from .config import Config, parse
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 # What a run may change without being another: places, and how long it lasts and what it keeps.
 FREE = {"output", "steps", "checkpoints", "validation", "log_every", "license", "cache", "data.workers", "threads"}
 FIXED = {"target", "optimizer.name"}  # what no run can change
@@ -60,6 +62,17 @@ class Run:
         if self.main:
             with (self.folder / f"{name}.jsonl").open("a") as file:
                 file.write(json.dumps(row) + "\n")
+
+    def validations(self) -> dict[int, dict[str, float]]:
+        """Figures of every validation so far, by its step."""
+        file = self.folder / "metrics.jsonl"
+        rows = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+        return {row["step"]: row["validation"] for row in rows if "validation" in row}
+
+    def best(self) -> int | None:
+        """The step of the validation with the most fidelity."""
+        found = {step: figures.get("fidelity", math.nan) for step, figures in self.validations().items()}
+        return max((step for step in found if not math.isnan(found[step])), key=lambda step: found[step], default=None)
 
     def cut_logs(self, step: int) -> None:
         """Drops lines of steps after the one from which the run goes on."""
@@ -180,21 +193,23 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     return [f"{name} was {before.get(name)}, is {now[name]}" for name in now if before.get(name) != now[name]]
 
 
-class Stopped(Exception):
-    """A signal came before the first step, when there is nothing to finish and to save."""
+class Stopped(BaseException):
+    """A signal came before the first step, when there is nothing to finish and to save. Nobody takes it for an error."""
 
 
 @dataclass
 class Signals:
-    """Asks a run to stop: after the step at hand where it is `stepping`, at once before."""
+    """Asks a run to stop: after the step at hand where it is `stepping`, at once before. Signals that the process was
+    started to ignore (nohup) it goes on ignoring."""
 
     received: int | None = None
     stepping: bool = False
     _before: dict[int, Any] = field(default_factory=dict)
 
     def __enter__(self) -> Signals:
-        for number in SIGNALS:
-            self._before[number] = signal.signal(number, self._note)
+        if threading.current_thread() is threading.main_thread():  # no other hears signals
+            heard = (number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN)
+            self._before = {number: signal.signal(number, self._note) for number in heard}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -202,10 +217,10 @@ class Signals:
             signal.signal(number, handler)
 
     def _note(self, number: int, _: Any) -> None:
-        if self.received is not None and number == signal.SIGINT:
+        again, self.received = self.received is not None, number
+        if again and number == signal.SIGINT:
             raise KeyboardInterrupt  # a second Ctrl-C does not wait for the step
-        self.received = number
-        if not self.stepping:
+        if not again and not self.stepping:
             raise Stopped
 
 

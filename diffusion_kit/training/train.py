@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -53,13 +52,13 @@ def train(
     with run.locked(folder) if accelerator.is_main_process else nullcontext(), run.Signals() as signals:
         try:
             trainer, own = begin(config, accelerator, resume, allow)
+            signals.stepping = True
         except run.Stopped:
             accelerator.print(f"stopped before the first step; go on with: {run.resume_command(command)}")
             return None
-        signals.stepping = True
-        if trainer.step < trainer.config.steps:
-            with memory.explained(trainer), Watch(trainer, own, signals) as watch:
-                trainer.run(watch)
+        with memory.explained(trainer), Watch(trainer, own, signals) as watch:
+            watch.begin(trainer)
+            trainer.run(watch)
         if trainer.step < trainer.config.steps:
             told = f"stopped at step {trainer.step} of {trainer.config.steps}"
             own.say(f"{told}; go on with: {run.resume_command(command)}")
@@ -159,8 +158,8 @@ def build_cache(config: Config, part: tuple[int, int], say: Callable[[str], None
         FileNotFoundError, ValueError: data, base or configuration that cannot be used, in one line.
     """
     with run.Signals():
-        target = make_target(config, make_accelerator(config).device)
         try:
+            target = make_target(config, make_accelerator(config).device)
             fill_cache(config, target.base, open_pictures(config, target.conditioned), part, say)
         except run.Stopped:
             raise InterruptedError("stopped; what was made is kept, the same command goes on") from None
@@ -197,12 +196,9 @@ def finish(trainer: Trainer, own: run.Run) -> Path:
 
 def last_validation(own: run.Run) -> tuple[dict[str, float] | None, Path | None]:
     """Figures and folder of the last validation."""
-    file = own.folder / "metrics.jsonl"
-    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
-    validated = [row for row in rows if "validation" in row]
-    if not validated:
-        return None, None
-    return validated[-1]["validation"], own.folder / "validation" / f"step-{validated[-1]['step']:08d}"
+    found = own.validations()
+    last = max(found, default=None)
+    return (None, None) if last is None else (found[last], own.folder / "validation" / f"step-{last:08d}")
 
 
 def first_batches(trainer: Trainer) -> list[Batch]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from datetime import timedelta
 
@@ -33,28 +32,50 @@ class Watch:
     def __call__(self, trainer: Trainer) -> bool:
         config, step = trainer.config, trainer.step
         self.bar.update(1)
-        if step % config.log_every == 0 or step == config.steps:
+        last, due = step == config.steps, self.due(trainer)
+        if step % config.log_every == 0 or last:
             self.log(trainer)
-        validated = bool(config.validation.every) and (step % config.validation.every == 0 or step == config.steps)
-        if validated:
-            self.validate(trainer)
         stop, late = self.agreed(trainer)
-        if stop or late or validated or step % config.checkpoints.every == 0 or step == config.steps:
-            save(trainer, self.run)
-            self.saved = time.monotonic()
+        if stop or late or due or last or step % config.checkpoints.every == 0:
+            self.save(trainer)
+        if due and (last or not stop):  # who asks a run to end may not wait for it: it is made when the run goes on
+            self.validate(trainer)
         return stop
 
-    def validate(self, trainer: Trainer) -> None:
-        """Validates, and remembers the best."""
-        if self.run.main:
-            step = trainer.step
-            figures = validation.validate(trainer, self.run.folder / "validation" / f"step-{step:08d}")
-            self.run.log("metrics", {"step": step, "validation": figures})
-            fidelity = figures.get("fidelity", math.nan)
-            if not math.isnan(fidelity) and (trainer.best is None or fidelity > trainer.best["fidelity"]):
-                trainer.best = {"step": step, "fidelity": fidelity}
-            self.run.say(f"step {step}  " + "  ".join(f"{name} {value:.4g}" for name, value in figures.items()))
+    def begin(self, trainer: Trainer) -> None:
+        """Makes the validation that was due when the run ended."""
+        if self.run.main and self.due(trainer) and trainer.step not in self.run.validations():
+            self._validate(trainer)
         trainer.accelerator.wait_for_everyone()
+
+    def due(self, trainer: Trainer) -> bool:
+        every, step = trainer.config.validation.every, trainer.step
+        return bool(every and step) and (step % every == 0 or step == trainer.config.steps)
+
+    def validate(self, trainer: Trainer) -> None:
+        if self.run.main:
+            self._validate(trainer)
+        trainer.accelerator.wait_for_everyone()
+
+    def _validate(self, trainer: Trainer) -> None:
+        step = trainer.step
+        figures = validation.validate(trainer, self.run.folder / "validation" / f"step-{step:08d}")
+        self.run.log("metrics", {"step": step, "validation": figures})
+        self.run.say(f"step {step}  " + "  ".join(f"{name} {value:.4g}" for name, value in figures.items()))
+        self.prune(trainer)
+
+    def save(self, trainer: Trainer) -> None:
+        """Writes a checkpoint of the step at hand, and prunes."""
+        if self.run.main and not checkpoints.is_whole(checkpoints.folder_of(self.run.checkpoints, trainer.step)):
+            content = trainer.checkpoint()
+            content.state["environment"] = run.environment(trainer.part.processes)  # type: ignore[index]
+            checkpoints.write(self.run.checkpoints, trainer.step, content)
+            self.prune(trainer)
+        trainer.accelerator.wait_for_everyone()
+        self.saved = time.monotonic()
+
+    def prune(self, trainer: Trainer) -> None:
+        checkpoints.prune(self.run.checkpoints, trainer.config.checkpoints.keep, self.run.best())
 
     def agreed(self, trainer: Trainer) -> tuple[bool, bool]:
         """Whether any process was asked to stop, and whether a checkpoint is late: the same answer in all of them."""
@@ -78,14 +99,3 @@ class Watch:
         if self.bar.disable:
             left = timedelta(seconds=round(timing["seconds_left"]))
             self.run.say(f"step {trainer.step}/{trainer.config.steps}  {found}  {left} left")
-
-
-def save(trainer: Trainer, own: run.Run) -> None:
-    """Writes a checkpoint of the step at hand, and prunes."""
-    if own.main and not checkpoints.is_whole(checkpoints.folder_of(own.checkpoints, trainer.step)):
-        content = trainer.checkpoint()
-        content.state["environment"] = run.environment(trainer.part.processes)  # type: ignore[index]
-        checkpoints.write(own.checkpoints, trainer.step, content)
-        best = int(trainer.best["step"]) if trainer.best is not None else None
-        checkpoints.prune(own.checkpoints, trainer.config.checkpoints.keep, best)
-    trainer.accelerator.wait_for_everyone()

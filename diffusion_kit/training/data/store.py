@@ -79,7 +79,10 @@ class Store:
             return
         name = uuid.uuid4().hex
         beside = self.folder / f".{name}.part"
-        save_file(self._kept, beside)
-        os.replace(beside, self.folder / f"{name}.safetensors")
+        try:
+            save_file(self._kept, beside)
+            os.replace(beside, self.folder / f"{name}.safetensors")
+        finally:
+            beside.unlink(missing_ok=True)
         self._kept, self._bytes = {}, 0
         self.refresh()

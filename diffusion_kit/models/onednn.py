@@ -1,0 +1,59 @@
+"""Products and convolutions by oneDNN on a CPU, over plain weights and over weights that lie as it computes with them.
+
+They are the operations of torch's own compiler, but private: `obstacle` tries them before anybody relies on them.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+DTYPES = (torch.float32, torch.bfloat16)
+NO_ATTRIBUTE: tuple[str, list[Any], str] = ("none", [], "")  # nothing is fused behind the product
+
+
+def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A B^T + bias: (..., k), (n, k) -> (..., n)."""
+    return torch.ops.mkldnn._linear_pointwise(a, b, bias, *NO_ATTRIBUTE)
+
+
+def convolution(x: Tensor, layer: Any, weight: Tensor) -> Tensor:
+    """What the layer makes of x (B, C, H, W) with a weight that was laid out, channels last."""
+    x = x.contiguous(memory_format=torch.channels_last)
+    return torch.ops.mkldnn._convolution_pointwise(x, weight, layer.bias, *geometry(layer), *NO_ATTRIBUTE)
+
+
+def laid_out(layer: Any, weight: Tensor) -> Tensor:
+    """The weight of a linear layer or convolution as oneDNN computes with it."""
+    if isinstance(layer, nn.Linear):
+        return torch.ops.mkldnn._reorder_linear_weight(weight, None)
+    return torch.ops.mkldnn._reorder_convolution_weight(weight, *geometry(layer))
+
+
+def geometry(layer: Any) -> tuple[list[int], list[int], list[int], int]:
+    """Padding, stride, dilation and groups of a convolution."""
+    return list(layer.padding), list(layer.stride), list(layer.dilation), layer.groups
+
+
+@cache
+def obstacle(dtype: torch.dtype) -> str | None:
+    """Why oneDNN is not used here for that dtype; None if it gives what torch gives."""
+    if dtype not in DTYPES:
+        return f"oneDNN's layers are for float32 and bfloat16, not {str(dtype).removeprefix('torch.')}"
+    try:
+        with torch.no_grad(), torch.inference_mode(False), torch.random.fork_rng([]):
+            linear, convolve = nn.Linear(16, 32).to(dtype), nn.Conv2d(16, 32, 3).to(dtype)
+            flat, square = torch.ones(2, 16, dtype=dtype), torch.ones(2, 16, 8, 8, dtype=dtype)
+            pairs = [
+                (linear(flat), product(flat, laid_out(linear, linear.weight.detach()), linear.bias)),
+                (linear(flat), product(flat, linear.weight, linear.bias)),
+                (convolve(square), convolution(square, convolve, laid_out(convolve, convolve.weight.detach()))),
+            ]
+            if not all(torch.allclose(a, b, rtol=1e-2, atol=1e-2) for a, b in pairs):
+                return "oneDNN's layers give other numbers than torch's own"
+    except (AttributeError, NotImplementedError, RuntimeError) as error:
+        return f"this torch or this CPU has no such layers of oneDNN: {str(error).splitlines()[0]}"
+    return None
