@@ -79,6 +79,16 @@ def stop_at(step: int, number: int = signal.SIGTERM):
     return logged
 
 
+@pytest.fixture
+def heard():
+    """The test may itself run in the background, where a shell lets processes ignore some signals."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in run.SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("heard")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_saves_and_says_how_to_go_on(tmp_path, number, monkeypatch, capsys):
     file = tmp_path / "config.yaml"
@@ -94,6 +104,7 @@ def test_a_signal_saves_and_says_how_to_go_on(tmp_path, number, monkeypatch, cap
     assert (tmp_path / "run" / "result" / "config.json").is_file()
 
 
+@pytest.mark.usefixtures("heard")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_while_the_cache_is_filled_stops_at_once_and_keeps_it(tmp_path, number, monkeypatch, capsys):
     file = tmp_path / "config.yaml"
