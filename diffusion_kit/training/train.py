@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from diffusion_kit.adapters.control import granularity
 from diffusion_kit.adapters.detectors import missing
@@ -95,7 +95,9 @@ def make_accelerator(config: Config) -> Accelerator:
     AcceleratorState._reset_state()  # of an earlier training in this process, which may have had another precision
     # Processes may wait long for one another: for a share of a cache, or a validation.
     patient = InitProcessGroupKwargs(timeout=timedelta(days=1))
-    return Accelerator(mixed_precision=config.precision, cpu=cpu, kwargs_handlers=[patient])
+    # Gradients lie in what is sent, without a second copy; buffers, which no network here changes, are not sent.
+    lean = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
+    return Accelerator(mixed_precision=config.precision, cpu=cpu, kwargs_handlers=[patient, lean])
 
 
 def check(config: Config, say: Callable[[str], None]) -> bool:
