@@ -18,7 +18,7 @@ from diffusers import ControlNetModel, T2IAdapter
 from PIL import Image
 
 from diffusion_kit import cli
-from diffusion_kit.training import bases, checkpoints, memory, run
+from diffusion_kit.training import bases, caching, checkpoints, memory, run
 from diffusion_kit.training.data.cache import open_cache
 from diffusion_kit.training.data.crops import make_crop
 from diffusion_kit.training.data.samples import View, open_pictures, seen
@@ -164,6 +164,14 @@ def test_embeddings_of_pictures_are_kept_by_how_the_image_encoder_sees_them(tmp_
         base.prior.image_processor.image_mean = mean
         folders.append(open_cache(config, base.pictured, [], conditioned=False).latents.folder)  # type: ignore[union-attr]
     assert folders[0] != folders[1]
+
+
+def test_in_a_log_the_cache_tells_how_far_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(caching, "EVERY", 0.0)
+    monkeypatch.setattr(caching, "TOGETHER", (8 * 1024**2, 4))
+    config, told = training_models.config("t2i_adapter", tmp_path, cache={"folder": str(tmp_path / "cache")}), []
+    make_trainer(config, make_accelerator(config), told.append)
+    assert told[:2] == ["cache: 4 of 6 views", "cache: 6 of 6 views"]
 
 
 def test_a_base_that_sees_more_than_latents_is_refused(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ from .data.samples import Pictures, View
 from .loader import quiet_worker
 
 TOGETHER = (8 * 1024**2, 64)  # pixels, and pictures, at most, that go through the autoencoder at once
+EVERY = 60.0  # seconds, where no bar shows how far it is
 CAPTIONS = 64  # captions that go through the encoders at once
 
 
@@ -89,10 +91,14 @@ def fill(
     if cache.latents is None and cache.conditions is None:
         return 0
     jobs = [(k, view) for k in range(part[0], len(pictures), part[1]) for view in tried(pictures.views, k)]
-    made = 0
+    made, seen, told = 0, 0, time.monotonic()
     with tqdm(total=len(jobs), desc="cache", unit="view", disable=None) as bar, flushed(cache):
         for group in grouped(Missing(pictures, cache, jobs), config.data.workers):
             bar.update(len(group))
+            seen += len(group)
+            if bar.disable and time.monotonic() - told > EVERY:
+                say(f"cache: {seen} of {len(jobs)} views")
+                told = time.monotonic()
             for job in group:
                 if job.problem is not None:
                     say(f"left out: {job.problem}")
