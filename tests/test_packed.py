@@ -332,6 +332,15 @@ def test_a_saved_pipeline_has_the_same_bits(tmp_path: Path) -> None:
         assert torch.equal(again.unet.state_dict()[name], value), name
 
 
+def test_a_network_with_a_forward_of_its_own_is_not_said_to_be_packed() -> None:
+    pipe = packing()
+    assert "layers packed" in pipe.explain()
+    pipe.unet.register_forward_hook(lambda *_: None)
+    assert "layers packed" not in pipe.explain()
+    run(pipe=pipe)
+    assert not count(pipe.unet)
+
+
 def test_another_engine_finds_plain_layers() -> None:
     pipe = packing()
     first = run(pipe=pipe)

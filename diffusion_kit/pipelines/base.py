@@ -263,7 +263,8 @@ class ControlledPipeline(DiffusionPipeline):
     def _engine_name(self) -> str:
         if isinstance(self.engine, Compiled):
             return "compiled steps"
-        return "eager, layers packed" if self.packs_layers else "eager"
+        packed = self.packs_layers and obstacle(self.unet) is None  # its own forward is left as it is
+        return "eager, layers packed" if packed else "eager"
 
     @property
     def guidance_scale(self) -> float:
