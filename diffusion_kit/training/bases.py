@@ -151,7 +151,8 @@ class Base:
                 {name: value[k] for k in [next(made)] for name, value in found.items()} if s.text is None else s.text
                 for s in batch.samples
             ]
-            found = {name: torch.stack([row[name].to(self.device) for row in rows]) for name in rows[0]}
+            dtype = self.unet.dtype  # autocast joins no mixture of half precisions on the CPU
+            found = {name: torch.stack([row[name].to(self.device, dtype) for row in rows]) for name in rows[0]}
         if self.unet.config.get("addition_embed_type") == "text_time":
             found["add_time_ids"] = batch.time_ids
         return found
