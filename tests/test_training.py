@@ -277,7 +277,10 @@ def test_a_run_in_bfloat16(tmp_path, target, family):
 
 @pytest.mark.parametrize(("target", "family"), [("t2i_adapter", "sdxl"), ("prior", "kandinsky")])
 def test_a_run_in_bfloat16_with_a_cache_in_float16(tmp_path, target, family):
-    own = {"cache": {"folder": str(tmp_path / "cache"), "dtype": "float16"}, "data": {"condition": {"detector": "canny"}}}
+    own = {
+        "cache": {"folder": str(tmp_path / "cache"), "dtype": "float16"},
+        "data": {"condition": {"detector": "canny"}},
+    }
     train(training_models.config(target, tmp_path / "run", family, steps=2, precision="bf16", **own))
     assert all(torch.isfinite(torch.tensor(row["loss"])) for row in metrics(tmp_path / "run") if "loss" in row)
 

@@ -93,13 +93,14 @@ def _optional() -> Iterator[tuple[str, str, bool]]:
 
 def _models() -> Iterator[tuple[str, str, bool]]:
     from diffusion_kit.commands.fingerprint import fingerprint
-    from diffusion_kit.models.sources import check_folder, embedded
+    from diffusion_kit.models.sources import EMBEDDED, check_folder, embedded
 
-    try:
-        check_folder(embedded(), passed=set())
-        yield "model default", f"{embedded()}, {fingerprint('default')[:19]}", False
-    except (OSError, ValueError) as error:
-        yield "model default", f"damaged: {error}; install diffusion_kit again", True
+    for name in EMBEDDED:
+        try:
+            check_folder(embedded(name), passed=set())
+            yield f"model {name}", f"{embedded(name)}, {fingerprint(name)[:19]}", False
+        except (OSError, ValueError) as error:
+            yield f"model {name}", f"damaged: {error}; install diffusion_kit again", True
     from huggingface_hub.constants import HF_HUB_CACHE, HF_HUB_OFFLINE
 
     yield "hub", f"cache {HF_HUB_CACHE}{', offline' if HF_HUB_OFFLINE else ''}", False

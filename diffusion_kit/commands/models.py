@@ -24,7 +24,7 @@ def run(options: argparse.Namespace) -> None:
     if options.convert:
         print(convert(Path(options.convert)))
         return
-    from diffusion_kit.models.sources import DEFAULT
+    from diffusion_kit.models.sources import EMBEDDED
 
     inspects, names = options.model[:1] == ["inspect"], options.model
     if inspects:
@@ -34,8 +34,10 @@ def run(options: argparse.Namespace) -> None:
     if inspects:
         print(inspect(names[0]))
         return
-    for label, text in describe(names[0] if names else DEFAULT):
-        print(f"{label:24}{text}")
+    for k, name in enumerate(names or EMBEDDED):
+        print("\n" * (k > 0), end="")
+        for label, text in describe(name):
+            print(f"{label:24}{text}")
 
 
 def inspect(source: str) -> str:

@@ -22,7 +22,6 @@ from tqdm import tqdm
 from diffusion_kit.adapters.control import Control
 from diffusion_kit.adapters.detectors import detect, detector, inverted, missing
 from diffusion_kit.adapters.pictures import fit_image, load_image
-from diffusion_kit.models.sources import embedded
 
 from .intervals import bootstrap
 from .measures import Measure, measures_of
@@ -30,7 +29,6 @@ from .quality import quality_measures
 from .report import Figure, Line, Report, Shown
 
 STEPS, GUIDANCE = 20, 7.5  # of full-size bases, where their card says nothing
-EMBEDDED = 20, 4.0  # docs/embedded-model.md
 GALLERY = 64  # conditions at most, of which pictures are kept to be shown
 MakeControls = Callable[[list[Image.Image], float], Sequence[Control]]
 
@@ -190,10 +188,8 @@ def measured(plan: Plan, arms: Sequence[Arm]) -> Report:
 
 def card(pipe: Any) -> tuple[int, float]:
     """Steps and guidance after the head of README.md in the model's folder (`num_inference_steps`, `guidance_scale`); else
-    20 and 7.5, and 4 for the embedded model."""
+    20 and 7.5."""
     folder = Path(str(pipe.config.get("_name_or_path", "")))
-    if folder == embedded():
-        return EMBEDDED
     file = folder / "README.md"
     says = (metadata_load(file) if folder.is_absolute() and file.is_file() else None) or {}
     return int(says.get("num_inference_steps", STEPS)), float(says.get("guidance_scale", GUIDANCE))

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 DEFAULT = "default"
+EMBEDDED = {DEFAULT: "default"}  # name: folder here, of each model that comes with the package
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 LIBRARIES = {"diffusers", "transformers"}
 
 
-def embedded() -> Path:
-    """Folder of the model that comes with the package."""
-    return Path(__file__).parent / "default"
+def embedded(name: str = DEFAULT) -> Path:
+    """Folder of a model that comes with the package."""
+    return Path(__file__).parent / EMBEDDED[name]
 
 
 def locate(source: str | Path) -> Path | str:
@@ -25,8 +26,8 @@ def locate(source: str | Path) -> Path | str:
         ValueError: a pickle, a folder that is no model or leads outside itself.
         FileNotFoundError: no such folder or file.
     """
-    if str(source) == DEFAULT:
-        return embedded()
+    if str(source) in EMBEDDED:
+        return embedded(str(source))
     path = Path(source).expanduser()
     if path.is_dir():
         return path

@@ -33,7 +33,7 @@ from diffusion_kit.models.attention import Product, installed
 from diffusion_kit.models.denoiser import make_denoiser, with_kept_features
 from diffusion_kit.models.onednn import obstacle as onednn_obstacle
 from diffusion_kit.models.packed import Packing, unpack_all
-from diffusion_kit.models.sources import check_folder, embedded, locate, one_line
+from diffusion_kit.models.sources import check_folder, locate, one_line
 from diffusion_kit.models.tiled_attention import tiled_attention
 from diffusion_kit.models.unet import obstacle
 from diffusion_kit.sampling.cache import StepCache
@@ -108,8 +108,6 @@ class ControlledPipeline(DiffusionPipeline):
         if isinstance(place, Path):
             place = place.absolute()
             check_folder(place, passed=set(kwargs))
-            if place == embedded() and "torch_dtype" not in kwargs and "dtype" not in kwargs:
-                kwargs["torch_dtype"] = torch.float32
         kwargs.setdefault("use_safetensors", True)
         with one_line(source, "model"):
             return super().from_pretrained(str(place), **kwargs)

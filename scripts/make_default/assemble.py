@@ -57,6 +57,16 @@ SETS: dict[str, tuple[Callable[[Path], None], int]] = {
     "default": (default, 60_000_000),
     "default_kandinsky": (default_kandinsky, 30_000_000),
 }
+STEPS, GUIDANCE = 20, 4.0  # good for both
+CARD = f"""---
+library_name: diffusers
+license: apache-2.0
+num_inference_steps: {STEPS}
+guidance_scale: {GUIDANCE}
+---
+
+"{{name}}" of diffusion_kit. What it can do, and how it was made, is in docs/embedded-model.md.
+"""
 
 
 def halved(folder: Path) -> None:
@@ -88,6 +98,7 @@ def main(name: str, out: Path) -> None:
         shutil.rmtree(folder)
         shutil.copytree(TOKENIZER, folder)
     halved(new), tidied(new)
+    (new / "README.md").write_text(CARD.format(name=name.replace("_", "-")))
     size = sum(file.stat().st_size for file in new.rglob("*") if file.is_file())
     for file in sorted(new.rglob("*.safetensors")):
         print(f"{file.stat().st_size:>12,} {file.relative_to(new)}")

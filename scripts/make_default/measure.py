@@ -23,6 +23,7 @@ import numpy as np
 import pictures
 import torch
 import yaml
+from assemble import GUIDANCE, STEPS
 from classifier import verdict
 from conditions import Asked
 from PIL import Image
@@ -32,7 +33,6 @@ from diffusion_kit.cli import main as command
 from diffusion_kit.commands.fingerprint import fingerprint
 from diffusion_kit.evaluation.intervals import bootstrap
 from diffusion_kit.evaluation.measures import measures_of
-from diffusion_kit.evaluation.protocol import EMBEDDED
 from diffusion_kit.models.sources import embedded
 from diffusion_kit.models.vae import decode_latents
 from diffusion_kit.training.bases import posterior
@@ -41,7 +41,6 @@ ROOT = drawings.HERE.parents[1]
 STORE = ROOT / "runs/make_default/measured"
 CONTROLS = ("canny", "canny_controlnet", "sketch", "regions", "palette")
 DRAWN = ("canny", "canny_controlnet", "sketch")  # that take lines, as a doodle has
-STEPS, GUIDANCE = EMBEDDED
 SCALES = (0.25, 0.5, 0.75, 1.0)
 BATCH = 8
 
