@@ -23,6 +23,7 @@ from diffusion_kit.training.data.samples import collate, open_pictures
 from diffusion_kit.training.keyed import Place
 from diffusion_kit.training.memory import first_batch
 from diffusion_kit.training.targets import make_target
+from diffusion_kit.training.targets.t2i_adapter import times
 from diffusion_kit.training.train import build_cache, make_accelerator, make_trainer, train
 
 TARGETS = [
@@ -283,6 +284,28 @@ def test_a_run_in_bfloat16_with_a_cache_in_float16(tmp_path, target, family):
     }
     train(training_models.config(target, tmp_path / "run", family, steps=2, precision="bf16", **own))
     assert all(torch.isfinite(torch.tensor(row["loss"])) for row in metrics(tmp_path / "run") if "loss" in row)
+
+
+@pytest.mark.parametrize("kind", ["full_adapter", "full_adapter_xl", "light_adapter"])
+def test_a_gain_is_in_the_weights(kind):
+    adapter = diffusers.T2IAdapter(adapter_type=kind, channels=[32, 64, 96, 96], num_res_blocks=1)
+    sketch = torch.rand(2, 3, 128, 128)
+    for feature, grown in zip(adapter(sketch), times(30.0, adapter)(sketch), strict=True):
+        torch.testing.assert_close(grown, 30 * feature, rtol=1e-4, atol=1e-4)
+
+
+def test_a_training_with_a_gain_goes_on_from_its_result(tmp_path):
+    """The same features whether the gain is in the weights or beside them."""
+    first = train(training_models.config("t2i_adapter", tmp_path / "first", network={"gain": 20}))
+    own = {"init_from": str(first), "optimizer": {"learning_rate": 1e-12}, "steps": 1}
+    for gain in (1, 7):
+        train(training_models.config("t2i_adapter", tmp_path / str(gain), network={"gain": gain}, **own))
+    losses = [metrics(tmp_path / gain)[0]["loss"] for gain in ("1", "7")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    plain = train(
+        training_models.config("t2i_adapter", tmp_path / "plain", steps=1, optimizer={"learning_rate": 1e-12})
+    )
+    assert losses[0] != pytest.approx(metrics(plain.parent)[0]["loss"], rel=1e-4)
 
 
 @pytest.mark.parametrize("target", ["t2i_adapter", "controlnet", "control_lora"])

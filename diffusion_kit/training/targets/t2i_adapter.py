@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -22,29 +23,57 @@ PROBE = 64  # side of the latents at which the shapes of residuals are compared
 
 
 class T2IAdapterTarget(Denoising):
+    """
+    Attributes:
+        gain: `network.gain`, by which the features are multiplied; the weights that are saved have it in them. A fresh
+            adapter's features have a spread of about 0.1: where the base's own are a hundred times that, it would learn
+            for long just to be heard, and grow out of proportion.
+    """
+
     conditioned = True
 
     def __init__(self, config: Config, device: torch.device) -> None:
         super().__init__(config)
         self.base = load_base(config, device)
-        settings = {"in_channels": config.data.condition.channels, **fitting(self.base), **config.network}
-        adapter = given(config, T2IAdapter) if config.init_from else built(T2IAdapter, settings)
+        network = dict(config.network)
+        self.gain = float(network.pop("gain", 1))
+        settings = {"in_channels": config.data.condition.channels, **fitting(self.base), **network}
+        adapter = times(1 / self.gain, given(config, T2IAdapter)) if config.init_from else built(T2IAdapter, settings)
         self.adapter = in_float32(adapter).to(device)
         check_fit(self.adapter, self.base)
 
     def answer(self, batch: Batch, noisy: Tensor, t: Tensor, conditioning: Conditioning) -> Answer:
-        return Answer(intra=tuple(feature.to(self.base.unet.dtype) for feature in self.adapter(batch.condition)))
+        features = self.adapter(batch.condition)
+        return Answer(intra=tuple((self.gain * feature).to(self.base.unet.dtype) for feature in features))
 
     @property
     def control(self) -> Any:
-        return self.adapter
+        return self.adapter if self.gain == 1 else times(self.gain, self.adapter)
 
     def save(self, folder: Path) -> None:
-        self.adapter.save_pretrained(folder, safe_serialization=True)
+        self.control.save_pretrained(folder, safe_serialization=True)
 
 
 def make(config: Config, device: torch.device) -> Any:
     return T2IAdapterTarget(config, device)
+
+
+def times(gain: float, adapter: Any) -> Any:
+    """A copy that gives `gain` times the features: an adapter is convolutions and ReLU, so it is enough that its first
+    convolution and all biases are multiplied.
+
+    Raises:
+        ValueError: a gain that is not positive.
+    """
+    if gain <= 0:
+        raise ValueError(f"network.gain is {gain:g}: it has to be positive")
+    grown = copy.deepcopy(adapter)
+    with torch.no_grad():
+        next(grown.parameters()).mul_(gain)
+        for name, weight in grown.named_parameters():
+            if name.endswith(".bias"):
+                weight.mul_(gain)
+    return grown
 
 
 def fitting(base: Base) -> dict[str, Any]:
