@@ -286,6 +286,25 @@ def test_a_run_in_bfloat16_with_a_cache_in_float16(tmp_path, target, family):
     assert all(torch.isfinite(torch.tensor(row["loss"])) for row in metrics(tmp_path / "run") if "loss" in row)
 
 
+@pytest.mark.parametrize(
+    ("target", "family"), [("controlnet", "sdxl"), ("control_lora", "sdxl"), ("hint_decoder", "kandinsky")]
+)
+def test_a_control_image_arrives_where_the_network_learns_from_it(tmp_path, target, family):
+    """A fresh embedding neither swallows what differs between two images nor blows it up."""
+    own = make_target(training_models.config(target, tmp_path, family), torch.device("cpu"))
+    if target == "hint_decoder":
+        embed, last = own.unet.add_embedding.input_hint_block, own.unet.add_embedding.input_hint_block[-1]
+    else:
+        embed = own.controlnet.controlnet_cond_embedding
+        last = embed.conv_out
+    seen = []
+    last.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+    with torch.no_grad():
+        for image in (torch.rand(1, 3, 64, 64) > 0.9).float(), torch.zeros(1, 3, 64, 64):
+            embed(image)
+    assert 0.03 < float((seen[0] - seen[1]).std()) < 3
+
+
 @pytest.mark.parametrize("kind", ["full_adapter", "full_adapter_xl", "light_adapter"])
 def test_a_gain_is_in_the_weights(kind):
     adapter = diffusers.T2IAdapter(adapter_type=kind, channels=[32, 64, 96, 96], num_res_blocks=1)

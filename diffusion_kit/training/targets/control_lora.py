@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import ControlNetModel
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
@@ -17,7 +16,7 @@ from diffusion_kit.adapters.control_lora import DOWN, UP, ControlLoRA
 from diffusion_kit.training.config import Config
 from diffusion_kit.training.export import LAYERS, original, save
 
-from .controlnet import ControlNetTarget, hint_settings
+from .controlnet import ControlNetTarget, copied, hint_settings
 
 RANK = 64
 OWN = "controlnet_"  # begins the names of what is not of the base
@@ -31,7 +30,7 @@ class ControlLoRATarget(ControlNetTarget):
         rank = int(settings.pop("rank", RANK))
         unet = self.base.unet
         own = hint_settings(self.config.model_copy(update={"network": settings}), self.base)
-        net = ControlNetModel.from_unet(unet, load_weights_from_unet=False, **own)
+        net = copied(self.base, own, load_weights_from_unet=False)
         shared = dict(unet.named_parameters())
         for name in dict(net.named_parameters()):
             if name in shared:

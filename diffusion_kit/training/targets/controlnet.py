@@ -17,7 +17,7 @@ from diffusion_kit.training.bases import Base, Conditioning, load_base
 from diffusion_kit.training.config import Config
 from diffusion_kit.training.data.samples import Batch
 
-from .target import Denoising, check_keys, given, in_float32
+from .target import Denoising, carry, check_keys, given, in_float32
 
 WIDTHS = (16, 32, 96, 256)  # of the embedding of the control image, as published; one for each halving and one
 
@@ -40,7 +40,7 @@ class ControlNetTarget(Denoising):
                     f"init_from {self.config.init_from} is for another base: its {other} has another shape"
                 )
             return in_float32(net)
-        return in_float32(ControlNetModel.from_unet(self.base.unet, **hint_settings(self.config, self.base)))
+        return in_float32(copied(self.base, hint_settings(self.config, self.base)))
 
     @property
     def executed(self) -> list[Any]:
@@ -67,6 +67,14 @@ class ControlNetTarget(Denoising):
 
 def make(config: Config, device: torch.device) -> Any:
     return ControlNetTarget(config, device)
+
+
+def copied(base: Base, settings: dict[str, Any], **more: Any) -> Any:
+    """A fresh ControlNet of the base, whose embedding carries the control image up to its last, zero convolution."""
+    net = ControlNetModel.from_unet(base.unet, **settings, **more)
+    embedding = net.controlnet_cond_embedding
+    carry(embedding.conv_in, *embedding.blocks)
+    return net
 
 
 def hint_settings(config: Config, base: Base) -> dict[str, Any]:

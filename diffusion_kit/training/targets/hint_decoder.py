@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffusion_kit.models.denoiser import takes_hint
 from diffusion_kit.pipelines.kandinsky import Kandinsky22Pipeline
@@ -18,7 +18,7 @@ from diffusion_kit.training.bases import Conditioning, load_base
 from diffusion_kit.training.config import Config
 from diffusion_kit.training.data.samples import Batch
 
-from .target import Denoising, in_float32
+from .target import Denoising, carry, in_float32
 
 HINT = 4  # channels of an embedded hint
 
@@ -63,4 +63,5 @@ def with_hint(unet: Any) -> Any:
     missing, unexpected = net.load_state_dict(weights, strict=False)
     if unexpected or any(not name.startswith("add_embedding.input_hint_block.") for name in missing):
         raise ValueError(f"this UNet cannot be given a hint: {(unexpected or missing)[0]} has no place")
+    carry(*(own for own in net.add_embedding.input_hint_block if isinstance(own, nn.Conv2d)))
     return net.to(unet.device, unet.dtype)
