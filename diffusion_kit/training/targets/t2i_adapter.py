@@ -31,6 +31,7 @@ class T2IAdapterTarget(Denoising):
     """
 
     conditioned = True
+    gain = 1.0
 
     def __init__(self, config: Config, device: torch.device) -> None:
         super().__init__(config)
