@@ -1,6 +1,6 @@
 """Puts what was trained into the model folders of the package, as fp16 safetensors.
 
-`python scripts/make_default/assemble.py default` takes `runs/make_default/base/result` and, where they are, the results of
+`python scripts/make_default/assemble.py default` takes `runs/make_default/wide/result` and, where they are, the results of
 the controls, and writes `diffusion_kit/models/default/`; `default_kandinsky` the same of `runs/make_default/kandinsky/`.
 `--out FOLDER` writes somewhere else, to be measured first.
 """
@@ -31,7 +31,7 @@ PARTS = shutil.ignore_patterns("*.png", "*.md", "*.yaml")
 
 def default(new: Path) -> None:
     pipe = StableDiffusionXLPipeline.from_pretrained(
-        WORK / "base/result", add_watermarker=False, torch_dtype=torch.float32
+        WORK / "wide/result", add_watermarker=False, torch_dtype=torch.float32
     )
     pipe.register_modules(scheduler=EulerDiscreteScheduler(**SCHEDULE))
     pipe.save_pretrained(new, safe_serialization=True)

@@ -1,14 +1,17 @@
 """Lays the copies under `safety/` where the trainings that follow look for them, in float32.
 
-`python scripts/make_default/restore.py` writes `runs/make_default/autoencoder/result/` and, where there is a copy of it,
-`runs/make_default/base/result/`.
+`python scripts/make_default/restore.py` writes `runs/make_default/autoencoder/result/` and, of what else there is a copy,
+`runs/make_default/wide/result/` and those of the controls. `restore.py keep NAME ...` makes the copies of controls.
 """
 
 from __future__ import annotations
 
 import shutil
+import sys
 
 import new_base
+from assemble import CONTROLS, halved
+from assemble import PARTS as LEFT_OUT
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from new_base import WORK
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
@@ -22,7 +25,7 @@ PARTS = {
 
 
 def main() -> None:
-    autoencoder, base = WORK / "autoencoder/result", WORK / "base/result"
+    autoencoder, base = WORK / "autoencoder/result", WORK / "wide/result"
     shutil.copytree(SAFETY / "autoencoder", autoencoder, dirs_exist_ok=True)
     if (SAFETY / "base").is_dir():
         new_base.main(autoencoder, base)
@@ -30,7 +33,21 @@ def main() -> None:
         parts = {name: cls.from_pretrained(SAFETY / "base" / name).float() for name, cls in PARTS.items()}
         pipe.register_modules(**parts)
         pipe.save_pretrained(base, safe_serialization=True)
+    for name in CONTROLS:
+        if (SAFETY / name).is_dir():
+            shutil.copytree(SAFETY / name, WORK / name / "result", dirs_exist_ok=True)
+
+
+def keep(name: str) -> None:
+    """Copies the result of a control's training, in fp16."""
+    shutil.rmtree(SAFETY / name, ignore_errors=True)
+    shutil.copytree(WORK / name / "result", SAFETY / name, ignore=LEFT_OUT)
+    halved(SAFETY / name)
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["keep"]:
+        for control in sys.argv[2:]:
+            keep(control)
+    else:
+        main()
