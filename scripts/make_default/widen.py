@@ -1,7 +1,7 @@
 """Gives the trained base attention at its first level, where T2I-Adapters can then be heard: at 16 x 16 rather than 8 x 8.
 
-`python scripts/make_default/widen.py` reads `runs/make_default/base/result/` and writes `runs/make_default/wide_base/`, from
-which `configs/default/wide_base.yaml` goes on. The new layers add nothing at first.
+`python scripts/make_default/widen.py` reads `runs/make_default/base/result/` and writes `runs/make_default/wide_base/`,
+from which `configs/default/wide_base.yaml` goes on. The new layers add nothing at first.
 """
 
 from __future__ import annotations
