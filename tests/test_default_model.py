@@ -41,6 +41,14 @@ def test_files() -> None:
     assert (embedded() / "controls" / "canny" / "config.json").is_file()
 
 
+def test_it_is_loaded_in_float32(pipe: Any) -> None:
+    """Its files are in half precision, in which a CPU is slow."""
+    nets = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+    assert {weight.dtype for net in (*nets, pipe.load_control("canny")) for weight in net.parameters()} == {
+        torch.float32
+    }
+
+
 def test_backgrounds_have_the_colour_of_the_caption(pipe: Any) -> None:
     prompts = [f"3d emoji of {thing} on a {colour} background" for colour in COLOURS for thing in ("apple", "house")]
     right = 0

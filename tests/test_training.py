@@ -313,6 +313,12 @@ def test_a_gain_is_in_the_weights(kind):
         torch.testing.assert_close(grown, 30 * feature, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("gain", [0, -2, float("nan"), float("inf"), True, "much"])
+def test_a_gain_that_is_no_positive_number_is_refused_before_the_training(tmp_path, gain):
+    with pytest.raises(ValueError, match=r"network\.gain is .*: a positive number"):
+        make_target(training_models.config("t2i_adapter", tmp_path, network={"gain": gain}), torch.device("cpu"))
+
+
 def test_a_training_with_a_gain_goes_on_from_its_result(tmp_path):
     """The same features whether the gain is in the weights or beside them."""
     first = train(training_models.config("t2i_adapter", tmp_path / "first", network={"gain": 20}))

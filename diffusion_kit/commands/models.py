@@ -35,7 +35,8 @@ def run(options: argparse.Namespace) -> None:
         print(inspect(names[0]))
         return
     for k, name in enumerate(names or EMBEDDED):
-        print("\n" * (k > 0), end="")
+        if k:
+            print()
         for label, text in describe(name):
             print(f"{label:24}{text}")
 

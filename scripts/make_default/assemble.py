@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 
 MODELS = ROOT / "diffusion_kit/models"
 CONTROLS = ("canny", "sketch", "palette", "canny_controlnet", "regions")
-PARTS = shutil.ignore_patterns("*.png", "*.md", "*.yaml")
+LEFT_OUT = shutil.ignore_patterns("*.png", "*.md", "*.yaml")
 
 
 def default(new: Path) -> None:
@@ -38,7 +38,7 @@ def default(new: Path) -> None:
     for name in CONTROLS:
         result = WORK / name / "result"
         if result.is_dir():
-            shutil.copytree(result, new / "controls" / name, ignore=PARTS)
+            shutil.copytree(result, new / "controls" / name, ignore=LEFT_OUT)
 
 
 def default_kandinsky(new: Path) -> None:
@@ -49,7 +49,7 @@ def default_kandinsky(new: Path) -> None:
     parts = {f"prior_{name}": part for name, part in prior.components.items()}
     KandinskyV22CombinedPipeline(**decoder.components, **parts).save_pretrained(new, safe_serialization=True)
     if (results / "hint/result").is_dir():
-        shutil.copytree(results / "hint/result/unet", new / "controls/canny", ignore=PARTS)
+        shutil.copytree(results / "hint/result/unet", new / "controls/canny", ignore=LEFT_OUT)
 
 
 # The sets, and how many bytes each may have.

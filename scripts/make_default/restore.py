@@ -1,4 +1,4 @@
-"""Lays the copies under `safety/` where the trainings that follow look for them, in float32.
+"""Lays the copies under `safety/` where what follows looks for them, the base in float32.
 
 `python scripts/make_default/restore.py` writes `runs/make_default/autoencoder/result/` and, of what else there is a copy,
 `runs/make_default/wide/result/` and those of the controls. `restore.py keep NAME ...` makes the copies of controls.
@@ -10,8 +10,7 @@ import shutil
 import sys
 
 import new_base
-from assemble import CONTROLS, halved
-from assemble import PARTS as LEFT_OUT
+from assemble import CONTROLS, LEFT_OUT, halved
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from new_base import WORK
 from transformers import CLIPTextModel, CLIPTextModelWithProjection

@@ -18,7 +18,9 @@ def widened(unet: UNet2DConditionModel) -> UNet2DConditionModel:
     torch.manual_seed(0)
     blocks = ("CrossAttnDownBlock2D", *unet.config.down_block_types[1:])
     wide = UNet2DConditionModel.from_config({**unet.config, "down_block_types": blocks})
-    wide.load_state_dict(unet.state_dict(), strict=False)
+    missing, unexpected = wide.load_state_dict(unet.state_dict(), strict=False)
+    assert not unexpected
+    assert all(name.startswith("down_blocks.0.attentions.") for name in missing)
     for attention in wide.down_blocks[0].attentions:
         nn.init.zeros_(attention.proj_out.weight)
         nn.init.zeros_(attention.proj_out.bias)

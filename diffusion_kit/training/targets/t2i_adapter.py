@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ class T2IAdapterTarget(Denoising):
         super().__init__(config)
         self.base = load_base(config, device)
         network = dict(config.network)
-        self.gain = float(network.pop("gain", 1))
+        self.gain = positive(network.pop("gain", self.gain))
         settings = {"in_channels": config.data.condition.channels, **fitting(self.base), **network}
         adapter = times(1 / self.gain, given(config, T2IAdapter)) if config.init_from else built(T2IAdapter, settings)
         self.adapter = in_float32(adapter).to(device)
@@ -59,15 +60,19 @@ def make(config: Config, device: torch.device) -> Any:
     return T2IAdapterTarget(config, device)
 
 
+def positive(gain: Any) -> float:
+    """
+    Raises:
+        ValueError: a gain that is no positive number.
+    """
+    if isinstance(gain, bool) or not isinstance(gain, (int, float)) or not 0 < gain < math.inf:
+        raise ValueError(f"network.gain is {gain!r}: a positive number is needed, 1 for features as they are")
+    return float(gain)
+
+
 def times(gain: float, adapter: Any) -> Any:
     """A copy that gives `gain` times the features: an adapter is convolutions and ReLU, so it is enough that its first
-    convolution and all biases are multiplied.
-
-    Raises:
-        ValueError: a gain that is not positive.
-    """
-    if gain <= 0:
-        raise ValueError(f"network.gain is {gain:g}: it has to be positive")
+    convolution and all biases are multiplied."""
     grown = copy.deepcopy(adapter)
     with torch.no_grad():
         next(grown.parameters()).mul_(gain)
