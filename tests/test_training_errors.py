@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +23,7 @@ from diffusion_kit.adapters import detectors
 from diffusion_kit.training import checkpoints
 from diffusion_kit.training.config import Config, read
 from diffusion_kit.training.data.samples import Pictures
+from diffusion_kit.training.run import locked
 from diffusion_kit.training.train import check, train
 
 SMALL = {"checkpoints": {"every": 1}, "steps": 2}
@@ -189,10 +194,42 @@ def test_another_configuration_goes_on_only_where_allowed(tmp_path):
 
 
 def test_two_runs_do_not_write_one_folder(tmp_path):
-    from diffusion_kit.training.run import locked
-
-    with locked(tmp_path), pytest.raises(ValueError, match="is being written by another run"):
+    with another_run(tmp_path), pytest.raises(ValueError, match="is being written by another run"):
         train(training_models.config("t2i_adapter", tmp_path, **SMALL))
+
+
+def test_a_run_that_was_killed_leaves_its_folder_free_at_once(tmp_path):
+    """Its loader workers, which notice only after seconds, hold nothing of it."""
+    with another_run(tmp_path) as process:
+        os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
+        with locked(tmp_path):
+            pass
+
+
+@contextmanager
+def another_run(folder: Path) -> Iterator[int]:
+    """A process that writes a run's folder, and has forked a worker; both are ended afterwards."""
+    reading, writing = os.pipe()
+    process = os.fork()
+    if process == 0:
+        with locked(folder):
+            worker = os.fork()
+            if worker:
+                os.write(writing, str(worker).encode())
+            signal.pause()
+        os._exit(0)
+    worker = int(os.read(reading, 32))
+    try:
+        yield process
+    finally:
+        for each in (process, worker):
+            with suppress(ProcessLookupError):
+                os.kill(each, signal.SIGKILL)
+        with suppress(ChildProcessError):
+            os.waitpid(process, 0)
+        os.close(reading)
+        os.close(writing)
 
 
 def test_check_learns_a_batch_and_draws_what_the_network_sees(tmp_path, capsys):

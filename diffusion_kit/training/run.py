@@ -93,7 +93,8 @@ def _step(line: str) -> float:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """
+    """The lock is this process's alone: loader workers, which outlive a SIGKILL by seconds, do not hold it.
+
     Raises:
         ValueError: another process writes this run, or the folder cannot be written.
     """
@@ -103,7 +104,7 @@ def locked(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise ValueError(f"output {folder} cannot be written: {error.strerror}") from None
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         raise ValueError(f"output {folder} is being written by another run: give another folder") from None
     try:
