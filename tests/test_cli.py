@@ -73,6 +73,7 @@ MIXTURES: dict[str, list[str]] = {
     "canny": ["--control", "canny=photo.png"],
     "lines": ["--control", "canny=lines.png,detect=none,scale=0.5:0.6:0.7:0.8,end=0.5,mask=half.png,mode=prompt"],
     "both": ["--control", "NET=photo.png,detect=sketch,start=0.1", "--control", "canny=lines.png"],
+    "guided": ["--control", "canny=photo.png,guidance=3"],
 }
 
 
@@ -504,6 +505,7 @@ BAD: dict[str, tuple[list[str], str]] = {
     "control_nan": (["--control", "canny=photo.png,scale=nan"], "Control scale is nan; it must be a finite number"),
     "control_levels": (["--control", "canny=photo.png,scale=1:2"], "Control scale lists 2 levels; the base has 4"),
     "control_window": (["--control", "canny=photo.png,start=0.8,end=0.2"], "0 <= start <= end <= 1"),
+    "control_guidance": (["--control", "canny=photo.png,guidance=inf"], "Control guidance is inf; it must be a finite"),
     "control_mode": (["--control", "canny=photo.png,mode=loud"], "Control mode is 'loud'"),
     "control_name": (["--control", "depth=photo.png"], "no control 'depth' comes with the base (it has canny)"),
     "control_file": (["--control", "canny=none.png"], "no file none.png"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -254,6 +255,28 @@ def test_report_is_the_same_each_time_and_in_any_batch(pipe: Any, adapter: Any) 
         assert line.own.value == pytest.approx(single.own.value, abs=0.02), "rounding may move an edge"
         assert line.own.low <= line.own.value <= line.own.high
         assert line.own != line.shuffled
+
+
+def test_a_control_is_measured_under_a_guidance_of_its_own(pipe: Any, adapter: Any) -> None:
+    report = run(pipe, adapter, conditions(2), control_guidance=2.0, dropped=True)
+    assert [line.arm for line in report.lines] == ["without", "scale 1", "guidance 2", "neutral"]
+    wanted = pipe(
+        "prompt 1",
+        controls=[Control(adapter, lines(1), guidance=2.0)],
+        generator=torch.Generator().manual_seed(2),
+        num_inference_steps=2,
+        guidance_scale=3.0,
+    )
+    plain, guided = (np.asarray(report.gallery[1].made[k][1], int) for k in (1, 2))
+    assert np.abs(guided - np.asarray(wanted.images[0], int)).max() <= 1
+    assert np.abs(guided - plain).max() > 8
+
+
+def test_a_guidance_that_could_do_nothing_is_refused_before_any_arm(pipe: Any, adapter: Any) -> None:
+    with pytest.raises(ValueError, match="acts in guided steps; guidance is 1"):
+        run(pipe, adapter, conditions(2), guidance=1.0, control_guidance=2.0)
+    with pytest.raises(ValueError, match="Control guidance is nan"):
+        run(pipe, adapter, conditions(2), control_guidance=math.nan)
 
 
 def test_pictures_are_those_of_single_calls_and_the_figures_theirs(pipe: Any, adapter: Any) -> None:

@@ -50,7 +50,7 @@ RECIPES = {
         image=FileRef("photo.png", "0f" * 32),
         mask=FileRef("ma\udcffsk.png", "1f" * 32, b""),
         controls=(
-            ControlRecipe("canny", FileRef("a b.png", "2f" * 32, NOISE(3000)), detect="canny", scale=0.8, end=0.5),
+            ControlRecipe("canny", FileRef("a b.png", "2f" * 32, NOISE(3000)), detect="canny", end=0.5, guidance=2.5),
             ControlRecipe(
                 "owner/net",
                 FileRef("/tmp/d.webp", "3f" * 32),

@@ -79,7 +79,8 @@ class Control:
             raise ValueError(f"Control window is {self.start} to {self.end}; it must be 0 <= start <= end <= 1")
         if self.mode not in ("balanced", "prompt", "control"):
             raise ValueError(f"Control mode is {self.mode!r}; it must be 'balanced', 'prompt' or 'control'")
-
+        if self.guidance is not None and not math.isfinite(self.guidance):
+            raise ValueError(f"Control guidance is {self.guidance}; it must be a finite number")
         if self.guidance is not None and self.mode != "balanced":
             raise ValueError(f"Control mode is {self.mode!r}; with a guidance of its own it must be 'balanced'")
 

@@ -39,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--invert", action="store_true", help="the control takes black for white")
     add("--scales", default="1", metavar="S,S..", help="of the control; without it is always measured")
     add("--neutral", action="store_true", help="measure the control, given an empty picture, too")
+    add("--control-guidance", type=float, metavar="G", help="measure the control with this guidance of its own, too")
     add("--seeds", type=int, default=4, help="pictures for each condition and scale")
     add("--seed", type=int, default=0, help="the first one")
     add("--steps", type=int, help="by default what the model's card says, else 20")
@@ -94,6 +95,7 @@ def run(options: argparse.Namespace) -> None:
         guidance=options.guidance,
         batch=options.batch,
         dropped=options.neutral,
+        control_guidance=options.control_guidance,
         quality=quality,
     )
     report = replace(report, about={"model": options.model, "control": options.control, **report.about})

@@ -13,7 +13,8 @@ from diffusion_kit.recipes import ControlRecipe, FileRef, Recipe
 
 from .outputs import SUFFIXES
 
-OPTIONS = ("scale", "start", "end", "mode", "mask", "detect")
+NUMBERS = ("scale", "start", "end", "guidance")
+OPTIONS = (*NUMBERS, "mode", "mask", "detect")
 AUTO = "auto"  # the detector is the control's own, where it comes with the base
 
 
@@ -82,7 +83,7 @@ def parse_control(text: str) -> dict[str, Any]:
     for part in parts:
         name, _, value = part.partition("=")
         try:
-            spec[name] = _number(name, value) if name in ("scale", "start", "end") else value
+            spec[name] = _number(name, value) if name in NUMBERS else value
         except ValueError:
             raise ValueError(f"--control option {name}={value!r} must be a number") from None
     return spec
@@ -94,7 +95,7 @@ def _number(name: str, value: str) -> float | tuple[float, ...]:
 
 
 def _control(spec: Mapping[str, Any], image: str, ref: Callable[[str], FileRef]) -> ControlRecipe:
-    settings = {name: spec[name] for name in ("scale", "start", "end", "mode") if name in spec}
+    settings = {name: spec[name] for name in (*NUMBERS, "mode") if name in spec}
     mask = ref(spec["mask"]) if "mask" in spec else None
     return ControlRecipe(spec["kind"], ref(image), detect=spec.get("detect", AUTO), mask=mask, **settings)
 

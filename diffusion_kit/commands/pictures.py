@@ -56,7 +56,7 @@ def _check_job(job: Job, old: Recipe | None) -> None:
     for control in job.controls:
         if old is not None and control in old.controls and control.hash is None:
             raise ValueError(f"the recipe has no hash of its control {control.kind}: give --control to use it")
-        Control(control.kind, None, scale=control.scale, start=control.start, end=control.end, mode=control.mode)  # type: ignore[arg-type]
+        Control(control.kind, None, **numbers(control))
         if control.detect not in (AUTO, None, "none"):
             detector(control.detect.partition(":")[0])
 
@@ -230,12 +230,14 @@ def make_control(pipe: Any, control: ControlRecipe, recipe: Recipe) -> Control:
     return Control(
         pipe.load_control(control.kind),
         picture,
-        scale=control.scale,
-        start=control.start,
-        end=control.end,
-        mode=control.mode,  # type: ignore[arg-type]
         mask=None if control.mask is None else opened(control.mask),
+        **numbers(control),
     )
+
+
+def numbers(control: ControlRecipe) -> dict[str, Any]:
+    """How a control acts."""
+    return {name: getattr(control, name) for name in ("scale", "start", "end", "mode", "guidance")}
 
 
 def _shaped(picture: Image.Image, recipe: Recipe) -> Image.Image:

@@ -55,11 +55,13 @@ class Arm:
     Attributes:
         scale: of the control; 0 is without it.
         neutral: the control is given a picture without content.
+        guidance: of the control, see `Control`.
     """
 
     name: str
     scale: float
     neutral: bool = False
+    guidance: float | None = None
 
 
 @dataclass
@@ -114,6 +116,7 @@ def evaluate(
     size: tuple[int, int] | None = None,
     batch: int = 8,
     dropped: bool = False,
+    control_guidance: float | None = None,
     quality: Sequence[Measure] | None = None,
 ) -> Report:
     """Makes every condition's pictures without the control and with it at every scale, and measures them.
@@ -131,6 +134,7 @@ def evaluate(
         size: (width, height) of the pictures in pixels; by default the model's own.
         batch: pictures made in one call.
         dropped: also with the control at its last scale given a picture without content: black, or white if inverted.
+        control_guidance: also with the control at its last scale under a guidance of its own, see `Control`.
         quality: see `quality.quality_measures`; by default those, which then are "not measured".
 
     Raises:
@@ -167,7 +171,11 @@ def evaluate(
     )
     check(plan)
     arms = [Arm("without", 0.0), *(Arm(f"scale {scale:g}", scale) for scale in dict.fromkeys(scales) if scale)]
-    arms += [Arm("neutral", arms[-1].scale, neutral=True)] if dropped else []
+    last = arms[-1].scale
+    if control_guidance is not None:
+        arms.append(Arm(f"guidance {control_guidance:g}", last, guidance=control_guidance))
+        check_guidance(plan, arms[-1])
+    arms += [Arm("neutral", last, neutral=True)] if dropped else []
     return measured(plan, arms)
 
 
@@ -237,6 +245,17 @@ def check(plan: Plan) -> None:
                 raise ValueError(f"condition {condition.name}: {error}") from None
 
 
+def check_guidance(plan: Plan, arm: Arm) -> None:
+    """One step, so that a control without a guidance of its own is refused before all pictures are made.
+
+    Raises:
+        ValueError: it has none, or no step is guided.
+    """
+    if plan.call["guidance_scale"] <= 1:
+        raise ValueError(f"a control's guidance acts in guided steps; guidance is {plan.call['guidance_scale']:g}")
+    make(replace(plan, call={**plan.call, "num_inference_steps": 1}), arm, [(0, 0)])
+
+
 def run(plan: Plan, arm: Arm, advance: Callable[[int], Any]) -> Found:
     """Makes an arm's pictures, batch by batch, and compares them."""
     found = Found()
@@ -260,7 +279,10 @@ def make(plan: Plan, arm: Arm, batch: Sequence[tuple[int, int]]) -> list[Image.I
         images = [Image.new("RGB", image.size, ground) for image in images]
     noise = [torch.Generator().manual_seed(plan.seed + k * plan.seeds + s) for k, s in batch]
     prompts = [condition.prompt for condition in conditions]
-    made = plan.pipe(prompts, controls=plan.make_controls(images, arm.scale), generator=noise, **plan.call)
+    controls = plan.make_controls(images, arm.scale)
+    if arm.guidance is not None:
+        controls = [replace(control, guidance=arm.guidance) for control in controls]
+    made = plan.pipe(prompts, controls=controls, generator=noise, **plan.call)
     return list(made.images)
 
 

@@ -86,7 +86,7 @@ class FileRef:
 
 @dataclass(frozen=True)
 class ControlRecipe:
-    """A control of a run; `scale` to `mode` are those of `diffusion_kit.Control`.
+    """A control of a run; `scale` to `mode` and `guidance` are those of `diffusion_kit.Control`.
 
     Attributes:
         kind: name, path or hub id of the control's network, as given.
@@ -104,13 +104,15 @@ class ControlRecipe:
     end: float = 1.0
     mode: str = "balanced"
     mask: FileRef | None = None
+    guidance: float | None = None
 
     def __str__(self) -> str:
         detector = f", through {self.detect}" if self.detect else ""
         mask = f"\nmask {self.mask}" if self.mask else ""
+        guidance = "" if self.guidance is None else f", guidance {self.guidance}"
         return (
             f"{_with_hash(self.kind, self.hash)}\nimage {self.image}{detector}{mask}\n"
-            f"scale {self.scale}, from {self.start} to {self.end}, mode {self.mode}"
+            f"scale {self.scale}, from {self.start} to {self.end}, mode {self.mode}{guidance}"
         )
 
 
