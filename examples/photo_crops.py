@@ -21,16 +21,14 @@ TRAIN = {
     "brick.png": "a brick wall",
     "coffee.png": "a cup of coffee on a table",
     "coins.png": "old coins",
-    "moon.png": "the moon",
     "motorcycle_left.png": "a motorcycle in a garage",
     "page.png": "a printed page",
     "retina.jpg": "the inside of an eye",
     "rocket.jpg": "a rocket",
-    "text.png": "marks of a pen on paper",
 }
 HELD_OUT = {"chelsea.png": "a cat", "camera.png": "a man with a camera"}
 SIDE = 64  # of the pictures, in pixels
-SCALES = 0.35, 1.0  # smallest and largest side of a crop, as a share of the photo's shorter side
+SCALES = 0.15, 0.5  # smallest and largest side of a crop, as a share of the photo's shorter side
 
 
 def crop(photo: Image.Image, rng: np.random.Generator) -> Image.Image:

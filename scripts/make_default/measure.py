@@ -31,6 +31,7 @@ from PIL import Image
 from diffusion_kit import AutoPipelineForText2Image, Control, detect
 from diffusion_kit.cli import main as command
 from diffusion_kit.commands.fingerprint import fingerprint
+from diffusion_kit.evaluation.edges import edge_f1
 from diffusion_kit.evaluation.intervals import bootstrap
 from diffusion_kit.evaluation.measures import measures_of
 from diffusion_kit.models.sources import embedded
@@ -41,7 +42,9 @@ ROOT = drawings.HERE.parents[1]
 STORE = ROOT / "runs/make_default/measured"
 CONTROLS = ("canny", "canny_controlnet", "sketch", "regions", "palette")
 DRAWN = ("canny", "canny_controlnet", "sketch")  # that take lines, as a doodle has
+EDGES = ("canny", "canny_controlnet")
 SCALES = (0.25, 0.5, 0.75, 1.0)
+IMAGE_GUIDANCE = 2.0  # which is measured beside the plain control
 BATCH = 8
 
 
@@ -239,7 +242,23 @@ def followed(
         ends = [rounded(own["low"]), rounded(own["high"])]
         return {"value": rounded(own["value"]), "interval": ends, "another's": rounded(line["shuffled"]["value"])}
 
-    return {"measure": lines[0]["measure"]} | {f"{line['scale']:g}": figures(line) for line in first}
+    def key(line: dict[str, Any]) -> str:
+        return line["arm"] if line["arm"].startswith("guidance") else f"{line['scale']:g}"
+
+    return {"measure": lines[0]["measure"]} | {key(line): figures(line) for line in first}
+
+
+def with_diagonals(page: Path) -> dict[str, float]:
+    """Edge F1 of the first seeds as others count a pixel's tolerance: diagonal neighbours are near, too."""
+
+    def maps(which: int) -> list[np.ndarray]:
+        return [np.asarray(Image.open(file).convert("L")) > 0 for file in sorted(page.glob(f"*-{which:02}.png"))]
+
+    wanted, last = maps(0), 2 * (1 + len(SCALES))  # two pictures an arm: what was made, and its edges
+    return {
+        key: rounded(np.mean([edge_f1(made, own, 1.5) for made, own in zip(maps(which), wanted, strict=True)]))
+        for key, which in (("0", 2), ("1", last))
+    }
 
 
 def under(model: Model, control: str | None) -> dict[str, Any]:
@@ -260,13 +279,17 @@ def figures_of(model: Model) -> dict[str, Any]:
         "nearest": model.part("nearest", lambda: nearest(model)),
         "captions, strange": {"without": model.part("under nothing", lambda: under(model, None))},
         "controls": {},
+        "with diagonals": {},
         "doodles": {},
         "photos": {},
     }
     for name in model.controls:
         seen = model.part(f"under {name}", lambda name=name: under(model, name), name)
         figures["captions, strange"][name] = seen
-        figures["controls"][name] = followed(model, name, "held out", listed, SCALES, "--photos")
+        guided = ("--control-guidance", str(IMAGE_GUIDANCE)) if name in EDGES else ()
+        figures["controls"][name] = followed(model, name, "held out", listed, SCALES, "--photos", *guided)
+        if name in EDGES:
+            figures["with diagonals"][name] = with_diagonals(model.file(f"{name} held out", "page", name))
         if name in DRAWN:
             figures["doodles"][name] = followed(model, name, "doodles", drawn, [1.0])
             figures["photos"][name] = followed(model, name, "photos", photos, [1.0], "--photos")
@@ -285,7 +308,7 @@ def bounds(figures: dict[str, Any], wanted: Sequence[str] = ()) -> list[dict[str
     row("captions, words named of all 324", figures["captions"]["all"]["word, of all 324"]["value"], 0.7)
     least, gaps = {"canny": 0.75, "canny_controlnet": 0.8}, {"sketch": 0.4, "regions": 0.4}
     for name, own in figures["controls"].items():
-        course = [arm["value"] for arm in own.values() if isinstance(arm, dict)]  # by scale, 0 first
+        course = [arm["value"] for key, arm in own.items() if key[0].isdigit()]  # by scale, 0 first
         without, with_, versus = course[0], course[-1], own["1"]["another's"]
         steps = np.diff(course)
         if name == "palette":

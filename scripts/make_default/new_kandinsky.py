@@ -86,7 +86,7 @@ def main() -> None:
             num_embeddings=tokenizer.model_max_length,
         ),
         image_encoder=make_vision(),
-        text_encoder=CLIPTextModelWithProjection.from_pretrained(WORK / "base/result/text_encoder_2"),
+        text_encoder=CLIPTextModelWithProjection.from_pretrained(WORK / "wide/result/text_encoder_2"),
         tokenizer=tokenizer,
         scheduler=UnCLIPScheduler(
             variance_type="fixed_small_log", prediction_type="sample", clip_sample=True, clip_sample_range=5.0
