@@ -15,7 +15,7 @@ import training_models
 from safetensors.torch import load_file
 
 from diffusion_kit import cli
-from diffusion_kit.training import caching, checkpoints, run
+from diffusion_kit.training import caching, checkpoints, run, validation
 from diffusion_kit.training.data.samples import Pictures, open_pictures
 from diffusion_kit.training.train import train
 
@@ -142,6 +142,48 @@ def test_a_validation_that_was_due_when_a_run_was_stopped_is_made_when_it_goes_o
     a, b = ((tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "stopped"))
     assert a == b
     assert list(run.Run(tmp_path / "whole").validations()) == [2, 3]
+
+
+@pytest.mark.usefixtures("heard")
+def test_a_signal_breaks_off_a_validation_which_is_made_when_the_run_goes_on(tmp_path, monkeypatch, capsys):
+    more = {"validation": {"every": 2, "pictures": 1, "steps": 1}, "steps": 4}
+    whole, stopped = (training_models.config("t2i_adapter", tmp_path / name, **more) for name in ("whole", "stopped"))
+    train(whole)
+    for step in (2, 4):  # the second is the last
+        monkeypatch.setattr(validation, "show", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        assert train(stopped, resume=step > 2, command=["diffusion-kit", "train", "x"]) is None
+        assert f"stopped at step {step} of 4; go on with: diffusion-kit train x" in capsys.readouterr().out
+        monkeypatch.undo()
+        assert step not in run.Run(tmp_path / "stopped").validations()
+        if step == 2:
+            monkeypatch.setattr(run.Run, "log", stop_at(3))
+            assert train(stopped, resume=True) is None
+            monkeypatch.undo()
+    assert train(stopped, resume=True) is not None
+    a, b = ((tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "stopped"))
+    assert a == b
+
+
+@pytest.mark.usefixtures("heard")
+def test_a_second_interrupt_does_not_wait_and_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+    config = training_models.config("t2i_adapter", tmp_path, steps=5, checkpoints={"every": 2})
+    log = run.Run.log
+
+    def twice(self, name, row):
+        log(self, name, row)
+        if row.get("step") == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(run.Run, "log", twice)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, command=["diffusion-kit", "train", "x"])
+    told = capsys.readouterr().out
+    assert "stops after this step; a second Ctrl-C does not wait for it" in told
+    assert "interrupted; go on from the last checkpoint with: diffusion-kit train x --resume" in told
+    monkeypatch.undo()
+    train(config, resume=True)
+    assert "goes on at step 2 of 5" in capsys.readouterr().out
 
 
 def test_what_a_process_was_started_to_ignore_it_goes_on_ignoring():

@@ -32,8 +32,10 @@ def test_an_epoch_has_every_picture_as_often_as_its_weight_says():
     order = Order((0,) * 60, (1.0,) * 40 + (2.0,) * 10 + (0.5,) * 10, 10, 0)
     seen: Counter = Counter()
     for epoch in range(40):
-        seen.update(index for batch in order.epoch(epoch) for index in batch)
-    assert all(seen[k] >= 40 for k in range(40))
+        for batch, weight in order.epoch(epoch):
+            for index in batch.tolist():
+                seen[index] += weight
+    assert [seen[k] for k in range(40)] == pytest.approx([40] * 40, rel=0.1)
     assert np.mean([seen[k] for k in range(40, 50)]) / np.mean([seen[k] for k in range(40)]) == pytest.approx(
         2, rel=0.05
     )
@@ -46,11 +48,28 @@ def test_batches_are_of_one_shape_and_places_are_never_used_twice():
     shapes = tuple(np.random.default_rng(0).integers(0, 3, 50).tolist())
     order = Order(shapes, (1.0,) * 50, 4, 3)
     steps = [order.step(step) for step in range(3 * order.length(0))]
-    assert all(len({shapes[index] for _, index in step}) == 1 for step in steps)
-    places = [place for step in steps for place, _ in step]
+    assert all(len({shapes[index] for _, index, _ in step}) == 1 for step in steps)
+    places = [place for step in steps for place, *_ in step]
     assert len(set(places)) == len(places)
     assert {place.epoch for place in places} == {0, 1, 2}
-    assert [index for _, index in order.step(0)] != [index for _, index in order.step(order.length(0))]
+    assert [slot.picture for slot in order.step(0)] != [slot.picture for slot in order.step(order.length(0))]
+
+
+def test_a_rare_shape_counts_no_more_than_its_pictures():
+    """Of every shape, each epoch, weights add up to its number of pictures; in the long run so do each picture's."""
+    shapes = (0,) * 21 + (1,) * 3 + (2,)
+    order, counted = Order(shapes, (1.0,) * 25, 8, 0), np.zeros(25)
+    for epoch in range(300):
+        for batch, weight in order.epoch(epoch):
+            assert len(batch) == 8
+            np.add.at(counted, batch, weight)
+    assert [counted[:21].sum(), counted[21:24].sum(), counted[24]] == pytest.approx([300 * 21, 300 * 3, 300])
+    assert counted == pytest.approx([300] * 25, rel=0.05)
+
+
+def test_fewer_pictures_than_a_batch_count_in_full():
+    ((batch, weight),) = Order((0,) * 5, (1.0,) * 5, 16, 0).epoch(0)
+    assert (len(batch), weight, set(batch.tolist())) == (16, 1.0, set(range(5)))
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4])

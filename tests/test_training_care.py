@@ -16,6 +16,7 @@ import training_models
 from conftest import make_adapter, make_sd_unet, picture
 from diffusers import ControlNetModel, T2IAdapter
 from PIL import Image
+from safetensors.torch import load_file
 
 from diffusion_kit import cli
 from diffusion_kit.training import bases, caching, checkpoints, memory, run
@@ -50,6 +51,27 @@ def test_the_autoencoder_is_left_out_of_autocast(tmp_path: Path) -> None:
         assert torch.equal(base.encode(pixels, ["a", "b"]), base.encode(pixels, ["a", "b"]).float())
         inside = base.encode(pixels, ["a", "b"])
     assert torch.equal(inside, base.encode(pixels, ["a", "b"]))
+
+
+@pytest.mark.parametrize(
+    ("target", "family"), [("unet", "sdxl"), ("hint_decoder", "kandinsky"), ("prior", "kandinsky")]
+)
+def test_what_learns_begins_in_full_precision_and_the_rest_is_saved_as_it_was(
+    target: str, family: str, tmp_path: Path
+) -> None:
+    """Although everything frozen is in bfloat16 during the training."""
+    still = {"learning_rate": 1e-12, "weight_decay": 0.0}
+    result = train(training_models.config(target, tmp_path, family, steps=1, precision="bf16", optimizer=still))
+    assert result is not None
+    source = training_models.base("prior" if target == "prior" else family)
+    compared = 0
+    for file in Path(source).rglob("*.safetensors"):
+        before, after = load_file(file), load_file(result / file.relative_to(source))
+        for name, value in before.items():
+            if after[name].shape == value.shape and name not in ("clip_mean", "clip_std"):
+                assert torch.allclose(after[name], value, rtol=0, atol=1e-9), f"{file.parent.name} {name}"
+                compared += 1
+    assert compared > 100
 
 
 def test_the_scheduler_is_told_what_was_trained(tmp_path: Path) -> None:
@@ -90,7 +112,9 @@ def test_an_embedding_is_of_the_square_in_the_middle(tmp_path: Path) -> None:
 def test_what_a_prior_has_measured_stays(tmp_path: Path) -> None:
     target = make_target(training_models.config("prior", tmp_path, "kandinsky"), CPU)
     target.prior.clip_mean.data.fill_(0.0), target.prior.clip_std.data.fill_(1.0)
-    batch = SimpleNamespace(samples=[SimpleNamespace(embed=torch.randn(target.prior.clip_mean.shape[1])) for _ in "ab"])
+    batch = SimpleNamespace(
+        samples=[SimpleNamespace(weight=1.0, embed=torch.randn(target.prior.clip_mean.shape[1])) for _ in "ab"]
+    )
     target.begin(lambda: [batch])
     measured = target.prior.clip_std.clone()
     assert (measured != 1).any()
@@ -332,6 +356,47 @@ def test_a_validation_that_cannot_measure_ends_no_training(
     config = training_models.config("t2i_adapter", tmp_path / "c", validation={**own, "measure": "openpose"})
     with pytest.raises(ValueError, match=r"^validation.measure: [^\n]+$"):
         make_trainer(config, make_accelerator(config), print)
+
+
+def test_a_validation_that_overflows_ends_no_training_and_one_without_memory_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    from diffusion_kit.training import validation
+
+    errors: list[Exception] = [RuntimeError("the latents are not finite"), torch.OutOfMemoryError("CUDA out of memory")]
+
+    def failing(*_: Any, **__: Any) -> None:
+        raise errors[0]
+
+    monkeypatch.setattr(validation, "evaluate", failing)
+    own = {"every": 1, "pictures": 1, "steps": 1}
+    assert train(training_models.config("t2i_adapter", tmp_path / "a", data=EDGES, steps=1, validation=own)) is not None
+    assert "validation of seen pictures: the latents are not finite" in capsys.readouterr().out
+    errors.reverse()
+    with pytest.raises(MemoryError, match="2 pictures at once do not fit into memory; try micro_batch=1"):
+        train(training_models.config("t2i_adapter", tmp_path / "b", data=EDGES, steps=1, validation=own))
+
+
+def test_a_validation_shows_as_many_as_were_asked_for(tmp_path: Path, capsys: Any) -> None:
+    """Of pictures of several shapes, and for every prompt; one that cannot be read is named."""
+    from diffusion_kit.training import validation
+
+    (tmp_path / "data").mkdir()
+    for k, size in enumerate([(64, 64), (128, 64), (128, 64), (64, 64), (128, 64), (128, 64)]):
+        picture(k, 128).resize(size).save(tmp_path / "data" / f"{k}.png")
+    data = {**EDGES, "sources": [{"path": str(tmp_path / "data")}], "buckets": 2, "bucket_step": 16, "holdout": 1}
+    told: list[str] = []
+    config = training_models.config("t2i_adapter", tmp_path / "run", data=data, validation={"pictures": 3})
+    own = make_trainer(config, make_accelerator(config), told.append)
+    seen, unseen = validation.groups(own)
+    assert [(group.name, len(group.indices)) for group in (seen, unseen)] == [("seen", 3), ("unseen", 1)]
+    assert {own.pictures.shapes[k] for k in seen.indices} == {own.pictures.shapes[1]}
+    (tmp_path / "data" / f"{seen.indices[0]}.png").write_bytes(b"")
+    assert len(validation.quiet_samples(own, seen)) == 2
+    assert "validation of seen pictures, left out: " in told[-1]
+    prompts = tuple("abcdefg")
+    config = training_models.config("t2i_adapter", tmp_path / "run", data=data, validation={"prompts": prompts})
+    assert [len(group.indices) for group in validation.groups(make_trainer(config, own.accelerator, print))] == [7, 7]
 
 
 def test_a_validation_has_the_size_of_the_training(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from diffusion_kit.training import checkpoints
 from diffusion_kit.training.config import Config, read
 from diffusion_kit.training.data.samples import Pictures
 from diffusion_kit.training.run import locked
-from diffusion_kit.training.train import check, train
+from diffusion_kit.training.train import check, make_accelerator, make_trainer, train
 
 SMALL = {"checkpoints": {"every": 1}, "steps": 2}
 
@@ -72,11 +72,20 @@ def data(tmp_path: Path, **columns: list) -> dict:
         ("init_from=/nowhere", "/nowhere"),
         ("target=controlnet network={rank: 3}", "no key network.rank of a ControlNet"),
         ("network={channel: [8]}", "no key network.channel of a T2IAdapter; did you mean channels?"),
+        (
+            "network={channels: [8]} init_from=x",
+            "network.channels: a network that starts from init_from is as its weights",
+        ),
+        ("batch=x", "batch is 'x': it must be 1 or more, or auto"),
+        ("batch=0", "batch is 0: it must be 1 or more, or auto"),
+        ("validation.seed=-1", "validation.seed is -1: Input should be greater than or equal to 0"),
+        ("data.crop=random", "data.crop is random among data.crops, and these are 1: say data.crops=8"),
+        ("data.resolution=101 target=autoencoder", "a side of 101 pixels is no multiple of 4"),
     ],
 )
 def test_wrong_configurations(tmp_path, capfd, override, line):
     file = written(tmp_path, training_models.config("t2i_adapter", tmp_path / "run"))
-    assert cli.main(["train", file, *re.split(r" (?=target|network)", override)]) == 2
+    assert cli.main(["train", file, *re.split(r" (?=target|network|init_from)", override)]) == 2
     told = [own for own in capfd.readouterr().err.splitlines() if own.startswith("diffusion-kit: ")]
     assert len(told) == 1
     assert line in told[0]
@@ -139,7 +148,9 @@ def test_no_usable_picture(tmp_path):
     own = data(tmp_path)
     for k in range(4):
         (tmp_path / "data" / f"{k}.png").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"no picture of the data could be used in 2 steps; the first: .*\.png"):
+    with pytest.raises(
+        ValueError, match=r"no picture of the data could be used in 2 steps one after the other; the last: .*\.png"
+    ):
         train(training_models.config("t2i_adapter", tmp_path / "run", data=own, steps=4))
 
 
@@ -156,6 +167,104 @@ def test_a_step_that_is_not_finite_is_left_out(tmp_path, monkeypatch, capsys):
     assert "the loss is not finite, the step is left out: 1.png" in capsys.readouterr().out
     last = checkpoints.read(checkpoints.whole(tmp_path / "checkpoints")[-1])
     assert all(torch.isfinite(value).all() for value in last.tensors["weights"].values())
+
+
+def test_data_that_goes_away_ends_a_run_before_it_learns_from_nothing(tmp_path):
+    """Steps without a picture change no weight, and after twenty the run stops where it can go on."""
+    own = data(tmp_path)
+    config = training_models.config("t2i_adapter", tmp_path / "run", data=own, steps=60, checkpoints={"every": 1})
+    seen = []
+
+    def pictures_go(trainer):
+        seen.append([weight.detach().clone() for weight in trainer.weights])
+        if trainer.step == 2:
+            for file in (tmp_path / "data").glob("*.png"):
+                file.unlink()
+        return False
+
+    trainer = make_trainer(config, make_accelerator(config), lambda line: None)
+    with pytest.raises(
+        ValueError, match=r"no picture of the data could be used in 20 steps one after the other; the last"
+    ):
+        trainer.run(pictures_go)
+    assert trainer.step == 21
+    assert any(not torch.equal(a, b) for a, b in zip(seen[0], seen[1], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(seen[1], trainer.weights, strict=True))
+
+
+def test_what_lies_in_the_folder_of_a_run_is_left_alone(tmp_path):
+    own = data(tmp_path)
+    listed = (tmp_path / "data" / "metadata.jsonl").read_text()
+    train(training_models.config("t2i_adapter", tmp_path / "data", data=own, **SMALL))
+    assert (tmp_path / "data" / "metadata.jsonl").read_text() == listed
+    mine = "# tried last week\n" + (tmp_path / "data" / "config.yaml").read_text()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "config.yaml").write_text(mine)
+    with pytest.raises(
+        ValueError, match=r"config.yaml was written by no run, and would be replaced: give another output"
+    ):
+        train(training_models.config("t2i_adapter", tmp_path / "mine", **SMALL))
+    assert (tmp_path / "mine" / "config.yaml").read_text() == mine
+
+
+def test_a_run_does_not_write_its_pictures_among_the_data(tmp_path):
+    training_models.data(4)
+    (tmp_path / "pictures").mkdir()
+    Image.new("RGB", (64, 64)).save(tmp_path / "pictures" / "0.png")
+    sources = {"sources": [{"path": str(tmp_path / "pictures")}]}
+    with pytest.raises(
+        ValueError, match=r"output .* lies inside data.sources .*: its pictures would be taken for data"
+    ):
+        train(training_models.config("unet", tmp_path / "pictures" / "run", data=sources, **SMALL))
+
+
+@pytest.mark.parametrize("name", ["data.zip", "list.csv", "data.tar.gz"])
+def test_data_of_an_unknown_kind(tmp_path, name):
+    (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(ValueError, match=rf"{name} is no data that is read: name a folder, or a file"):
+        train(training_models.config("unet", tmp_path / "run", data={"sources": [{"path": str(tmp_path / name)}]}))
+
+
+def test_other_data_goes_on_only_where_allowed(tmp_path):
+    own = data(tmp_path)
+    train(training_models.config("t2i_adapter", tmp_path / "run", data=own, **SMALL))
+    file = tmp_path / "data" / "metadata.jsonl"
+    file.write_text("\n".join(file.read_text().splitlines()[:3]))
+    more = training_models.config("t2i_adapter", tmp_path / "run", data=own, **{**SMALL, "steps": 3})
+    with pytest.raises(
+        ValueError, match=r"data.sources had 4 pictures at step 2, now there are 3.*--allow-change data"
+    ):
+        train(more, resume=True)
+    assert train(more, resume=True, allow=["data"]) is not None
+
+
+def test_checkpoints_of_which_none_is_whole(tmp_path, capsys):
+    train(training_models.config("t2i_adapter", tmp_path, **SMALL))
+    for folder in checkpoints.whole(tmp_path / "checkpoints"):
+        (folder / "weights.safetensors").write_bytes(b"")
+    logged = (tmp_path / "metrics.jsonl").read_text()
+    more = training_models.config("t2i_adapter", tmp_path, **{**SMALL, "steps": 3})
+    with pytest.raises(ValueError, match=r"no checkpoint in .* is whole, step-00000002 has not all its files"):
+        train(more, resume=True)
+    assert (tmp_path / "metrics.jsonl").read_text() == logged
+    shutil.rmtree(tmp_path / "checkpoints")
+    train(more, resume=True)
+    assert "there is no checkpoint to go on from: begins at the first step" in capsys.readouterr().out
+
+
+def test_a_short_disk_is_made_room_on(tmp_path, monkeypatch):
+    """The oldest checkpoint goes before the new one is written, where there is no room for both."""
+    train(training_models.config("t2i_adapter", tmp_path, **SMALL))
+    size = sum(file.stat().st_size for file in (tmp_path / "checkpoints").rglob("*.safetensors")) // 2
+
+    def usage(_):
+        held = sum(file.stat().st_size for file in (tmp_path / "checkpoints").rglob("*.safetensors"))
+        return SimpleNamespace(free=int(2.5 * size) - held)
+
+    monkeypatch.setattr(checkpoints.shutil, "disk_usage", usage)
+    more = {"checkpoints": {"every": 1, "keep": 2}, "steps": 3}
+    train(training_models.config("t2i_adapter", tmp_path, **more), resume=True)
+    assert [checkpoints.step_of(folder) for folder in checkpoints.whole(tmp_path / "checkpoints")] == [2, 3]
 
 
 def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +23,7 @@ from diffusion_kit.pipelines import auto, kandinsky, kandinsky_prior, sd15, sdxl
 from diffusion_kit.sampling.doors import Answer
 
 from .config import Config
-from .data.cache import Cache, Maker
+from .data.cache import Cache, Maker, fingerprint
 from .data.samples import Batch, Sample
 from .objective import Objective, make_objective, normal
 
@@ -41,6 +41,7 @@ class Base:
     Attributes:
         encoders: the text encoders with their tokenizers, in the order of the pipeline.
         prior: of a Kandinsky decoder, the prior's pipeline: its image encoder makes what the UNet is conditioned on.
+        before: fingerprint of a UNet that learns, as it was.
     """
 
     pipe: Any
@@ -48,6 +49,7 @@ class Base:
     encoders: list[tuple[Any, Any]]
     layer: Layer
     prior: Any = None
+    before: str | None = None
     retried: set[str] = field(default_factory=set)
 
     @property
@@ -96,6 +98,18 @@ class Base:
             for _, encoder in self.encoders:
                 encoder.to("cpu")
 
+    @contextmanager
+    def at_hand(self) -> Iterator[None]:
+        """What was put away is on the accelerator inside the block."""
+        away = [net for net in (self.vae, *(net for _, net in self.encoders)) if net.device != self.device]
+        try:
+            for net in away:
+                net.to(self.device)
+            yield
+        finally:
+            for net in away:
+                net.to("cpu")
+
     # Pictures
 
     def latents(self, batch: Batch) -> Tensor:
@@ -135,7 +149,16 @@ class Base:
         """In the autoencoder's own precision, whatever is trained around it."""
         kind = self.vae.device.type
         with torch.autocast(kind, enabled=False) if is_autocast_available(kind) else nullcontext():
+            return self._in_parts(pixels)
+
+    def _in_parts(self, pixels: Tensor) -> Tensor:
+        """As few at once as memory bears."""
+        try:
             return posterior(self.vae, pixels.to(self.vae.device)).to(self.device)
+        except torch.OutOfMemoryError:
+            if len(pixels) == 1:
+                raise
+        return torch.cat([self._in_parts(part) for part in pixels.chunk(2)])
 
     # Text
 
@@ -213,17 +236,19 @@ def load_base(config: Config, device: torch.device) -> Base:
         FileNotFoundError: no such base. ValueError: a family that is not trained, or a UNet that the executor cannot run.
     """
     own = config.base
-    hub = {name: getattr(own, name) for name in ("revision", "variant") if getattr(own, name) is not None}
     family = auto.FAMILIES.get(auto.class_name(own.model))
     if family not in FAMILIES:
         known = ", ".join(cls.__name__.removesuffix("Pipeline") for cls in FAMILIES)
         raise ValueError(f"base.model {own.model} is of no family that can be trained; these are {known}")
-    dtype = DTYPES[config.precision]
-    fine = (
-        torch.float16 if config.precision == "fp16" else torch.float32
-    )  # bfloat16 has too few digits for an autoencoder
+    if own.vae is not None and family is kandinsky.Kandinsky22Pipeline:
+        raise ValueError("base.vae is for other families: a decoder of Kandinsky 2.2 has its MoVQ")
+    # bfloat16 has too few digits for an autoencoder; what learns is in float32 from the beginning
+    fine = torch.float16 if config.precision == "fp16" else torch.float32
+    dtypes = {"default": DTYPES[config.precision], "vae": fine, "movq": fine} | dict.fromkeys(
+        learning(config), torch.float32
+    )
     parts = {} if own.vae is None else {"vae": load_component(AutoencoderKL, own.vae, torch_dtype=fine)}
-    pipe = family.from_pretrained(own.model, torch_dtype={"vae": fine, "movq": fine, "default": dtype}, **parts, **hub)
+    pipe = family.from_pretrained(own.model, torch_dtype=dtypes, **parts, **hub(config))
     if (why := obstacle(pipe.unet)) is not None:
         raise ValueError(f"base.model {own.model} cannot be trained with: {why}")
     check_channels(pipe, own.model)
@@ -231,8 +256,36 @@ def load_base(config: Config, device: torch.device) -> Base:
     encoders, layer = text_parts(pipe)
     prior = load_prior(config, device) if family is kandinsky.Kandinsky22Pipeline else None
     objective = make_objective(pipe.scheduler, config.objective)
-    tell_scheduler(pipe, objective, learns=config.target in ("unet", "hint_decoder"))
-    return Base(pipe, objective, encoders, layer, prior)
+    learns = config.target in ("unet", "hint_decoder")
+    tell_scheduler(pipe, objective, learns=learns)
+    return Base(pipe, objective, encoders, layer, prior, fingerprint(pipe.unet) if learns else None)
+
+
+def hub(config: Config) -> dict[str, str]:
+    """Which of a hub id's files are meant."""
+    found = {name: getattr(config.base, name) for name in ("revision", "variant")}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def learning(config: Config) -> set[str]:
+    """The components of base and prior that a target trains."""
+    encoders = {"text_encoder", "text_encoder_2", "image_encoder"} if config.network.get("encoders") else set()
+    return {
+        "unet": {"unet", *encoders},
+        "hint_decoder": {"unet"},
+        "prior": {"prior"},
+    }.get(config.target, set())
+
+
+def as_given(pipe: Any, source: str, config: Config) -> Any:
+    """A pipeline of which networks have learned, the others as their files have them, whatever they were run in."""
+    if config.precision == "no":
+        return pipe
+    learned = learning(config)
+    parts = {n: p for n, p in pipe.components.items() if n in learned or not isinstance(p, nn.Module)}
+    if config.base.vae is not None:
+        parts["vae"] = load_component(AutoencoderKL, config.base.vae)
+    return type(pipe).from_pretrained(source, **parts, **(hub(config) if source == config.base.model else {}))
 
 
 def check_channels(pipe: Any, name: str) -> None:
@@ -274,8 +327,11 @@ def load_prior(config: Config, device: torch.device) -> Any:
     """
     if config.base.prior is None:
         raise ValueError("base.prior is missing: name the prior of Kandinsky 2.2, whose image encoder is needed")
-    dtype = DTYPES[config.precision]
-    return frozen(kandinsky_prior.PriorPipeline.from_pretrained(config.base.prior, torch_dtype=dtype).to(device))
+    dtypes = {"default": DTYPES[config.precision]} | dict.fromkeys(learning(config), torch.float32)
+    own = hub(config) if config.target == "prior" else {}  # else they are those of base.model
+    return frozen(
+        kandinsky_prior.PriorPipeline.from_pretrained(config.base.prior, torch_dtype=dtypes, **own).to(device)
+    )
 
 
 def frozen(pipe: Any) -> Any:

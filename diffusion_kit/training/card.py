@@ -51,7 +51,7 @@ def facts(trainer: Trainer) -> dict[str, str]:
     condition = config.data.condition
     seen = trainer.step * trainer.order.batch
     return {
-        "base": config.base.model + (f", UNet {fingerprint(base.unet)}" if base is not None else ""),
+        "base": config.base.model + (f", UNet {base.before or fingerprint(base.unet)}" if base is not None else ""),
         "data": f"{count} pictures of {sources}, {config.data.holdout} held out",
         "condition": "none" if not trainer.target.conditioned else condition.detector or "with the data",
         "steps": f"{trainer.step} of {trainer.order.batch} pictures, {seen:,} in all",

@@ -54,7 +54,6 @@ def write(root: Path, step: int, checkpoint: Checkpoint) -> Path:
     Raises:
         OSError: the disk is full or cannot be written to; what was there before is still there.
     """
-    root.mkdir(parents=True, exist_ok=True)
     check_space(root, checkpoint.bytes)
     beside = root / f"{PART}{step:08d}"
     shutil.rmtree(beside, ignore_errors=True)
@@ -94,13 +93,19 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def has_space(root: Path, size: int) -> bool:
+    """Whether what a checkpoint of so many bytes needs is free."""
+    root.mkdir(parents=True, exist_ok=True)
+    return shutil.disk_usage(root).free >= int(size * SPARE)
+
+
 def check_space(folder: Path, size: int) -> None:
     """
     Raises:
         OSError: less than a checkpoint of so many bytes needs is free.
     """
-    free, needed = shutil.disk_usage(folder).free, int(size * SPARE)
-    if free < needed:
+    if not has_space(folder, size):
+        free, needed = shutil.disk_usage(folder).free, size * SPARE
         raise OSError(f"{folder} has {free / 1e6:.0f} MB free, a checkpoint needs {needed / 1e6:.0f} MB: make room")
 
 

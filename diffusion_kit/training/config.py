@@ -203,7 +203,7 @@ class ValidationConfig(Tree):
     prompts: tuple[str, ...] = ()
     steps: int = Field(20, ge=1)
     guidance: float = Field(5.0, ge=0)
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     measure: str | None = None
 
 
@@ -244,6 +244,13 @@ class Config(Tree):
     license: str | None = None
     log_every: int = Field(10, ge=1)
 
+    @field_validator("batch", mode="before")
+    @classmethod
+    def _number_or_auto(cls, value: Any) -> Any:
+        if value != "auto" and not (isinstance(value, int) and value >= 1):
+            raise ValueError("it must be 1 or more, or auto")
+        return value
+
     @field_validator("precision", mode="before")
     @classmethod
     def _bare_no(cls, value: Any) -> Any:
@@ -252,8 +259,8 @@ class Config(Tree):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Config:
-        if isinstance(self.batch, int) and self.batch < 1:
-            raise ValueError("batch must be 1 or more, or auto")
+        if self.data.crop == "random" and self.data.crops == 1:
+            raise ValueError("data.crop is random among data.crops, and these are 1: say data.crops=8, or crop=center")
         if self.objective.zero_terminal_snr and self.objective.prediction == "epsilon":
             raise ValueError("zero_terminal_snr: pure noise tells nothing of the noise; use prediction: v_prediction")
         if self.cache.folder and self.cache.text and self.data.caption.shuffle_tags:
@@ -279,7 +286,9 @@ def read(file: str | Path, overrides: Sequence[str] = ()) -> Config:
     if not path.is_file():
         raise FileNotFoundError(f"no configuration {path.absolute()}")
     try:
-        tree = yaml.safe_load(path.read_text()) or {}
+        tree = yaml.safe_load(path.read_text("utf-8")) or {}
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is no text in UTF-8") from None
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
@@ -311,7 +320,9 @@ def _put(tree: dict[str, Any], override: str) -> None:
     *nodes, leaf = key.split(".")
     here: Any = tree
     for node in nodes:
-        here = here[_number(here, node, key)] if isinstance(here, list) else here.setdefault(node, {})
+        if isinstance(here, dict) and here.get(node) is None:  # missing, or a name with nothing behind it
+            here[node] = {}
+        here = here[_number(here, node, key)] if isinstance(here, list) else here[node]
         if not isinstance(here, (dict, list)):
             raise ValueError(f"{key}: {node} is a value, not a tree")
     here[_number(here, leaf, key) if isinstance(here, list) else leaf] = value

@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from .data.order import Order, share
+from .data.order import Order, Slot, share
 from .data.samples import Batch, Pictures, collate
-from .keyed import Place
 from .run import SIGNALS
 
 
@@ -28,14 +27,14 @@ class Part:
 
 @dataclass(frozen=True)
 class MicroBatches:
-    """(place, picture) of every sample, a list for each micro-batch, from step `first` to the end."""
+    """Every sample, a list for each micro-batch, from step `first` to the end."""
 
     order: Order
     part: Part
     first: int
     steps: int
 
-    def __iter__(self) -> Iterator[list[tuple[Place, int]]]:
+    def __iter__(self) -> Iterator[list[Slot]]:
         for step in range(self.first, self.steps):
             own = share(self.order.step(step), self.part.rank, self.part.processes)
             for start in range(0, len(own), self.part.micro):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from math import isfinite
@@ -21,7 +21,7 @@ from . import checkpoints
 from .checkpoints import Checkpoint
 from .config import Config
 from .data.order import Order
-from .data.samples import Batch, Pictures
+from .data.samples import Batch, Pictures, Sample
 from .ema import Average
 from .loader import MicroBatches, Part, batches
 from .optimizers import learning_rate, make_optimizer
@@ -29,8 +29,7 @@ from .targets.target import Target
 
 BANDS = 10  # of noise levels, for the loss by band
 SPIKE = 6.0  # standard deviations above the running mean of the loss
-HOPELESS = 20  # steps without a picture that can be used, at the beginning, before the run stops
-PATIENCE = 20  # steps with a loss that is not finite, one after the other, before the run stops
+PATIENCE = 20  # steps with a loss that is not finite, or without a picture, one after the other, before the run stops
 
 
 @dataclass
@@ -40,6 +39,7 @@ class Figures:
     Attributes:
         used: samples that could be used.
         bad: samples that could not, and why.
+        lost, empty: steps up to this one, one after the other, that were left out: not finite, without a picture.
     """
 
     losses: list[float] = field(default_factory=list)
@@ -49,6 +49,7 @@ class Figures:
     variance: float = 0.0
     seen: int = 0
     lost: int = 0
+    empty: int = 0
     used: float = 0
     bad: dict[str, str] = field(default_factory=dict)
 
@@ -146,11 +147,17 @@ class Trainer:
             last = k == len(micro_batches) - 1
             with self.accelerator.no_sync(self.module) if not last else nullcontext():
                 losses, levels = self.module(batch.to(self.accelerator.device))
-                losses = losses * batch.weight.to(losses)
+                weighted = losses * batch.weight.to(losses)
                 # Processes' gradients are averaged, so each sum is over the batch of one process.
-                self._backward(losses.sum() * self.part.processes / self.order.batch)
+                self._backward(weighted.sum() * self.part.processes / self.order.batch)
             parts.append((batch, losses.detach(), levels))
-        self._note(parts, finite=self._update())
+        samples = [sample for batch, _, _ in parts for sample in batch.samples]
+        seen = self._seen(samples, parts)
+        if seen[:, 2].any():
+            self._note(samples, seen, finite=self._update())
+        else:
+            self.optimizer.zero_grad(set_to_none=True)
+            self._note_empty()
         self.step += 1
 
     def _backward(self, loss: Tensor) -> None:
@@ -173,9 +180,8 @@ class Trainer:
             self.average.update(self.step)
         return finite
 
-    def _note(self, parts: list[tuple[Batch, Tensor, Tensor]], finite: bool) -> None:
-        """What a step gave, of all processes."""
-        samples = [sample for batch, _, _ in parts for sample in batch.samples]
+    def _seen(self, samples: Sequence[Sample], parts: list[tuple[Batch, Tensor, Tensor]]) -> Tensor:
+        """(B, 3): loss, noise level and weight of every sample of a step, of all processes."""
         own = torch.stack(
             [
                 torch.cat([losses for _, losses, _ in parts]),
@@ -184,15 +190,20 @@ class Trainer:
             ],
             1,
         )
-        losses, levels, weights = self.accelerator.gather(own.float()).cpu().unbind(1)
-        self.figures.used += float(weights.sum())
-        if not weights.all():
+        seen = self.accelerator.gather(own.float()).cpu()
+        self.figures.used += float(seen[:, 2].sum())
+        if not seen[:, 2].all():
             self._note_bad(gather_object([(sample.name, sample.problem) for sample in samples if sample.problem]))
-        if not self.figures.used and self.step + 1 >= min(self.order.length(0), HOPELESS):
-            first = next(iter(self.figures.bad.values()))
-            raise ValueError(f"no picture of the data could be used in {self.step + 1} steps; the first: {first}")
+        return seen
+
+    def _note(self, samples: Sequence[Sample], seen: Tensor, finite: bool) -> None:
+        """What a step gave."""
+        losses, levels, weights = seen.unbind(1)
+        first = self.part.rank * len(samples)
+        own = losses[first : first + len(samples)].tolist()
+        self.figures.empty = 0
         if not torch.isfinite(losses).all():
-            lost = [s.name for s, loss in zip(samples, own[:, 0].tolist(), strict=True) if not isfinite(loss)]
+            lost = [s.name for s, loss in zip(samples, own, strict=True) if not isfinite(loss)]
             self._note_lost("loss", gather_object(lost))
             return
         if not finite:
@@ -200,13 +211,21 @@ class Trainer:
             return
         self.figures.lost = 0
         used = weights > 0
-        if not used.any():
-            return
         self.figures.add(losses[used], levels[used])
         if self.figures.step(float(losses[used].double().mean())):
-            worst = own[:, 0].argsort(descending=True)[:4].tolist()
-            told = ", ".join(f"{samples[k].name} ({float(own[k, 0]):.3g})" for k in worst)
+            named = gather_object([(loss, sample.name) for sample, loss in zip(samples, own, strict=True)])
+            told = ", ".join(f"{name} ({loss:.3g})" for loss, name in sorted(named, reverse=True)[:4])
             self.say(f"step {self.step + 1}: the loss stands out, {float(losses.mean()):.4g}: {told}")
+
+    def _note_empty(self) -> None:
+        """A step without a picture changes nothing."""
+        self.figures.empty += 1
+        most = PATIENCE if self.figures.used else min(self.order.length(0), PATIENCE)
+        if self.figures.empty >= most:
+            problem = list(self.figures.bad.values())[-1]
+            raise ValueError(
+                f"no picture of the data could be used in {most} steps one after the other; the last: {problem}"
+            )
 
     def _note_bad(self, problems: list[tuple[str, str]]) -> None:
         for name, problem in problems:
@@ -232,6 +251,7 @@ class Trainer:
         tensors["optimizer"], optimizer = checkpoints.flat_optimizer(self.optimizer, self.names)
         state = {
             "step": self.step,
+            "data": self.pictures.digest,
             "figures": vars(self.figures),
             "optimizer": optimizer,
             "scaler": self.scaler.state_dict() if self.scaler is not None else None,

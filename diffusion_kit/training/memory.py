@@ -126,8 +126,13 @@ def levers(config: Config, micro: int) -> str:
     return ", ".join(found) or f"data.resolution={config.data.resolution // 2}"
 
 
+def is_short(error: BaseException) -> bool:
+    """Whether an error says that memory is short."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 @contextmanager
-def explained(trainer: Trainer) -> Iterator[None]:
+def explained(config: Config) -> Iterator[None]:
     """Turns running out of memory into one line with levers.
 
     Raises:
@@ -136,8 +141,7 @@ def explained(trainer: Trainer) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # of which torch.OutOfMemoryError is one
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+        if not is_short(error):
             raise
-        micro = trainer.part.micro
-        told = levers(trainer.config, micro)
-        raise MemoryError(f"{micro} pictures at once do not fit into memory; try {told}") from None
+        micro = config.micro_batch or (config.batch if config.batch != "auto" else 1)
+        raise MemoryError(f"{micro} pictures at once do not fit into memory; try {levers(config, micro)}") from None

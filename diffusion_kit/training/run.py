@@ -31,6 +31,7 @@ from tqdm import tqdm
 from . import checkpoints
 from .config import Config, parse
 
+LOGS = ("metrics", "timing")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 # What a run may change without being another: places, and how long it lasts and what it keeps.
 FREE = {"output", "steps", "checkpoints", "validation", "log_every", "license", "cache", "data.workers", "threads"}
@@ -76,7 +77,9 @@ class Run:
 
     def cut_logs(self, step: int) -> None:
         """Drops lines of steps after the one from which the run goes on."""
-        for file in self.folder.glob("*.jsonl"):
+        for file in (self.folder / f"{name}.jsonl" for name in LOGS):
+            if not file.is_file():
+                continue
             lines = [line for line in file.read_text().splitlines() if _step(line) <= step]
             beside = file.with_suffix(".part")
             beside.write_text("".join(line + "\n" for line in lines))
@@ -120,8 +123,13 @@ def begin(config: Config, resume: bool, allow: Sequence[str]) -> checkpoints.Che
         ValueError: the folder holds a run and `resume` was not said, or another configuration's.
     """
     folder = Path(config.output)
-    found = checkpoints.whole(folder / "checkpoints")
-    file = folder / "config.yaml"
+    root, file = folder / "checkpoints", folder / "config.yaml"
+    found = checkpoints.whole(root)
+    if resume and not found and (broken := sorted(root.glob("step-*"))):
+        told = f"no checkpoint in {root} is whole, {broken[-1].name} has not all its files"
+        raise ValueError(f"{told}: give them back, or remove it to begin anew")
+    if not found and file.is_file() and not written(file):
+        raise ValueError(f"{file} was written by no run, and would be replaced: give another output")
     if resume and found and not file.is_file():
         raise ValueError(f"output {folder} has checkpoints and no config.yaml, which says of what run: give it back")
     if resume and file.is_file():
@@ -132,6 +140,15 @@ def begin(config: Config, resume: bool, allow: Sequence[str]) -> checkpoints.Che
     beside.write_text(config.dump())
     os.replace(beside, file)
     return checkpoints.read(found[-1]) if resume and found else None
+
+
+def written(file: Path) -> bool:
+    """Whether a configuration is as a run writes it, so that nothing is lost with it."""
+    try:
+        text = file.read_text()
+        return parse(yaml.safe_load(text), str(file)).dump() == text
+    except (ValueError, yaml.YAMLError):
+        return False
 
 
 def settled(config: Config, resume: bool) -> Config:
@@ -200,9 +217,10 @@ class Stopped(BaseException):
 
 @dataclass
 class Signals:
-    """Asks a run to stop: after the step at hand where it is `stepping`, at once before. Signals that the process was
+    """Asks a run to stop: after the step at hand where it is `stepping`, else at once. Signals that the process was
     started to ignore (nohup) it goes on ignoring."""
 
+    say: Callable[[str], None] = print
     received: int | None = None
     stepping: bool = False
     _before: dict[int, Any] = field(default_factory=dict)
@@ -223,6 +241,19 @@ class Signals:
             raise KeyboardInterrupt  # a second Ctrl-C does not wait for the step
         if not again and not self.stepping:
             raise Stopped
+        if not again:
+            self.say("stops after this step; a second Ctrl-C does not wait for it")
+
+    @contextmanager
+    def breaking_off(self) -> Iterator[None]:
+        """What is made inside the block again, later, is broken off by a signal."""
+        self.stepping = False
+        try:
+            yield
+        except Stopped:
+            pass
+        finally:
+            self.stepping = True
 
 
 def resume_command(arguments: Sequence[str]) -> str:

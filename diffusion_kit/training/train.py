@@ -49,21 +49,29 @@ def train(
         torch.set_num_threads(config.threads)
     accelerator = make_accelerator(config)
     folder = Path(config.output)
-    with run.locked(folder) if accelerator.is_main_process else nullcontext(), run.Signals() as signals:
+    again = run.resume_command(command)
+    with (
+        run.locked(folder) if accelerator.is_main_process else nullcontext(),
+        run.Signals(accelerator.print) as signals,
+        memory.explained(config),
+    ):
         try:
             trainer, own = begin(config, accelerator, resume, allow)
             signals.stepping = True
         except run.Stopped:
-            accelerator.print(f"stopped before the first step; go on with: {run.resume_command(command)}")
+            accelerator.print(f"stopped before the first step; go on with: {again}")
             return None
-        with memory.explained(trainer), Watch(trainer, own, signals) as watch:
-            watch.begin(trainer)
-            trainer.run(watch)
-        if trainer.step < trainer.config.steps:
-            told = f"stopped at step {trainer.step} of {trainer.config.steps}"
-            own.say(f"{told}; go on with: {run.resume_command(command)}")
-            return None
-        return finish(trainer, own)
+        try:
+            with Watch(trainer, own, signals) as watch:
+                watch.begin(trainer)
+                trainer.run(watch)
+            if not watch.ended(trainer):
+                own.say(f"stopped at step {trainer.step} of {trainer.config.steps}; go on with: {again}")
+                return None
+            return finish(trainer, own)
+        except KeyboardInterrupt:
+            own.say(f"interrupted; go on from the last checkpoint with: {again}")
+            raise
 
 
 def begin(config: Config, accelerator: Accelerator, resume: bool, allow: Sequence[str]) -> tuple[Trainer, run.Run]:
@@ -77,15 +85,31 @@ def begin(config: Config, accelerator: Accelerator, resume: bool, allow: Sequenc
     own = run.Run(Path(config.output), accelerator.is_main_process)
     trainer = make_trainer(config, accelerator, own.say)
     if start is not None:
+        check_data(trainer, start, allow)
         trainer.load(start)
         own.say(f"goes on at step {trainer.step} of {config.steps}")
         for change in run.changes(start.state["environment"], run.environment(accelerator.num_processes)):
             own.say(f"{change}: the numbers may differ in their last digits")
     else:
+        if resume:
+            own.say("there is no checkpoint to go on from: begins at the first step")
         trainer.target.begin(lambda: first_batches(trainer))
     if own.main:
         own.cut_logs(trainer.step)
     return trainer, own
+
+
+def check_data(trainer: Trainer, start: checkpoints.Checkpoint, allow: Sequence[str]) -> None:
+    """
+    Raises:
+        ValueError: the data has other pictures than when the checkpoint was written, and that was not allowed.
+    """
+    before, now = start.state.get("data"), trainer.pictures.digest
+    if before not in (None, now) and not any(key.split(".")[0] == "data" for key in allow):
+        raise ValueError(
+            f"data.sources had {before['pictures']} pictures at step {start.state['step']}, now there are "
+            f"{now['pictures']}, or they have other names: give them back, or allow it with --allow-change data"
+        )
 
 
 def make_accelerator(config: Config) -> Accelerator:
@@ -104,10 +128,11 @@ def check(config: Config, say: Callable[[str], None]) -> bool:
     """Looks at a training before it is begun: see `trial`; whether one batch could be learned."""
     if config.threads:
         torch.set_num_threads(config.threads)
-    config = with_batch(config.model_copy(update={"cache": CacheConfig()}), make_accelerator(config), say)
-    folder = Path(config.output)
-    folder.mkdir(parents=True, exist_ok=True)
-    return trial.check(make_trainer(config, make_accelerator(config), say), folder / "check.png", say)
+    with memory.explained(config):
+        config = with_batch(config.model_copy(update={"cache": CacheConfig()}), make_accelerator(config), say)
+        folder = Path(config.output)
+        folder.mkdir(parents=True, exist_ok=True)
+        return trial.check(make_trainer(config, make_accelerator(config), say), folder / "check.png", say)
 
 
 def with_batch(config: Config, accelerator: Accelerator, say: Callable[[str], None]) -> Config:
@@ -145,10 +170,8 @@ def check_sizes(target: Target, pictures: Pictures) -> None:
     Raises:
         ValueError: sides that the autoencoder or the control cannot make smaller without a rest.
     """
-    if target.base is None:
-        return
     nets = [target.control] if target.conditioned and isinstance(target.control, torch.nn.Module) else []
-    multiple = granularity(target.base.pipe.vae_scale_factor, nets)
+    multiple = granularity(target.scale_factor, nets)
     if odd := next((side for size in pictures.sizes for side in size if side % multiple), None):
         raise ValueError(f"data.resolution, data.bucket_step: a side of {odd} pixels is no multiple of {multiple}")
 
@@ -159,7 +182,7 @@ def build_cache(config: Config, part: tuple[int, int], say: Callable[[str], None
     Raises:
         FileNotFoundError, ValueError: data, base or configuration that cannot be used, in one line.
     """
-    with run.Signals():
+    with run.Signals(), memory.explained(config):
         try:
             target = make_target(config, make_accelerator(config).device)
             fill_cache(config, target.base, open_pictures(config, target.conditioned), part, say)

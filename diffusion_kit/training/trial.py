@@ -9,12 +9,14 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw
 
+from .config import Config
 from .data.samples import Batch
 from .loop import Trainer
 from .memory import first_batch, peak
 from .validation import picture
 
-STEPS, RATE = 30, 1e-3  # with which one batch is learned by heart
+STEPS = 30  # in which one batch is learned by heart
+RATES = 1e-3, 1e-4  # of a network that is new, and of one that has learned already
 FALL = 0.98  # of the loss at least
 SIDE, LINE, COLUMNS = 160, 28, 4  # pixels of the sheet's pictures and captions; pictures in a row
 
@@ -44,7 +46,7 @@ def check(trainer: Trainer, sheet: Path, say: Callable[[str], None]) -> bool:
 
 def learn(trainer: Trainer, batch: Batch) -> tuple[list[float], float]:
     """Losses of steps on the same batch with the same draws, and the median of their seconds."""
-    optimizer = torch.optim.AdamW(trainer.weights, RATE)
+    optimizer = torch.optim.AdamW(trainer.weights, RATES[has_learned(trainer.config)])
     losses, times = [], []
     for _ in range(STEPS):
         start = time.monotonic()
@@ -57,6 +59,10 @@ def learn(trainer: Trainer, batch: Batch) -> tuple[list[float], float]:
         losses.append(float(loss.detach()))
         times.append(time.monotonic() - start)
     return losses, sorted(times)[len(times) // 2]
+
+
+def has_learned(config: Config) -> bool:
+    return bool(config.init_from) or config.target in ("unet", "prior", "hint_decoder")
 
 
 def draw(batch: Batch) -> Image.Image:

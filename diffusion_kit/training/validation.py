@@ -6,6 +6,9 @@ and, where there is a control, its fidelity as `diffusion_kit.evaluation` measur
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,9 +22,10 @@ from diffusion_kit.evaluation import Condition, Report, evaluate
 from diffusion_kit.evaluation.measures import MEASURES
 from diffusion_kit.utils import make_image_grid
 
-from .data.samples import Batch, Pictures, collate
+from .data.samples import Batch, Sample, collate
 from .keyed import Place
 from .loop import Trainer
+from .memory import is_short
 
 FAR = 2**40  # an epoch that no training reaches: validation's draws are none of its own
 
@@ -36,14 +40,20 @@ class Group:
 
 def groups(trainer: Trainer) -> list[Group]:
     """Pictures spread evenly over those that are trained on, and over those held out."""
-    wanted, held = trainer.config.validation.pictures, trainer.config.data.holdout
-    trained = len(trainer.pictures) - held
-    spread = [Group("seen", _spread(0, trained, wanted))]
-    return [*spread, Group("unseen", _spread(trained, len(trainer.pictures), wanted))] if held else spread
+    count = len(trainer.pictures)
+    trained = count - trainer.config.data.holdout
+    found = {"seen": range(trained), "unseen": range(trained, count)}
+    return [Group(name, spread(trainer, own)) for name, own in found.items() if own]
 
 
-def _spread(first: int, last: int, count: int) -> tuple[int, ...]:
-    return tuple(sorted({int(k) for k in np.linspace(first, last - 1, min(count, last - first))}))
+def spread(trainer: Trainer, indices: range) -> tuple[int, ...]:
+    """Pictures of the commonest shape, as they are shown side by side; some several times where there are more prompts."""
+    own, shapes = trainer.config.validation, trainer.pictures.shapes
+    common = Counter(shapes[k] for k in indices).most_common(1)[0][0]
+    there = [k for k in indices if shapes[k] == common]
+    places = np.linspace(0, len(there) - 1, min(max(own.pictures, len(own.prompts)), len(there))).astype(int)
+    chosen = [there[k] for k in places]
+    return tuple(np.resize(chosen, max(len(chosen), len(own.prompts))).tolist())
 
 
 @torch.no_grad()
@@ -52,15 +62,16 @@ def validate(trainer: Trainer, folder: Path) -> dict[str, float]:
     folder.mkdir(parents=True, exist_ok=True)
     figures: dict[str, float] = {}
     lost = set()
-    with trainer.averaged():
+    base = trainer.target.base
+    with trainer.averaged(), base.at_hand() if base is not None else nullcontext():
         for group in groups(trainer):
-            batch = quiet_batch(trainer.pictures, group.indices)
-            with trainer.executing(), trainer.accelerator.autocast():
-                losses, _ = trainer.target(batch.to(trainer.accelerator.device))
-            figures[f"loss_{group.name}"] = float(losses.double().mean())
+            samples = quiet_samples(trainer, group)
+            figures[f"loss_{group.name}"] = loss(trainer, samples)
             try:
-                found = show(trainer, group, batch, folder)
-            except ValueError as error:  # such as a pose without a person: no reason to end a training
+                found = show(trainer, group, collate(samples), folder)
+            except Exception as error:  # a pose without a person, latents that overflow: no reason to end a training
+                if is_short(error):
+                    raise
                 trainer.say(f"validation of {group.name} pictures: {error}")
                 found = {}
                 lost.add(group.name)
@@ -71,16 +82,28 @@ def validate(trainer: Trainer, folder: Path) -> dict[str, float]:
     return figures
 
 
-def quiet_batch(pictures: Pictures, indices: tuple[int, ...]) -> Batch:
-    """The pictures whole: in the middle, not mirrored, nothing dropped; of the first one's shape, and that can be read."""
+def loss(trainer: Trainer, samples: Sequence[Sample]) -> float:
+    """The mean, as many at once as in a step."""
+    size, losses = trainer.part.micro, []
+    for start in range(0, len(samples), size):
+        batch = collate(samples[start : start + size]).to(trainer.accelerator.device)
+        with trainer.executing(), trainer.accelerator.autocast():
+            losses.append(trainer.target(batch).loss.double().cpu())
+    return float(torch.cat(losses).mean())
+
+
+def quiet_samples(trainer: Trainer, group: Group) -> list[Sample]:
+    """The pictures whole: in the middle, not mirrored, nothing dropped; those that can be read."""
+    pictures = trainer.pictures
     config = pictures.config
     data = config.data.model_copy(update={"crop": "center", "flip": 0.0})
     dropout = config.dropout.model_copy(update={"caption": 0.0, "condition": 0.0})
     quiet = replace(pictures, config=config.model_copy(update={"data": data, "dropout": dropout}))
-    shape = pictures.shapes[indices[0]]
-    own = [index for index in indices if pictures.shapes[index] == shape]
-    samples = [quiet[Place(config.validation.seed, FAR, k), index] for k, index in enumerate(own)]
-    return collate([sample for sample in samples if sample.weight] or samples)
+    samples = [quiet[Place(config.validation.seed, FAR, k), index] for k, index in enumerate(group.indices)]
+    for sample in samples:
+        if sample.problem:
+            trainer.say(f"validation of {group.name} pictures, left out: {sample.problem}")
+    return [sample for sample in samples if sample.weight] or samples
 
 
 def show(trainer: Trainer, group: Group, batch: Batch, folder: Path) -> dict[str, float]:

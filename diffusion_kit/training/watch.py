@@ -38,14 +38,16 @@ class Watch:
         stop, late = self.agreed(trainer)
         if stop or late or due or last or step % config.checkpoints.every == 0:
             self.save(trainer)
-        if due and (last or not stop):  # who asks a run to end may not wait for it: it is made when the run goes on
+        if due and not stop:  # who asks a run to end may not wait for it: it is made when the run goes on
             self.validate(trainer)
+            stop, _ = self.agreed(trainer)
         return stop
 
     def begin(self, trainer: Trainer) -> None:
         """Makes the validation that was due when the run ended."""
         if self.run.main and self.due(trainer) and trainer.step not in self.run.validations():
-            self._validate(trainer)
+            with self.signals.breaking_off():
+                self._validate(trainer)
         trainer.accelerator.wait_for_everyone()
 
     def due(self, trainer: Trainer) -> bool:
@@ -54,8 +56,15 @@ class Watch:
 
     def validate(self, trainer: Trainer) -> None:
         if self.run.main:
-            self._validate(trainer)
+            with self.signals.breaking_off():
+                self._validate(trainer)
         trainer.accelerator.wait_for_everyone()
+
+    def ended(self, trainer: Trainer) -> bool:
+        """Whether nothing is left to do but to write the result."""
+        lacks = self.run.main and self.due(trainer) and trainer.step not in self.run.validations()
+        flag = torch.tensor([trainer.step == trainer.config.steps and not lacks], device=trainer.accelerator.device)
+        return bool(trainer.accelerator.gather(flag.int()).amin())
 
     def _validate(self, trainer: Trainer) -> None:
         step = trainer.step
@@ -69,13 +78,16 @@ class Watch:
         if self.run.main and not checkpoints.is_whole(checkpoints.folder_of(self.run.checkpoints, trainer.step)):
             content = trainer.checkpoint()
             content.state["environment"] = run.environment(trainer.part.processes)  # type: ignore[index]
+            if not checkpoints.has_space(self.run.checkpoints, content.bytes):
+                self.prune(trainer, fewer=1)
             checkpoints.write(self.run.checkpoints, trainer.step, content)
             self.prune(trainer)
         trainer.accelerator.wait_for_everyone()
         self.saved = time.monotonic()
 
-    def prune(self, trainer: Trainer) -> None:
-        checkpoints.prune(self.run.checkpoints, trainer.config.checkpoints.keep, self.run.best())
+    def prune(self, trainer: Trainer, fewer: int = 0) -> None:
+        keep = max(1, trainer.config.checkpoints.keep - fewer)
+        checkpoints.prune(self.run.checkpoints, keep, self.run.best())
 
     def agreed(self, trainer: Trainer) -> tuple[bool, bool]:
         """Whether any process was asked to stop, and whether a checkpoint is late: the same answer in all of them."""

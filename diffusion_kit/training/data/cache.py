@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -101,8 +102,16 @@ def fingerprint(net: nn.Module) -> str:
 
 def content_key(record: Record) -> str:
     """Of the picture's bytes, whatever its name."""
-    data = record.image.read_bytes() if isinstance(record.image, Path) else record.image
-    return hashlib.sha256(data).hexdigest()[:32]
+    if isinstance(record.image, bytes):
+        return hashlib.sha256(record.image).hexdigest()[:32]
+    found = record.image.stat()
+    return file_key(record.image, found.st_size, found.st_mtime_ns)
+
+
+@lru_cache(2**20)
+def file_key(file: Path, size: int, time: int) -> str:
+    """Of a file's bytes, which are read once as long as its size and time stay."""
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:32]
 
 
 def view_key(record: Record, crop: Crop, flip: bool) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
@@ -17,7 +18,15 @@ from diffusion_kit.training.keyed import Place
 ORDER = 1_000_003  # keeps the order's stream from those of the draws
 
 
-@dataclass(frozen=True)
+class Slot(NamedTuple):
+    """A sample of a step: where it stands, which picture it is of, and how much it counts."""
+
+    place: Place
+    picture: int
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, eq=False)
 class Order:
     """
     Args:
@@ -35,15 +44,15 @@ class Order:
         if not self.shapes:
             raise ValueError("there is no picture to train on")
 
-    def step(self, step: int) -> list[tuple[Place, int]]:
-        """Place and picture of each sample of a step, counted from 0 through all epochs."""
+    def step(self, step: int) -> list[Slot]:
+        """The samples of a step, counted from 0 through all epochs."""
         epoch, first = 0, 0
         while step - first >= (length := self.length(epoch)):
             first += length
             epoch += 1
-        own = self.epoch(epoch)[step - first]
+        own, weight = self.epoch(epoch)[step - first]
         start = (step - first) * self.batch
-        return [(Place(self.seed, epoch, start + k), int(index)) for k, index in enumerate(own)]
+        return [Slot(Place(self.seed, epoch, start + k), int(index), weight) for k, index in enumerate(own)]
 
     @cache  # noqa: B019  (an order lives as long as its run)
     def length(self, epoch: int) -> int:
@@ -51,8 +60,12 @@ class Order:
         return len(self.epoch(epoch))
 
     @lru_cache(maxsize=2)  # noqa: B019
-    def epoch(self, epoch: int) -> list[np.ndarray]:
-        """Batches of an epoch; the last of each shape is filled up with pictures that come first."""
+    def epoch(self, epoch: int) -> list[tuple[np.ndarray, float]]:
+        """Batches of an epoch, and how much the pictures of each count.
+
+        The last of each shape is filled up with pictures of that shape, and counts as much as what it had before: a
+        shape of one picture has a batch of its copies, and no more weight than any other picture.
+        """
         rng = np.random.default_rng([self.seed, epoch, ORDER])
         weights = np.asarray(self.weights)
         times = np.floor(weights + rng.random(len(weights))).astype(int)
@@ -60,12 +73,15 @@ class Order:
         if not len(drawn):
             drawn = np.array([int(rng.integers(len(weights)))])
         shapes = np.asarray(self.shapes)[drawn]
-        batches = []
+        batches: list[tuple[np.ndarray, float]] = []
         for shape in np.unique(shapes):
             own = drawn[shapes == shape]
             count = -(-len(own) // self.batch)
-            batches += list(np.resize(own, count * self.batch).reshape(count, self.batch))
-        return [batches[k] for k in rng.permutation(len(batches))]
+            rows = np.resize(own, count * self.batch).reshape(count, self.batch)
+            rest = len(own) - (count - 1) * self.batch
+            batches += zip(rows, [1.0] * (count - 1) + [rest / self.batch], strict=True)
+        most = max(weight for _, weight in batches)  # 1, unless every shape has less than a batch
+        return [(batches[k][0], batches[k][1] / most) for k in rng.permutation(len(batches))]
 
 
 def share(batch: Sequence, rank: int, processes: int) -> Sequence:

@@ -6,7 +6,9 @@ import io
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,9 +20,10 @@ from diffusion_kit.adapters.pictures import eight_bit, load_image, picture_tenso
 from diffusion_kit.training.config import CaptionConfig, Config
 from diffusion_kit.training.keyed import Place, draws
 
-from .cache import Cache, caption_key, picture_of, view_key
+from .cache import Cache, caption_key, digest, picture_of, view_key
 from .crops import Crop, bucket_sizes, make_crop, nearest_bucket
-from .sources import Content, Record, Source, open_source
+from .order import Slot
+from .sources import Content, Record, Source, is_folder, open_source
 
 ASPECT = 0.01  # share by which the aspect ratio of a condition may differ from its picture's
 UNTURNABLE = {"openpose", "pose", "normal"}  # a mirrored picture has another condition than the mirrored one
@@ -39,7 +42,8 @@ class Sample:
     """One place of a step.
 
     Attributes:
-        weight: 1, or 0 where the picture could not be used; then `problem` says why and the tensors are blank.
+        weight: how much it counts, at most 1; 0 where the picture could not be used: then `problem` says why, and the
+            tensors are blank.
         pixels: (3, H, W) in [-1, 1]; or None where there are `moments`.
         moments: (2 C, h, w) mean and deviation of the latents, from the cache; `embed` (D,) the picture's embedding.
         condition: (C, H, W) in [0, 1], the neutral image where it was dropped; None where the target sees none.
@@ -87,18 +91,27 @@ class Pictures:
     def weights(self) -> tuple[float, ...]:
         return tuple(self.config.data.sources[source].weight for source, _ in self.records)
 
-    def record(self, index: int) -> Record:
-        source, number = self.records[index]
-        return self.sources[source][number]
+    @cached_property
+    def digest(self) -> dict[str, Any]:
+        """Changes with the pictures that there are: their number, and their names where those are at hand."""
+        names = [[record.name for record in own] if isinstance(own, list) else len(own) for own in self.sources]
+        return {"pictures": len(self), "names": digest(names)}
 
-    def __getitem__(self, key: tuple[Place, int]) -> Sample:
+    def record(self, index: int) -> Record:
+        """Its name tells the source too, where there are several."""
+        source, number = self.records[index]
+        found = self.sources[source][number]
+        several = len(self.sources) > 1
+        return replace(found, name=f"{self.config.data.sources[source].path}: {found.name}") if several else found
+
+    def __getitem__(self, slot: Slot | tuple[Place, int]) -> Sample:
         """The sample that a place makes of a picture. Whatever is wrong with the picture, the step goes on."""
-        place, index = key
+        place, index, weight = Slot(*slot)
         name = f"picture {index}"
         try:
             record = self.record(index)
             name = record.name
-            return self._sample(record, index, place)
+            return replace(self._sample(record, index, place), weight=weight)
         except Exception as error:  # a reader of a damaged file may raise anything
             why = str(error) if isinstance(error, ValueError) else f"{name}: {type(error).__name__}: {error}"
             return self._blank(place, name, self.sizes[self.shapes[index]], why)
@@ -229,6 +242,12 @@ def open_pictures(config: Config, conditioned: bool) -> Pictures:
         raise ValueError(
             f"data.flip must be 0 for {data.condition.detector}: a mirrored picture has other left and right sides"
         )
+    for source in data.sources:
+        folder = Path(source.path).expanduser()
+        if is_folder(folder) and Path(config.output).resolve().is_relative_to(folder.resolve()):
+            raise ValueError(
+                f"output {config.output} lies inside data.sources {folder}: its pictures would be taken for data"
+            )
     sources = [open_source(source) for source in data.sources]
     count = sum(map(len, sources))
     if data.holdout >= count:

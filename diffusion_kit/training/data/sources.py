@@ -10,6 +10,7 @@ from typing import Protocol
 from diffusion_kit.training.config import SourceConfig
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
+TABLES = (".parquet", ".arrow")
 Content = Path | bytes  # of an image file
 
 
@@ -58,11 +59,20 @@ def open_source(settings: SourceConfig) -> Source:
     if (path / "dataset_dict.json").is_file():
         splits = ", ".join(sorted(folder.name for folder in path.iterdir() if folder.is_dir()))
         raise ValueError(f"{path} holds several tables, {splits}: name one of them, such as {path / 'train'}")
-    if path.is_dir() and not any(path.glob("*.arrow")) and not any(path.glob("**/*.parquet")):
+    if is_folder(path):
         return open_folder(path, settings)
+    if path.is_file() and path.suffix not in TABLES:
+        known = ", ".join((".jsonl", ".tar", *TABLES))
+        raise ValueError(f"{path} is no data that is read: name a folder, or a file that ends with {known}")
     from .tables import open_table
 
     return open_table(settings)
+
+
+def is_folder(path: Path) -> bool:
+    """Whether it is a folder of pictures, without a list, and no table."""
+    listed = any((path / name).is_file() for name in ("metadata.jsonl", "dataset_dict.json"))
+    return path.is_dir() and not (listed or any(path.glob("*.arrow")) or any(path.glob("**/*.parquet")))
 
 
 def open_list(file: Path, settings: SourceConfig) -> list[Record]:

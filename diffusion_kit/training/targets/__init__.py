@@ -10,7 +10,8 @@ from diffusion_kit.training.config import Config
 
 from .target import Target
 
-FROM_WEIGHTS = ("t2i_adapter", "controlnet", "control_lora")
+# What starts from `init_from`, and which of `network` may be said beside it.
+CHANGEABLE: dict[str, set[str]] = {"t2i_adapter": {"gain"}, "controlnet": set(), "control_lora": {"rank"}}
 WITHOUT_SETTINGS = ("prior", "hint_decoder")
 
 
@@ -20,11 +21,15 @@ def make_target(config: Config, device: torch.device) -> Target:
     Raises:
         FileNotFoundError, ValueError: no such base or weights, or what does not fit together, in one line.
     """
-    if config.init_from and config.target not in FROM_WEIGHTS:
+    if config.init_from and config.target not in CHANGEABLE:
         place = "base.prior" if config.target == "prior" else "base.model"
-        raise ValueError(f"init_from is for {', '.join(FROM_WEIGHTS)}; a {config.target} starts from {place}")
+        raise ValueError(f"init_from is for {', '.join(CHANGEABLE)}; a {config.target} starts from {place}")
     if config.network and config.target in WITHOUT_SETTINGS:
         raise ValueError(
             f"network.{next(iter(config.network))}: a {config.target} is as its base is; leave network empty"
+        )
+    if config.init_from and (fixed := set(config.network) - CHANGEABLE[config.target]):
+        raise ValueError(
+            f"network.{min(fixed)}: a network that starts from init_from is as its weights are; leave it out"
         )
     return importlib.import_module(f"{__name__}.{config.target}").make(config, device)

@@ -18,8 +18,9 @@ from diffusers.models.attention_processor import SpatialNorm
 from torch import Tensor
 
 from diffusion_kit.models.sources import component_class, load_component, locate
-from diffusion_kit.models.vae import encode_mode
+from diffusion_kit.models.vae import encode_mode, scale_factor
 from diffusion_kit.pipelines.auto import class_name
+from diffusion_kit.training.bases import hub
 from diffusion_kit.training.config import Config
 from diffusion_kit.training.data.samples import Batch
 from diffusion_kit.training.objective import normal
@@ -50,6 +51,10 @@ class AutoencoderTarget(Target):
         if name not in CLASSES:
             raise ValueError(f"network.class is {name!r}; it must be {' or '.join(CLASSES)}")
         self.vae = in_float32(built(CLASSES[name], network) if network else _existing(config)).to(device)
+
+    @property
+    def scale_factor(self) -> int:
+        return scale_factor(self.vae)
 
     def forward(self, batch: Batch) -> Losses:
         pixels = torch.stack([sample.pixels for sample in batch.samples]).to(self.vae.device)
@@ -113,7 +118,7 @@ def _existing(config: Config) -> Any:
     if config.base.vae is not None:
         return load_component(CLASSES[component_class(config.base.vae)], config.base.vae)
     kind, name = (VQModel, "movq") if "Kandinsky" in class_name(config.base.model) else (AutoencoderKL, "vae")
-    return load_component(kind, locate(config.base.model), subfolder=name)
+    return load_component(kind, locate(config.base.model), subfolder=name, **hub(config))
 
 
 def fold(movq: VQModel, mean: Tensor, std: Tensor) -> None:

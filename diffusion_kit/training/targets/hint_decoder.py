@@ -14,7 +14,7 @@ from diffusion_kit.models.denoiser import takes_hint
 from diffusion_kit.pipelines.kandinsky import Kandinsky22Pipeline
 from diffusion_kit.pipelines.kandinsky_peers import KandinskyV22ControlnetPipeline
 from diffusion_kit.sampling.doors import Answer
-from diffusion_kit.training.bases import Conditioning, load_base
+from diffusion_kit.training.bases import Conditioning, as_given, load_base
 from diffusion_kit.training.config import Config
 from diffusion_kit.training.data.samples import Batch
 
@@ -45,7 +45,8 @@ class HintDecoderTarget(Denoising):
         return "hint"
 
     def save(self, folder: Path) -> None:
-        KandinskyV22ControlnetPipeline.from_pipe(self.base.pipe).save_pretrained(folder, safe_serialization=True)
+        pipe = as_given(self.base.pipe, self.config.base.model, self.config)
+        KandinskyV22ControlnetPipeline.from_pipe(pipe).save_pretrained(folder, safe_serialization=True)
 
 
 def make(config: Config, device: torch.device) -> Any:

@@ -13,7 +13,7 @@ from torch import Tensor
 from diffusion_kit.models.prior import PriorDenoiser, obstacle
 from diffusion_kit.models.text import Layer, encode_text
 from diffusion_kit.sampling.doors import Answer
-from diffusion_kit.training.bases import embedded, load_prior
+from diffusion_kit.training.bases import as_given, embedded, load_prior
 from diffusion_kit.training.config import Config
 from diffusion_kit.training.data.samples import Batch
 from diffusion_kit.training.objective import Objective
@@ -71,13 +71,15 @@ class PriorTarget(Target):
         """Measures mean and deviation of image embeddings, which the prior keeps with its weights, where it is new."""
         if self.prior.clip_mean.any() or (self.prior.clip_std != 1).any():
             return
-        rows = torch.cat([self.embeds(batch) for batch in batches()])
+        used = [[sample for sample in batch.samples if sample.weight] for batch in batches()]
+        rows = torch.cat([embedded(self.pipe, own, self.prior.device) for own in used if own])
         std, mean = torch.std_mean(rows, 0)
         self.prior.clip_mean.data = mean[None]
         self.prior.clip_std.data = std[None].clamp(min=1e-4)
 
     def save(self, folder: Path) -> None:
-        self.pipe.save_pretrained(folder, safe_serialization=True)
+        own = as_given(self.pipe, str(self.config.base.prior), self.config)
+        own.save_pretrained(folder, safe_serialization=True)
 
     def checkpoint_gradients(self) -> None:
         checkpoint_gradients(self.prior)

@@ -55,6 +55,11 @@ class Target(nn.Module):
         raise NotImplementedError
 
     @property
+    def scale_factor(self) -> int:
+        """Pixels to a latent: what the sides of pictures are multiples of."""
+        return 1 if self.base is None else int(self.base.pipe.vae_scale_factor)
+
+    @property
     def control(self) -> Any:
         """What a `Control` takes for its model, if the target is one."""
         raise NotImplementedError

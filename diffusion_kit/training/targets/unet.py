@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from diffusion_kit.models.text import Layer
-from diffusion_kit.training.bases import load_base
+from diffusion_kit.training.bases import as_given, load_base
 from diffusion_kit.training.config import Config
 
 from .target import Denoising, in_float32
@@ -34,9 +34,12 @@ class UNetTarget(Denoising):
             freeze_unseen(encoder, self.base.layer)
 
     def save(self, folder: Path) -> None:
-        self.base.pipe.save_pretrained(folder, safe_serialization=True)
+        own = self.config.base
+        as_given(self.base.pipe, own.model, self.config).save_pretrained(folder, safe_serialization=True)
         if self.base.prior is not None and len(self.encoders):
-            self.base.prior.save_pretrained(folder / "prior", safe_serialization=True)
+            as_given(self.base.prior, str(own.prior), self.config).save_pretrained(
+                folder / "prior", safe_serialization=True
+            )
 
     def checkpoint_gradients(self) -> None:
         super().checkpoint_gradients()
