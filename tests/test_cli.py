@@ -20,6 +20,7 @@ import pytest
 import torch
 from conftest import lines, make_adapter, make_controlnet, picture, pipeline, sd_pipeline
 from PIL import Image
+from test_union import union
 
 from diffusion_kit import SD15Pipeline, SDXLPipeline
 from diffusion_kit.cli import main
@@ -258,6 +259,30 @@ def test_nothing_that_was_there_or_just_made_is_written_over(model: Path, work: 
     assert main(["generate", *given]) == 0
     assert Path("made/a.png").read_text() == "mine"
     assert len(list(Path("made").iterdir())) == 4, "mine, two pictures and the grid"
+
+
+def test_what_is_read_is_never_written(model: Path, work: Path, capsys: Any) -> None:
+    before = Path("photo.png").read_bytes()
+    assert run(model, "--control", "canny=photo.png", "--out", "a.png", "--grid", "photo.png") == 2
+    assert run(model, "--out", "b.png") == 0
+    made = Path("b.png").read_bytes()
+    assert main(["generate", "--again", "b.png", "--out", "b.png"]) == 2
+    assert capsys.readouterr().err.count("is a file that this command reads, or writes") == 2
+    assert (Path("photo.png").read_bytes(), Path("b.png").read_bytes()) == (before, made)
+
+
+def test_a_union_is_told_what_its_picture_shows(model: Path, work: Path, capsys: Any) -> None:
+    union().save_pretrained(work / "union")
+    results = []
+    for option in ("detect=canny", "detect=none,type=canny", "detect=canny,type=depth"):
+        picture = "lines.png" if "none" in option else "photo.png"
+        assert run(model, "--control", f"./union={picture},{option}", "--out", f"{len(results)}.png") == 0
+        results.append(pixels(f"{len(results)}.png"))
+    assert np.abs(results[0] - results[2]).mean() > 0.2
+    assert main(["generate", "--again", "2.png", "--out", "again.png"]) == 0
+    assert np.array_equal(pixels("again.png"), results[2])
+    assert run(model, "--control", "./union=lines.png") == 2
+    assert "say which, type=canny or detect=canny" in capsys.readouterr().err
 
 
 def test_show(model: Path, work: Path, capsys: Any) -> None:

@@ -50,8 +50,25 @@ def test_a_batch_is_its_single_runs(make):
         assert distance(made[k : k + 1], latents([Control(model, edges, guidance=2.0)], noise[k : k + 1])) < 1e-4
 
 
+@pytest.mark.parametrize("make", [make_adapter, make_controlnet])
+def test_the_empty_image_has_the_background_of_the_training(make):
+    model, edges = make(), lines(0)
+    parts = [alone(model, image, "grey") for image in (torch.ones(1, 3, 64, 64), edges)]
+    both = alone(model, edges, "a fox")
+    wanted = parts[0] + 2.5 * (parts[1] - parts[0]) + 3.0 * (both - parts[1])
+    assert distance(latents([Control(model, edges, guidance=2.5, background=1.0)]), wanted) < 1e-4
+    assert distance(latents([Control(model, edges, guidance=2.5)]), wanted) > 1e-2
+
+
 def test_it_is_refused_where_it_means_nothing():
     model = make_adapter()
+    with pytest.raises(
+        ValueError, match="this ControlNetModel takes no Control"
+    ):  # acts on the conditional branch only
+        latents([Control(make_controlnet(global_pool_conditions=True), lines(0), guidance=2.0)])
+    for wrong, told in (({"guidance": "2"}, "guidance is '2'"), ({"background": 2.0}, "background is 2.0; it must be")):
+        with pytest.raises(ValueError, match=told):
+            Control(model, lines(0), **wrong)
     with pytest.raises(ValueError, match="must be 'balanced'"):
         Control(model, lines(0), guidance=2.0, mode="prompt")
     with pytest.raises(ValueError, match="more than one control has a guidance"):

@@ -102,6 +102,21 @@ def test_adapter_in_a_task_is_a_plain_loop_with_its_residuals(task: str, adapter
     assert distance(run(task=task), theirs) > 1e-2
 
 
+@pytest.mark.parametrize("kind", ["adapter", "controlnet"])
+def test_images_and_masks_of_each_prompt_with_several_pictures_of_each(kind: str, request: Any) -> None:
+    net = request.getfixturevalue(kind)
+    pipe, masks, images = pipeline(SDXLPipeline), [half_mask(), WHITE], [lines(0), lines(1)]
+    call = {"num_inference_steps": 2, "output_type": "latent", "guidance_scale": 3.0}
+    noise = torch.randn(4, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    made = pipe(
+        ["a fox", "a cat"], num_images_per_prompt=2, latents=noise, controls=[Control(net, images, mask=masks)], **call
+    )
+    for k in range(4):
+        own = Control(net, images[k // 2], mask=masks[k // 2])
+        single = pipe(["a fox", "a cat"][k // 2], latents=noise[k : k + 1], controls=[own], **call)
+        assert distance(made.images[k : k + 1], single.images) < 1e-4
+
+
 def test_region_mask_leaves_the_residuals_outside_untouched(adapter: Any, controlnet: Any) -> None:
     from diffusion_kit.adapters.control import Site, encode_control
 

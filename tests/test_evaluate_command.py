@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
@@ -57,6 +58,16 @@ def test_a_folder_of_photos_and_a_list_of_their_maps(photos: Path, tmp_path: Pat
     assert not list(tmp_path.glob(".*")), "what is not whole is not left"
 
 
+def test_the_detector_may_look_at_another_resolution(photos: Path, tmp_path: Path, capsys: Any) -> None:
+    for name, more in (("plain", []), ("large", ["--detect-resolution", 128])):
+        given = ["--conditions", photos, "--photos", "--json", *QUICK, *more, "--out", tmp_path / name]
+        assert evaluate(*given) == 0
+    told = [json.loads(text)["about"] for text in capsys.readouterr().out.replace("}\n{", "}\0{").split("\0")]
+    assert [own["settings"] for own in told] == [{}, {"detect_resolution": 128}]
+    maps = [np.asarray(Image.open(tmp_path / name / "000-00.png")) for name in ("plain", "large")]
+    assert (maps[0] != maps[1]).any()
+
+
 def test_a_report_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
     class Broken:
         def page(self, folder: Path) -> None:
@@ -80,6 +91,7 @@ def test_a_report_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
         (["--out", "no/where"], "there is no folder no"),
         (["--conditions", "nothing"], "--conditions nothing: no such folder or file"),
         (["--seeds", "0"], "seeds is 0; it must be 1 or more"),
+        (["--seed", "99999999999999999999"], "it must be 0 or more, and below 2^63"),
     ],
 )
 def test_errors_are_one_line(photos: Path, tmp_path: Path, capsys: Any, arguments: list[str], message: str) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import components, distance, lines, make_adapter, picture, pipeline, randomise, tokenizer
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors.torch import save_file
 
 from diffusion_kit import Control, StableDiffusionXLPipeline, detect
@@ -64,6 +64,10 @@ def test_values_added_one_by_one_in_batches_and_at_once_are_the_same() -> None:
     assert parts["mse"] == pytest.approx(np.average((found - true) ** 2, weights=weights**2))
     with pytest.raises(ValueError, match="^nothing to compute: give predictions"):
         metric.compute()
+    metric.add(prediction=1.0, reference=0.0)
+    with pytest.raises(ValueError, match="predictions have the shape"):
+        metric.compute(predictions=[1.0, 2.0], references=[1.0])
+    assert metric.compute(predictions=[5.0], references=[5.0]) == {"mse": 0.0}, "nothing is kept, after errors too"
 
 
 @pytest.mark.parametrize(
@@ -74,7 +78,8 @@ def test_values_added_one_by_one_in_batches_and_at_once_are_the_same() -> None:
         ({"references": [1.0, np.nan]}, "references must be finite numbers"),
         ({"references": [1.0, 2.0], "multioutput": "mean"}, "multioutput is 'mean'; it must be 'raw_values'"),
         ({"references": [1.0, 2.0], "sample_weight": [1.0]}, r"sample_weight has the shape \(1,\); it must be \(2,\)"),
-        ({"references": [1.0, 2.0], "sample_weight": [0.0, 0.0]}, "sample_weight adds up to 0"),
+        ({"references": [1.0, 2.0], "sample_weight": [0.0, 0.0]}, "sample_weight must be 0 or more, and some more"),
+        ({"references": [1.0, 2.0], "sample_weight": [-1.0, 2.0]}, "sample_weight must be 0 or more, and some more"),
     ],
 )
 def test_bad_values_are_one_line(more: dict[str, Any], message: str) -> None:
@@ -116,6 +121,12 @@ def test_ods_takes_one_threshold_for_the_whole_set() -> None:
     counts = np.stack([soft_counts(faint, wanted), soft_counts(strong, wanted)])
     assert ods_f1(counts[:1]) == ods_f1(counts[1:]) == 1
     assert ods_f1(counts) < 0.9
+
+
+def test_ods_of_a_set_without_edges_is_no_praise_for_what_was_made() -> None:
+    empty, noise = np.zeros((16, 16)), np.random.default_rng(0).random((16, 16))
+    assert ods_f1(soft_counts(noise, empty)[None]) == 0
+    assert ods_f1(soft_counts(empty, empty)[None]) == 1
 
 
 def test_ssim() -> None:
@@ -273,10 +284,44 @@ def test_a_control_is_measured_under_a_guidance_of_its_own(pipe: Any, adapter: A
 
 
 def test_a_guidance_that_could_do_nothing_is_refused_before_any_arm(pipe: Any, adapter: Any) -> None:
-    with pytest.raises(ValueError, match="acts in guided steps; guidance is 1"):
+    with pytest.raises(ValueError, match="acts in guided steps, and there are none: guidance is 1"):
         run(pipe, adapter, conditions(2), guidance=1.0, control_guidance=2.0)
     with pytest.raises(ValueError, match="Control guidance is nan"):
         run(pipe, adapter, conditions(2), control_guidance=math.nan)
+
+
+def test_a_control_that_does_not_fit_is_refused_before_pictures_are_made_without_it(pipe: Any) -> None:
+    other, steps = make_adapter(channels=(8, 8, 8, 8)), []
+    hook = pipe.unet.conv_out.register_forward_hook(lambda *_: steps.append(1))
+    with hook, pytest.raises(ValueError, match="does not fit the base"):
+        run(pipe, other, conditions(2), steps=7)
+    assert not steps
+
+
+def test_pck_is_not_measured_where_hands_are_drawn(pipe: Any, adapter: Any) -> None:
+    posed = [Condition("a", "a man", draw([skeleton() / 4], (64, 64)))]
+    report = run(pipe, adapter, posed, detector="openpose", settings={"hands": True}, scales=(), seeds=1)
+    assert "hands are drawn in the colours of their joints" in report.not_measured["PCK"]
+
+
+def test_inverted_controls_are_guided_away_from_white(pipe: Any, adapter: Any) -> None:
+    light = [Condition(c.name, c.prompt, ImageOps.invert(c.image.convert("RGB"))) for c in conditions(1)]
+    report = run(pipe, adapter, light, settings={"invert": True}, control_guidance=3.0, seeds=1)
+    control = Control(adapter, light[0].image, guidance=3.0, background=1.0)
+    generator = torch.Generator().manual_seed(0)
+    wanted = pipe("prompt 0", controls=[control], generator=generator, num_inference_steps=2, guidance_scale=3.0)
+    made = np.asarray(report.gallery[0].made[2][1], int)
+    assert np.abs(made - np.asarray(wanted.images[0], int)).max() <= 1
+    assert report.lines[-1].guidance == 3.0
+
+
+@pytest.mark.parametrize("head", ["num_inference_steps:", "guidance_scale: much", "a: [1"])
+def test_a_card_that_says_nothing_is_named(pipe: Any, adapter: Any, tmp_path: Path, head: str) -> None:
+    pipe.save_pretrained(tmp_path)
+    (tmp_path / "README.md").write_text(f"---\n{head}\n---\n")
+    saved = StableDiffusionXLPipeline.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"the head of .*README.md says no steps and guidance: [^\n]+$"):
+        run(saved, adapter, conditions(1), steps=None)
 
 
 def test_pictures_are_those_of_single_calls_and_the_figures_theirs(pipe: Any, adapter: Any) -> None:
@@ -351,7 +396,9 @@ def test_steps_and_guidance_are_the_cards(pipe: Any, adapter: Any, tmp_path: Pat
     ("cases", "more", "message"),
     [
         ([], {}, "number of conditions is 0; it must be 1 or more"),
-        (conditions(1) * 2, {}, "two conditions have one name"),
+        (conditions(1) * 2, {}, "two conditions have the name 'c0'"),
+        (conditions(1), {"scales": (0,), "control_guidance": 2.0}, "scales has none but 0"),
+        (conditions(1), {"scales": (0,), "dropped": True}, "scales has none but 0"),
         (conditions(1), {"seeds": 0}, "seeds is 0; it must be 1 or more"),
         (conditions(1), {"detector": "cany"}, "no measure for detector 'cany'; did you mean 'canny'"),
         ([Condition("x", "")], {}, "condition x has neither a control image nor a photo"),

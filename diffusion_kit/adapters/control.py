@@ -52,8 +52,9 @@ class Control:
             whole.
         mask: greyscale picture in output space; the control acts where it is white.
         guidance: scale of a guidance of the control's own, beside that of the prompt (Brooks et al. 2023, arXiv 2211.09800,
-            eq. 3): in guided steps away from what a black control image would give, which controls that were trained with
-            dropped conditions know. For T2I-Adapters and ControlNets in mode "balanced".
+            eq. 3): in guided steps away from what a control image without content would give, which controls that were
+            trained with dropped conditions know. For T2I-Adapters and ControlNets in mode "balanced".
+        background: grey value in [0, 1] of that image, as in the training; 0 for white lines on black.
         mode: "balanced" acts on both halves of the guidance batch; "prompt" on the conditional half, fading from 1 at
             the middle to 0.1 at the shallowest residual (guess mode); "control" on the conditional half, not fading.
 
@@ -70,17 +71,19 @@ class Control:
     mask: Pictures | None = None
     mode: Mode = "balanced"
     guidance: float | None = None
+    background: float = 0.0
 
     def __post_init__(self) -> None:
-        numbers = all(isinstance(s, Real) and not isinstance(s, bool) and math.isfinite(s) for s in self.scales)
-        if not numbers or not self.scales:
+        if not self.scales or not all(map(is_number, self.scales)):
             raise ValueError(f"Control scale is {self.scale!r}; it must be a finite number, or a list of them")
         if not 0 <= self.start <= self.end <= 1:
             raise ValueError(f"Control window is {self.start} to {self.end}; it must be 0 <= start <= end <= 1")
         if self.mode not in ("balanced", "prompt", "control"):
             raise ValueError(f"Control mode is {self.mode!r}; it must be 'balanced', 'prompt' or 'control'")
-        if self.guidance is not None and not math.isfinite(self.guidance):
-            raise ValueError(f"Control guidance is {self.guidance}; it must be a finite number")
+        if self.guidance is not None and not is_number(self.guidance):
+            raise ValueError(f"Control guidance is {self.guidance!r}; it must be a finite number, or None")
+        if not is_number(self.background) or not 0 <= self.background <= 1:
+            raise ValueError(f"Control background is {self.background!r}; it must be between 0 and 1")
         if self.guidance is not None and self.mode != "balanced":
             raise ValueError(f"Control mode is {self.mode!r}; with a guidance of its own it must be 'balanced'")
 
@@ -106,10 +109,14 @@ class Control:
 
     @property
     def neutral(self) -> Control:
-        """The same with a black control image."""
-        black = torch.zeros(1, 1, 1, 1)
+        """The same with a control image without content."""
+        empty = torch.full((1, 1, 1, 1), self.background)
         several = isinstance(self.image, (list, tuple))
-        return replace(self, image=[black] * len(self.image) if several else black, guidance=None)
+        return replace(self, image=[empty] * len(self.image) if several else empty, guidance=None)
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 @dataclass(frozen=True)
@@ -218,10 +225,9 @@ def encode_control(control: Control, site: Site) -> EncodedControl | None:
         return None
     warn_of_polarity(control.model, control.image)
     encoded = kind.encode(control, site)
-    if control.guidance is not None and encoded.guidance is None:
-        raise ValueError(
-            f"a {type(control.model).__name__} has no guidance of its own: leave out Control(guidance=...)"
-        )
+    if control.guidance is not None and encoded.guidance != control.guidance:
+        what = repr(control.model) if isinstance(control.model, str) else f"this {type(control.model).__name__}"
+        raise ValueError(f"{what} takes no Control(guidance=...): leave it out")
     return encoded
 
 
@@ -233,6 +239,11 @@ def kind_of(model: Any) -> ModuleType:
             return kind
     known = ", ".join(cls.__name__ for kind in kinds() for cls in kind.MODELS)
     raise TypeError(f"a {type(model).__name__} is no control: known are {known}, and names of controls of the base")
+
+
+def shown_as(model: Any, kind: str | None, image: Any) -> Any:
+    """The control image as a `Control` of the network takes it: of a network for several types, by its type."""
+    return {kind: image} if getattr(kind_of(model), "BY_TYPE", False) else image
 
 
 def load_control_model(source: str | Path, **kwargs: Any) -> Any:

@@ -134,6 +134,7 @@ def encoded(cls: type[RunControlNet], control: Control, site: Site, pixels: Tens
     pixels = pixels.to(site.device, net.dtype)
     pooled = net.config.global_pool_conditions
     run = cls(net, pooled or control.mode != "balanced", obstacle(net) is not None, **fields)
+    guided = control.guidance is not None and not run.own_forward and not run.half
     hint = None if run.own_forward else spread(run.embed(pixels), site.prompts, site.per_prompt, "a control's image")
     image = spread(pixels, site.prompts, site.per_prompt, "a control's image")
     places, _ = layout(site.unet, site.latent_size)
@@ -147,8 +148,8 @@ def encoded(cls: type[RunControlNet], control: Control, site: Site, pixels: Tens
         timesteps=site.timesteps,
         image=image,
         hint=hint,
-        guidance=None if hint is None else control.guidance,
-        neutral=None if hint is None or control.guidance is None else run.embed(torch.zeros_like(pixels[:1])),
+        guidance=control.guidance if guided else None,
+        neutral=run.embed(torch.full_like(pixels[:1], control.background)) if guided else None,
         weights=tuple(weight.to(net.dtype) for weight in weights),
     )
 

@@ -25,6 +25,7 @@ from .controlnet import RunControlNet, built, count, embed, encoded, encoder_con
 from .pictures import picture_tensor
 
 MODELS = (ControlNetUnionModel,)
+BY_TYPE = True  # its control images are a mapping from types
 
 # Published networks have the first six of these types, or all ("ProMax").
 TYPES = (

@@ -66,14 +66,14 @@ def _weighted(control: Control, site: Site) -> tuple[Tensor, ...]:
     adapters, images, shares = _nets(control)
     features: list[Tensor] = []
     for adapter, image, share in zip(adapters, images, shares, strict=True):
-        outputs = [share * output for output in _features(adapter, image, site)]
+        rows = [spread(f, site.prompts, site.per_prompt, "a control's image") for f in _features(adapter, image, site)]
+        outputs = [share * row for row in rows]
         features = [a + b for a, b in zip(features, outputs, strict=True)] if features else outputs
     _, intra = layout(site.unet, site.latent_size)
     multi = isinstance(control.model, MultiAdapter)
     scales = (1.0,) * site.levels if multi else control.level_scales(site.levels)
     weights = site.weights(control, fading(len(features), control.mode), intra[: len(features)], scales)
-    weighted = [(w * f).to(site.unet.dtype) for w, f in zip(weights, features, strict=True)]
-    return tuple(spread(f, site.prompts, site.per_prompt, "a control's image") for f in weighted)
+    return tuple((w * f).to(site.unet.dtype) for w, f in zip(weights, features, strict=True))
 
 
 def multiple(model: Net) -> int:

@@ -36,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--photos", action="store_true", help="the images are photos: the detector makes the control images")
     add("--detector", metavar="NAME", help="by default the control's name")
     add("--option", action="append", default=[], metavar="NAME=VALUE", help="one of the detector's own; repeatable")
+    add("--detect-resolution", type=int, metavar="PIXELS", help="shorter side that the detector sees")
     add("--invert", action="store_true", help="the control takes black for white")
     add("--scales", default="1", metavar="S,S..", help="of the control; without it is always measured")
     add("--neutral", action="store_true", help="measure the control, given an empty picture, too")
@@ -60,12 +61,14 @@ def run(options: argparse.Namespace) -> None:
     if out.exists():
         raise ValueError(f"--out {out} is there already: give another name")
     writable([out])
+    if not 0 <= options.seed <= 2**63 - 1:
+        raise ValueError(f"--seed is {options.seed}; it must be 0 or more, and below 2^63")
     name, _, path = options.control.partition("=")
     cases = read_conditions(Path(options.conditions), photos=options.photos)
 
     from transformers.utils import logging
 
-    from diffusion_kit.adapters.control import Control
+    from diffusion_kit.adapters.control import Control, shown_as
     from diffusion_kit.adapters.detectors import detector
     from diffusion_kit.adapters.maps import detector_of
     from diffusion_kit.evaluation import Condition, evaluate, quality_measures
@@ -76,6 +79,7 @@ def run(options: argparse.Namespace) -> None:
     kind = options.detector or detector_of(name) or name
     measures_of(kind)
     settings = parse_options(detector(kind), kind, options.option) | ({"invert": True} if options.invert else {})
+    settings |= {"detect_resolution": options.detect_resolution} if options.detect_resolution else {}
     if not options.debug:
         logging.disable_progress_bar()
     quality = quality_measures(inception=options.inception, clip=options.clip, lpips=options.lpips)
@@ -84,7 +88,7 @@ def run(options: argparse.Namespace) -> None:
     net = pipe.load_control(str(Path(path).absolute()) if path and Path(path).exists() else path or name)
     report = evaluate(
         pipe,
-        lambda images, scale: [Control(net, images, scale=scale)],
+        lambda images, scale: [Control(net, shown_as(net, kind, images), scale=scale)],
         [Condition(**case) for case in cases],
         detector=kind,
         settings=settings,

@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from diffusion_kit.recipes import ForeignRecipe, Recipe, check, read, save
+from diffusion_kit.recipes import FileRef, ForeignRecipe, Recipe, check, read, save
 
 from .console import note
 from .jobs import OPTIONS, Job, make_jobs
@@ -97,8 +97,10 @@ def run(options: argparse.Namespace) -> None:
     from . import pictures
 
     pictures.check(jobs, settings, options.count)
-    files = _files(options, jobs)
-    grid = output_files(options.grid, [""], taken=files) if options.grid else []
+    given = [Path(ref.path) for job in jobs for ref in _refs(job)]
+    given += [Path(options.again)] if options.again else []
+    files = _files(options, jobs, given)
+    grid = output_files(options.grid, [""], taken=[*files, *given]) if options.grid else []
     pipe = pictures.load_pipeline(settings, debug=options.debug)
     if own is not None:
         _note_of_versions(own)
@@ -151,12 +153,17 @@ def parse_size(text: str) -> tuple[int, int]:
     return int(parts[0]), int(parts[1])
 
 
-def _files(options: argparse.Namespace, jobs: list[Job]) -> list[Path]:
-    """A file for each picture: jobs after one another, in each the counted ones."""
+def _refs(job: Job) -> list[FileRef]:
+    """The pictures that a job is made from."""
+    refs = [job.image, job.mask, *(ref for c in job.controls for ref in (c.image, c.mask))]
+    return [ref for ref in refs if ref is not None]
+
+
+def _files(options: argparse.Namespace, jobs: list[Job], given: list[Path]) -> list[Path]:
+    """A file for each picture: jobs after one another, in each the counted ones; none of those `given`."""
     ends = [""] if options.count == 1 else [str(k) for k in range(1, options.count + 1)]
     if not jobs[0].name:
-        refs = [jobs[0].image, jobs[0].mask, *(ref for c in jobs[0].controls for ref in (c.image, c.mask))]
-        return output_files(options.out, ends, taken=[Path(ref.path) for ref in refs if ref is not None])
+        return output_files(options.out, ends, taken=given)
     folder = output_folder(options.out)
     files: list[Path] = []
     for job in jobs:

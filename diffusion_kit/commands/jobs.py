@@ -13,8 +13,8 @@ from diffusion_kit.recipes import ControlRecipe, FileRef, Recipe
 
 from .outputs import SUFFIXES
 
-NUMBERS = ("scale", "start", "end", "guidance")
-OPTIONS = (*NUMBERS, "mode", "mask", "detect")
+NUMBERS = ("scale", "start", "end", "guidance", "background")
+OPTIONS = (*NUMBERS, "mode", "mask", "detect", "type")
 AUTO = "auto"  # the detector is the control's own, where it comes with the base
 
 
@@ -95,7 +95,7 @@ def _number(name: str, value: str) -> float | tuple[float, ...]:
 
 
 def _control(spec: Mapping[str, Any], image: str, ref: Callable[[str], FileRef]) -> ControlRecipe:
-    settings = {name: spec[name] for name in (*NUMBERS, "mode") if name in spec}
+    settings = {name: spec[name] for name in (*NUMBERS, "mode", "type") if name in spec}
     mask = ref(spec["mask"]) if "mask" in spec else None
     return ControlRecipe(spec["kind"], ref(image), detect=spec.get("detect", AUTO), mask=mask, **settings)
 

@@ -13,7 +13,7 @@ import torch
 import transformers
 from PIL import Image
 
-from diffusion_kit.adapters.control import Control, granularity
+from diffusion_kit.adapters.control import Control, granularity, shown_as
 from diffusion_kit.adapters.detectors import detect, detector
 from diffusion_kit.adapters.pictures import FITS, MEGAPIXELS, fit_image, load_image, resize
 from diffusion_kit.commands.fingerprint import fingerprint
@@ -222,14 +222,19 @@ def make_picture(pipe: Any, recipe: Recipe) -> Image.Image:
 
 
 def make_control(pipe: Any, control: ControlRecipe, recipe: Recipe) -> Control:
-    picture = opened(control.image)
+    net, picture, name = pipe.load_control(control.kind), opened(control.image), None
     if control.detect is not None:
         name, _, model = control.detect.partition(":")
         options: dict[str, Any] = {"model": model} if model else {}
         picture = detect(name, _shaped(picture, recipe), **options)
+    kind = control.type or name
+    if kind is None and shown_as(net, None, picture) is not picture:
+        raise ValueError(
+            f"--control {control.kind} has several types of pictures: say which, type=canny or detect=canny"
+        )
     return Control(
-        pipe.load_control(control.kind),
-        picture,
+        net,
+        shown_as(net, kind, picture),
         mask=None if control.mask is None else opened(control.mask),
         **numbers(control),
     )
@@ -237,7 +242,7 @@ def make_control(pipe: Any, control: ControlRecipe, recipe: Recipe) -> Control:
 
 def numbers(control: ControlRecipe) -> dict[str, Any]:
     """How a control acts."""
-    return {name: getattr(control, name) for name in ("scale", "start", "end", "mode", "guidance")}
+    return {name: getattr(control, name) for name in ("scale", "start", "end", "mode", "guidance", "background")}
 
 
 def _shaped(picture: Image.Image, recipe: Recipe) -> Image.Image:

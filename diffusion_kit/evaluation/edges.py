@@ -58,5 +58,11 @@ def soft_counts(made: np.ndarray, wanted: np.ndarray) -> np.ndarray:
 
 
 def ods_f1(counts: np.ndarray) -> float:
-    """F1 of a whole set (..., thresholds, 4) at the one threshold that is best for the set (optimal data-set scale)."""
-    return float(f1_of(counts.reshape(-1, *counts.shape[-2:]).sum(0)).max())
+    """F1 of a whole set (..., thresholds, 4) at the one threshold that is best for the set (optimal data-set scale).
+
+    Where no edge is wanted in the set it is the lowest one: at the highest nothing is made, whatever is there.
+    """
+    whole = counts.reshape(-1, *counts.shape[-2:]).sum(0)
+    if not whole[0, 3]:
+        return float(f1_of(whole[0]))
+    return float(f1_of(whole).max())

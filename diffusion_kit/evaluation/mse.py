@@ -61,12 +61,14 @@ class Mse:
         Raises:
             ValueError: no values, unknown `multioutput`, weights of another length or of sum 0; see also `add_batch`.
         """
-        if predictions is not None or references is not None:
-            self.add_batch(predictions=predictions, references=references)
-        if not self._predictions:
-            raise ValueError("nothing to compute: give predictions and references, or add them before")
-        difference = np.concatenate(self._predictions) - np.concatenate(self._references)
-        self._predictions, self._references = [], []
+        try:
+            if predictions is not None or references is not None:
+                self.add_batch(predictions=predictions, references=references)
+            if not self._predictions:
+                raise ValueError("nothing to compute: give predictions and references, or add them before")
+            difference = np.concatenate(self._predictions) - np.concatenate(self._references)
+        finally:
+            self._predictions, self._references = [], []
         errors = _average("sample_weight", difference**2, sample_weight)
         errors = errors if squared else np.sqrt(errors)
         if isinstance(multioutput, str):
@@ -87,15 +89,15 @@ def _average(what: str, values: np.ndarray, weights: Any) -> np.ndarray:
     weights = _numbers(what, weights)
     if weights.shape != values.shape[:1]:
         raise ValueError(f"{what} has the shape {weights.shape}; it must be {values.shape[:1]}")
-    if not weights.sum():
-        raise ValueError(f"{what} adds up to 0")
+    if (weights < 0).any() or not weights.sum():
+        raise ValueError(f"{what} must be 0 or more, and some more than 0")
     return np.average(values, 0, weights)
 
 
 def _numbers(what: str, values: Any) -> np.ndarray:
     try:
         numbers = np.asarray(values, np.float64)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RuntimeError):  # the last of a tensor with a gradient
         raise ValueError(f"{what} must be numbers, all samples of one shape") from None
     if numbers.ndim not in (1, 2) or not numbers.size or not np.isfinite(numbers).all():
         raise ValueError(f"{what} must be finite numbers of shape (n,) or (n, outputs), one or more")

@@ -7,7 +7,7 @@ against another picture's condition.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,6 +18,7 @@ import torch
 from huggingface_hub import metadata_load
 from PIL import Image, ImageOps
 from tqdm import tqdm
+from yaml import YAMLError
 
 from diffusion_kit.adapters.control import Control
 from diffusion_kit.adapters.detectors import detect, detector, inverted, missing
@@ -29,6 +30,7 @@ from .quality import quality_measures
 from .report import Figure, Line, Report, Shown
 
 STEPS, GUIDANCE = 20, 7.5  # of full-size bases, where their card says nothing
+POSES = ("openpose", "pose")
 GALLERY = 64  # conditions at most, of which pictures are kept to be shown
 MakeControls = Callable[[list[Image.Image], float], Sequence[Control]]
 
@@ -143,13 +145,13 @@ def evaluate(
     for name, value in (("seeds", seeds), ("batch", batch), ("number of conditions", len(conditions))):
         if value < 1:
             raise ValueError(f"{name} is {value}; it must be 1 or more")
-    if len({condition.name for condition in conditions}) < len(conditions):
-        raise ValueError("two conditions have one name")
+    if twice := [name for name, n in Counter(condition.name for condition in conditions).items() if n > 1]:
+        raise ValueError(f"two conditions have the name {twice[0]!r}")
     settings = dict(settings or {})
     known = measures_of(detector)
     width, height = size or pipe.native_size[::-1]
     ready = [fitted(condition, (width, height), detector, settings) for condition in conditions]
-    lack = missing(detector, settings.get("model"))  # after the first detection, which may fetch it
+    lack = lacking(detector, settings, ready[0].image)
     own_steps, own_guidance = card(pipe)
     plan = Plan(
         pipe=pipe,
@@ -172,9 +174,12 @@ def evaluate(
     check(plan)
     arms = [Arm("without", 0.0), *(Arm(f"scale {scale:g}", scale) for scale in dict.fromkeys(scales) if scale)]
     last = arms[-1].scale
+    if not last and (dropped or control_guidance is not None):
+        raise ValueError("scales has none but 0, with which a control has no guidance and no neutral picture")
     if control_guidance is not None:
         arms.append(Arm(f"guidance {control_guidance:g}", last, guidance=control_guidance))
-        check_guidance(plan, arms[-1])
+    if last:
+        attempt(plan, arms[-1])
     arms += [Arm("neutral", last, neutral=True)] if dropped else []
     return measured(plan, arms)
 
@@ -194,13 +199,27 @@ def measured(plan: Plan, arms: Sequence[Arm]) -> Report:
     return Report(about(plan), lines, not_measured, gallery)
 
 
+def lacking(name: str, settings: Mapping[str, Any], picture: Image.Image) -> str | None:
+    """Why nothing can be measured of what a detector would find; it is tried, as options want other weights."""
+    if settings.get("hands") and name in POSES:
+        return "PCK is of bodies, and hands are drawn in the colours of their joints: leave out hands"
+    try:
+        detect(name, picture.convert("RGB"), **settings)
+    except (FileNotFoundError, ImportError) as error:
+        return missing(name, settings.get("model")) or " ".join(str(error).split())
+    return None
+
+
 def card(pipe: Any) -> tuple[int, float]:
     """Steps and guidance after the head of README.md in the model's folder (`num_inference_steps`, `guidance_scale`); else
     20 and 7.5."""
     folder = Path(str(pipe.config.get("_name_or_path", "")))
     file = folder / "README.md"
-    says = (metadata_load(file) if folder.is_absolute() and file.is_file() else None) or {}
-    return int(says.get("num_inference_steps", STEPS)), float(says.get("guidance_scale", GUIDANCE))
+    try:
+        says = (metadata_load(file) if folder.is_absolute() and file.is_file() else None) or {}
+        return int(says.get("num_inference_steps", STEPS)), float(says.get("guidance_scale", GUIDANCE))
+    except (TypeError, ValueError, YAMLError) as error:
+        raise ValueError(f"the head of {file} says no steps and guidance: {' '.join(str(error).split())}") from None
 
 
 def fitted(condition: Condition, size: tuple[int, int], name: str, settings: Mapping[str, Any]) -> Condition:
@@ -245,15 +264,17 @@ def check(plan: Plan) -> None:
                 raise ValueError(f"condition {condition.name}: {error}") from None
 
 
-def check_guidance(plan: Plan, arm: Arm) -> None:
-    """One step, so that a control without a guidance of its own is refused before all pictures are made.
+def attempt(plan: Plan, arm: Arm) -> None:
+    """One step, so that a control that does not fit is refused before all pictures without it are made.
 
     Raises:
-        ValueError: it has none, or no step is guided.
+        ValueError: it does not fit, or has a guidance that cannot act.
     """
-    if plan.call["guidance_scale"] <= 1:
-        raise ValueError(f"a control's guidance acts in guided steps; guidance is {plan.call['guidance_scale']:g}")
     make(replace(plan, call={**plan.call, "num_inference_steps": 1}), arm, [(0, 0)])
+    if arm.guidance is not None and not plan.pipe.do_classifier_free_guidance:
+        raise ValueError(
+            f"a control's guidance acts in guided steps, and there are none: guidance is {plan.call['guidance_scale']:g}"
+        )
 
 
 def run(plan: Plan, arm: Arm, advance: Callable[[int], Any]) -> Found:
@@ -281,7 +302,8 @@ def make(plan: Plan, arm: Arm, batch: Sequence[tuple[int, int]]) -> list[Image.I
     prompts = [condition.prompt for condition in conditions]
     controls = plan.make_controls(images, arm.scale)
     if arm.guidance is not None:
-        controls = [replace(control, guidance=arm.guidance) for control in controls]
+        background = 1.0 if plan.settings.get("invert") else 0.0
+        controls = [replace(control, guidance=arm.guidance, background=background) for control in controls]
     made = plan.pipe(prompts, controls=controls, generator=noise, **plan.call)
     return list(made.images)
 
@@ -318,7 +340,7 @@ def figures(plan: Plan, arm: Arm, found: Found) -> list[Line]:
         if measure.reason is None:
             own, versus = figure(measure, found.own[measure.name]), found.shuffled.get(measure.name)
             shuffled = figure(measure, versus) if versus else None
-            lines.append(Line(measure.name, measure.larger_is_better, arm.name, arm.scale, own, shuffled))
+            lines.append(Line(measure.name, measure.larger_is_better, arm.name, arm.scale, own, shuffled, arm.guidance))
     return lines
 
 

@@ -29,9 +29,10 @@ class Line:
     """A measure in one arm of the evaluation.
 
     Attributes:
-        arm: "without" the control, "scale 0.5", or "neutral", a picture without content at the last scale.
+        arm: "without" the control, "scale 0.5", at the last scale "guidance 2" and "neutral", a picture without content.
         own: against each picture's own condition; for measures of quality the only figure.
         shuffled: the same pictures against the next picture's condition.
+        guidance: of the control's own, in that arm.
     """
 
     measure: str
@@ -40,6 +41,7 @@ class Line:
     scale: float
     own: Figure
     shuffled: Figure | None
+    guidance: float | None = None
 
 
 @dataclass(frozen=True)

@@ -86,12 +86,13 @@ class FileRef:
 
 @dataclass(frozen=True)
 class ControlRecipe:
-    """A control of a run; `scale` to `mode` and `guidance` are those of `diffusion_kit.Control`.
+    """A control of a run; `scale` to `mode`, `guidance` and `background` are those of `diffusion_kit.Control`.
 
     Attributes:
         kind: name, path or hub id of the control's network, as given.
         image: the picture that was given, before any detector.
         hash: of the network.
+        type: what the picture shows, for a ControlNet-Union; None: what the detector makes.
         detect: the detector that made the control image from `image` ("canny", "depth:MODEL"); None for none.
     """
 
@@ -105,6 +106,8 @@ class ControlRecipe:
     mode: str = "balanced"
     mask: FileRef | None = None
     guidance: float | None = None
+    background: float = 0.0
+    type: str | None = None
 
     def __str__(self) -> str:
         detector = f", through {self.detect}" if self.detect else ""

@@ -80,7 +80,8 @@ def protocol_hash() -> str:
     """Of all that figures depend on beside the weights: who measures, what is asked for, and how it is compared."""
     own, kit = drawings.HERE, ROOT / "diffusion_kit"
     files = [*own.glob("*.py"), *own.glob("*.txt"), *(kit / "evaluation").glob("*.py")]
-    files += [*(kit / "adapters/detectors").glob("*.py"), *(ROOT / "configs/default").glob("*.yaml")]
+    files += [*(kit / "adapters").rglob("*.py"), *(kit / "sampling").glob("*.py")]
+    files += (ROOT / "configs/default").glob("*.yaml")
     files += [classifier.FILE] if classifier.FILE.exists() else []
     return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(files))).hexdigest()[:8]
 
@@ -243,7 +244,7 @@ def followed(
         return {"value": rounded(own["value"]), "interval": ends, "another's": rounded(line["shuffled"]["value"])}
 
     def key(line: dict[str, Any]) -> str:
-        return line["arm"] if line["arm"].startswith("guidance") else f"{line['scale']:g}"
+        return f"{line['scale']:g}" if line["guidance"] is None else line["arm"]
 
     return {"measure": lines[0]["measure"]} | {key(line): figures(line) for line in first}
 
@@ -286,7 +287,8 @@ def figures_of(model: Model) -> dict[str, Any]:
     for name in model.controls:
         seen = model.part(f"under {name}", lambda name=name: under(model, name), name)
         figures["captions, strange"][name] = seen
-        guided = ("--control-guidance", str(IMAGE_GUIDANCE)) if name in EDGES else ()
+        plain = name in EDGES and not hasattr(model.pipe, "movq")  # a hint has no guidance of its own
+        guided = ("--control-guidance", str(IMAGE_GUIDANCE)) if plain else ()
         figures["controls"][name] = followed(model, name, "held out", listed, SCALES, "--photos", *guided)
         if name in EDGES:
             figures["with diagonals"][name] = with_diagonals(model.file(f"{name} held out", "page", name))
@@ -335,6 +337,7 @@ def bounds(figures: dict[str, Any], wanted: Sequence[str] = ()) -> list[dict[str
 def main(folder: Path) -> dict[str, Any]:
     """Figures and bounds of a model folder."""
     cv2.setNumThreads(0)
+    classifier.load()  # is trained where it is not there, and its file is in the hash
     model = Model(folder)
     figures = figures_of(model)
     wanted = ("canny",) if hasattr(model.pipe, "movq") else CONTROLS
