@@ -190,6 +190,31 @@ def test_embeddings_of_pictures_are_kept_by_how_the_image_encoder_sees_them(tmp_
     assert folders[0] != folders[1]
 
 
+def test_a_full_cache_reads_no_picture_again_unless_it_has_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "data").mkdir()
+    for k in range(3):
+        picture(k).save(tmp_path / "data" / f"{k}.png")
+    own = {**EDGES, "sources": [{"path": str(tmp_path / "data")}], "flip": 0.5}
+    more = {"data": own, "cache": {"folder": str(tmp_path / "cache")}}
+    read, reading = [], Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda self: read.append(self.name) or reading(self))
+    for expected in (["0.png", "1.png", "2.png"], []):
+        made = trainer(tmp_path / "run", **more)
+        assert sorted(set(read)) == expected
+        read.clear()
+        assert all(made.pictures[Place(0, 0, k), k].moments is not None for k in range(3))
+        assert not read
+    before = made.pictures[Place(0, 0, 1), 1].moments
+    picture(7).save(tmp_path / "data" / "1.png")
+    after = trainer(tmp_path / "run", **more).pictures[Place(0, 0, 1), 1].moments
+    assert set(read) == {"1.png"}
+    assert not torch.equal(before, after)
+    next((tmp_path / "cache").glob("files-*.jsonl")).write_text('["cut sho')
+    assert trainer(tmp_path / "run", **more).pictures[Place(0, 0, 1), 1].problem is None
+
+
 def test_in_a_log_the_cache_tells_how_far_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(caching, "EVERY", 0.0)
     monkeypatch.setattr(caching, "TOGETHER", (8 * 1024**2, 4))

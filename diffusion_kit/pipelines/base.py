@@ -220,8 +220,8 @@ class ControlledPipeline(DiffusionPipeline):
 
     def pack_layers(self, on: bool = True) -> str | None:
         """From now on the networks that steps run have their weights as oneDNN computes with them, on a CPU and in float32
-        or bfloat16: the same picture in less time and the same memory (see `models.packed`). In bfloat16 attention over many
-        tokens is exact to 1 % where torch's is to 0.2 %: the scores are rounded before the softmax. None, or why not.
+        or bfloat16: the same picture in less time and the same memory (see `models.packed`). In bfloat16 attention over
+        many tokens is exact to 1 %, torch's to 0.2 %: scores are rounded before the softmax. None, or why not.
         """
         why = onednn_obstacle(self.unet.dtype) if on else None
         if on and self._execution_device.type != "cpu":

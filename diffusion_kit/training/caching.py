@@ -15,7 +15,8 @@ from tqdm import tqdm
 
 from .bases import Base, embed
 from .config import DTYPES_OF, Config
-from .data.cache import Cache, caption_key, picture_bytes, view_key
+from .data.cache import Cache, caption_key, picture_bytes
+from .data.keys import Known
 from .data.samples import Pictures, View
 from .loader import quiet_worker
 
@@ -30,6 +31,7 @@ class Job:
 
     Attributes:
         key: of its latents; `plain` of its condition, which is kept as it is unmirrored.
+        read: files whose content was read for that.
     """
 
     key: str
@@ -38,6 +40,7 @@ class Job:
     pixels: Tensor | None
     condition: Tensor | None
     problem: str | None = None
+    read: Sequence[tuple[Known, str]] = ()
 
 
 @dataclass
@@ -60,13 +63,13 @@ class Missing:
         index, view = self.jobs[number]
         record = self.pictures.record(index)
         try:
-            key, plain = (view_key(record, view.crop, flip) for flip in (view.flip, False))
+            key, plain = (self.pictures.key(record, replace(view, flip=flip)) for flip in (view.flip, False))
             latents, conditions = self.cache.latents, self.cache.conditions
             pixels = self.pictures.pixels(record, view) if latents is not None and key not in latents else None
             condition = None
             if conditions is not None and plain not in conditions and not (view.flip and self.unflipped):
                 condition = picture_bytes(self.pictures.detected(record, replace(view, flip=False)))
-            return Job(key, plain, record.name, pixels, condition)
+            return Job(key, plain, record.name, pixels, condition, read=self.cache.keys.taken())
         except Exception as error:  # a reader of a damaged file may raise anything
             return Job("", "", record.name, None, None, f"{type(error).__name__}: {error}")
 
@@ -100,6 +103,7 @@ def fill(
                 say(f"cache: {seen} of {len(jobs)} views")
                 told = time.monotonic()
             for job in group:
+                cache.keys.note(job.read)
                 if job.problem is not None:
                     say(f"left out: {job.problem}")
             keep(base, cache, group, dtype)

@@ -9,8 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from diffusion_kit.training.config import Config
 
 from .crops import Crop
-from .sources import Record
+from .keys import Keys
 from .store import Store
 
 Maker = tuple[nn.Module, list[Any]]  # a network whose answers are kept, and the settings around it that shape them
@@ -30,11 +29,12 @@ Maker = tuple[nn.Module, list[Any]]  # a network whose answers are kept, and the
 
 @dataclass
 class Cache:
-    """The stores that a configuration asks for; None where it does not."""
+    """The stores that a configuration asks for, None where it does not; and by what their pictures are known."""
 
     latents: Store | None = None
     conditions: Store | None = None
     text: Store | None = None
+    keys: Keys = field(default_factory=Keys)
 
     @property
     def stores(self) -> list[Store]:
@@ -43,6 +43,7 @@ class Cache:
     def flush(self) -> None:
         for store in self.stores:
             store.flush()
+        self.keys.flush()
 
 
 def open_cache(config: Config, pictured: Sequence[Maker], encoders: Sequence[Maker], conditioned: bool) -> Cache:
@@ -58,7 +59,7 @@ def open_cache(config: Config, pictured: Sequence[Maker], encoders: Sequence[Mak
     if own.folder is None:
         return Cache()
     root = Path(own.folder).expanduser()
-    cache = Cache()
+    cache = Cache(keys=Keys(root))
     if own.latents and pictured:
         if any(p.requires_grad for net, _ in pictured for p in net.parameters()):
             raise ValueError("cache.latents cannot keep what a network in training makes: set cache.latents=false")
@@ -100,24 +101,10 @@ def fingerprint(net: nn.Module) -> str:
     return found.hexdigest()[:16]
 
 
-def content_key(record: Record) -> str:
-    """Of the picture's bytes, whatever its name."""
-    if isinstance(record.image, bytes):
-        return hashlib.sha256(record.image).hexdigest()[:32]
-    found = record.image.stat()
-    return file_key(record.image, found.st_size, found.st_mtime_ns)
-
-
-@lru_cache(2**20)
-def file_key(file: Path, size: int, time: int) -> str:
-    """Of a file's bytes, which are read once as long as its size and time stay."""
-    return hashlib.sha256(file.read_bytes()).hexdigest()[:32]
-
-
-def view_key(record: Record, crop: Crop, flip: bool) -> str:
-    """Of a view of a picture: the size it is scaled to, the part that is kept, and mirrored or not."""
+def view_key(content: str, crop: Crop, flip: bool) -> str:
+    """Of a view of a picture's content: the size it is scaled to, the part that is kept, and mirrored or not."""
     scaled, size = ("x".join(map(str, pair)) for pair in (crop.scaled, crop.size))
-    return f"{content_key(record)}-{scaled}-{size}+{crop.left}+{crop.top}{'-flip' if flip else ''}"
+    return f"{content}-{scaled}-{size}+{crop.left}+{crop.top}{'-flip' if flip else ''}"
 
 
 def caption_key(caption: str, zeros: bool) -> str:

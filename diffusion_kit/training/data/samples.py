@@ -159,10 +159,14 @@ class Pictures:
         flips = [flip for flip, share in ((False, 1 - data.flip), (True, data.flip)) if share > 0]
         return [View(crop, flip) for crop in crops for flip in flips]
 
+    def key(self, record: Record, view: View) -> str:
+        """By which the cache knows a view."""
+        return view_key(self.cache.keys.of(record), view.crop, view.flip)
+
     def kept(self, record: Record, view: View) -> dict[str, Tensor]:
         """What the cache has in place of a view's pixels."""
         store = self.cache.latents
-        found = store.get(view_key(record, view.crop, view.flip)) if store is not None else None
+        found = store.get(self.key(record, view)) if store is not None else None
         return {name: value.float() for name, value in (found or {}).items()}
 
     def pixels(self, record: Record, view: View) -> Tensor:
@@ -185,7 +189,7 @@ class Pictures:
 
     def detected(self, record: Record, view: View) -> Image.Image:
         own, store = self.config.data.condition, self.cache.conditions
-        if store is not None and (kept := store.get(view_key(record, view.crop, False))) is not None:
+        if store is not None and (kept := store.get(self.key(record, view))) is not None:
             return picture_of(kept["picture"])
         return detect(str(own.detector), seen(eight_bit(opened(record.image, record.name)), view), **own.options)
 
