@@ -14,11 +14,11 @@ from conftest import SCHEDULE, distance, randomise
 from diffusion_kit.models.attention import installed
 from diffusion_kit.sampling.doors import Answer
 from diffusion_kit.training.config import ObjectiveConfig
-from diffusion_kit.training.data.samples import open_pictures
+from diffusion_kit.training.data.samples import collate, open_pictures
 from diffusion_kit.training.keyed import Place, draws
 from diffusion_kit.training.objective import make_objective
 from diffusion_kit.training.targets import make_target
-from diffusion_kit.training.validation import quiet_batch
+from diffusion_kit.training.validation import quiet_samples
 
 PLACES = [Place(0, 0, k) for k in range(2000)]
 
@@ -109,7 +109,7 @@ def test_losses_and_gradients_are_those_of_the_peers_forward(tmp_path: Path, tar
     net = own.adapter if target == "t2i_adapter" else own.controlnet
     randomise(net, 5).train()
     base = own.base
-    batch = quiet_batch(pictures(tmp_path, target, family), (0, 1, 2))
+    batch = collate(quiet_samples(pictures(tmp_path, target, family), (0, 1, 2)))
     with torch.enable_grad():
         with installed(*own.executed):
             losses, _ = own(batch)
@@ -143,7 +143,7 @@ def pictures(tmp_path: Path, target: str, family: str):
 def test_a_controlnet_begins_as_the_base_without_it(tmp_path: Path):
     """Its output convolutions are zero, so the loss is the base's own."""
     own = make_target(training_models.config("controlnet", tmp_path, "sdxl"), torch.device("cpu"))
-    batch = quiet_batch(pictures(tmp_path, "controlnet", "sdxl"), (0, 1))
+    batch = collate(quiet_samples(pictures(tmp_path, "controlnet", "sdxl"), (0, 1)))
     with installed(*own.executed):
         begin, _ = own(batch)
         randomise(own.controlnet, 4)

@@ -417,7 +417,7 @@ def test_a_validation_shows_as_many_as_were_asked_for(tmp_path: Path, capsys: An
     assert [(group.name, len(group.indices)) for group in (seen, unseen)] == [("seen", 3), ("unseen", 1)]
     assert {own.pictures.shapes[k] for k in seen.indices} == {own.pictures.shapes[1]}
     (tmp_path / "data" / f"{seen.indices[0]}.png").write_bytes(b"")
-    assert len(validation.quiet_samples(own, seen)) == 2
+    assert len(validation.usable(own, seen)) == 2
     assert "validation of seen pictures, left out: " in told[-1]
     prompts = tuple("abcdefg")
     config = training_models.config("t2i_adapter", tmp_path / "run", data=data, validation={"prompts": prompts})

@@ -22,7 +22,7 @@ from diffusion_kit.evaluation import Condition, Report, evaluate
 from diffusion_kit.evaluation.measures import MEASURES
 from diffusion_kit.utils import make_image_grid
 
-from .data.samples import Batch, Sample, collate
+from .data.samples import Batch, Pictures, Sample, collate
 from .keyed import Place
 from .loop import Trainer
 from .memory import is_short
@@ -65,7 +65,7 @@ def validate(trainer: Trainer, folder: Path) -> dict[str, float]:
     base = trainer.target.base
     with trainer.averaged(), base.at_hand() if base is not None else nullcontext():
         for group in groups(trainer):
-            samples = quiet_samples(trainer, group)
+            samples = usable(trainer, group)
             figures[f"loss_{group.name}"] = loss(trainer, samples)
             try:
                 found = show(trainer, group, collate(samples), folder)
@@ -92,18 +92,22 @@ def loss(trainer: Trainer, samples: Sequence[Sample]) -> float:
     return float(torch.cat(losses).mean())
 
 
-def quiet_samples(trainer: Trainer, group: Group) -> list[Sample]:
-    """The pictures whole: in the middle, not mirrored, nothing dropped; those that can be read."""
-    pictures = trainer.pictures
-    config = pictures.config
-    data = config.data.model_copy(update={"crop": "center", "flip": 0.0})
-    dropout = config.dropout.model_copy(update={"caption": 0.0, "condition": 0.0})
-    quiet = replace(pictures, config=config.model_copy(update={"data": data, "dropout": dropout}))
-    samples = [quiet[Place(config.validation.seed, FAR, k), index] for k, index in enumerate(group.indices)]
+def usable(trainer: Trainer, group: Group) -> list[Sample]:
+    """The group's samples that can be read; all, which are blank, where none can."""
+    samples = quiet_samples(trainer.pictures, group.indices)
     for sample in samples:
         if sample.problem:
             trainer.say(f"validation of {group.name} pictures, left out: {sample.problem}")
     return [sample for sample in samples if sample.weight] or samples
+
+
+def quiet_samples(pictures: Pictures, indices: Sequence[int]) -> list[Sample]:
+    """The pictures whole: in the middle, not mirrored, nothing dropped."""
+    config = pictures.config
+    data = config.data.model_copy(update={"crop": "center", "flip": 0.0})
+    dropout = config.dropout.model_copy(update={"caption": 0.0, "condition": 0.0})
+    quiet = replace(pictures, config=config.model_copy(update={"data": data, "dropout": dropout}))
+    return [quiet[Place(config.validation.seed, FAR, k), index] for k, index in enumerate(indices)]
 
 
 def show(trainer: Trainer, group: Group, batch: Batch, folder: Path) -> dict[str, float]:
