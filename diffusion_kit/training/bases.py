@@ -256,7 +256,7 @@ def load_base(config: Config, device: torch.device) -> Base:
     encoders, layer = text_parts(pipe)
     prior = load_prior(config, device) if family is kandinsky.Kandinsky22Pipeline else None
     objective = make_objective(pipe.scheduler, config.objective)
-    learns = config.target in ("unet", "hint_decoder")
+    learns = "unet" in learning(config)
     tell_scheduler(pipe, objective, learns=learns)
     return Base(pipe, objective, encoders, layer, prior, fingerprint(pipe.unet) if learns else None)
 
@@ -283,9 +283,10 @@ def as_given(pipe: Any, source: str, config: Config) -> Any:
         return pipe
     learned = learning(config)
     parts = {n: p for n, p in pipe.components.items() if n in learned or not isinstance(p, nn.Module)}
-    if config.base.vae is not None:
+    if config.base.vae is not None and "vae" in pipe.components:
         parts["vae"] = load_component(AutoencoderKL, config.base.vae)
-    return type(pipe).from_pretrained(source, **parts, **(hub(config) if source == config.base.model else {}))
+    own = source == config.base.model or config.target == "prior"  # else a prior's files beside the base's
+    return type(pipe).from_pretrained(source, **parts, **(hub(config) if own else {}))
 
 
 def check_channels(pipe: Any, name: str) -> None:
