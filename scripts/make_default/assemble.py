@@ -57,7 +57,7 @@ SETS: dict[str, tuple[Callable[[Path], None], int]] = {
     "default": (default, 60_000_000),
     "default_kandinsky": (default_kandinsky, 30_000_000),
 }
-STEPS, GUIDANCE = 20, 4.0  # good for both
+STEPS, GUIDANCE = 20, 2.5  # good for both
 CARD = f"""---
 library_name: diffusers
 license: apache-2.0

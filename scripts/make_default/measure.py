@@ -61,6 +61,10 @@ class Model:
     def pipe(self) -> Any:
         return load(self.folder)
 
+    def guides(self, control: str) -> bool:
+        """Whether guidance over a control's image is measured, too; a hint has none of its own."""
+        return control in EDGES and not hasattr(self.pipe, "movq")
+
     def part(self, name: str, work: Callable[[], dict[str, Any]], control: str | None = None) -> dict[str, Any]:
         """Figures of one part, measured now where they are not kept."""
         file = self.file(name, "json", control)
@@ -101,9 +105,14 @@ def condition_of(control: str) -> tuple[str, dict[str, Any]]:
 
 
 def draw(
-    pipe: Any, prompts: Sequence[str], seeds: Sequence[int], control: str | None = None, images: Sequence[Any] = ()
+    pipe: Any,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    control: str | None = None,
+    images: Sequence[Any] = (),
+    guidance: float | None = None,
 ) -> np.ndarray:
-    """(n, 64, 64, 3) uint8: a picture for each prompt, with a control's images where it is given."""
+    """(n, 64, 64, 3) uint8: a picture for each prompt, with a control's images, and guidance over them, where given."""
     made = []
     for start in range(0, len(prompts), BATCH):
         part = slice(start, start + BATCH)
@@ -114,7 +123,7 @@ def draw(
             num_inference_steps=STEPS,
             guidance_scale=GUIDANCE,
             generator=[torch.Generator().manual_seed(seed) for seed in seeds[part]],
-            controls=[] if control is None else [Control(control, list(images[part]))],
+            controls=[] if control is None else [Control(control, list(images[part]), guidance=guidance)],
         )
         made += [np.asarray(image) for image in out.images]
     return np.stack(made)
@@ -287,14 +296,13 @@ def figures_of(model: Model) -> dict[str, Any]:
     for name in model.controls:
         seen = model.part(f"under {name}", lambda name=name: under(model, name), name)
         figures["captions, strange"][name] = seen
-        plain = name in EDGES and not hasattr(model.pipe, "movq")  # a hint has no guidance of its own
-        guided = ("--control-guidance", str(IMAGE_GUIDANCE)) if plain else ()
+        guided = ("--control-guidance", str(IMAGE_GUIDANCE)) if model.guides(name) else ()
         figures["controls"][name] = followed(model, name, "held out", listed, SCALES, "--photos", *guided)
         if name in EDGES:
             figures["with diagonals"][name] = with_diagonals(model.file(f"{name} held out", "page", name))
         if name in DRAWN:
-            figures["doodles"][name] = followed(model, name, "doodles", drawn, [1.0])
-            figures["photos"][name] = followed(model, name, "photos", photos, [1.0], "--photos")
+            figures["doodles"][name] = followed(model, name, "doodles", drawn, [1.0], *guided)
+            figures["photos"][name] = followed(model, name, "photos", photos, [1.0], "--photos", *guided)
     return figures
 
 
@@ -319,6 +327,8 @@ def bounds(figures: dict[str, Any], wanted: Sequence[str] = ()) -> list[dict[str
         else:
             if name in least:
                 row(f"{name}, {own['measure']}", with_, least[name])
+                for arm in (key for key in own if key.startswith("guidance")):
+                    row(f"{name} with {arm} over its image, {own['measure']}", own[arm]["value"], least[name])
             row(f"{name}, share of the gap closed", (with_ - without) / (1 - without), gaps.get(name, 0.5))
             row(f"{name}, above another's condition", with_ - versus, 0.2)
             row(f"{name}, largest step down over scale", -steps.min(), 0.01, most=True)

@@ -15,7 +15,7 @@ import doodles
 import drawings
 import numpy as np
 import pictures
-from measure import DRAWN, Model, draw, neighbours, samples, seen
+from measure import DRAWN, IMAGE_GUIDANCE, Model, draw, neighbours, samples, seen
 from PIL import Image, ImageDraw, ImageFont
 
 from diffusion_kit.models.sources import embedded
@@ -53,8 +53,15 @@ def controls(model: Model) -> tuple[list[Tile], int]:
     for name in model.controls:
         found = [seen(name, own.pixels) for own in asked]
         tiles += [(np.asarray(own), name) for own in found]
-        tiles += [(own, f"with {name}") for own in draw(model.pipe, prompts, seeds, name, found)]
+        for guidance, said in arms(model, name):
+            tiles += [(own, said) for own in draw(model.pipe, prompts, seeds, name, found, guidance)]
     return tiles, len(asked)
+
+
+def arms(model: Model, control: str) -> list[tuple[float | None, str]]:
+    """A control plain and, for edges, with guidance over its image; and the words below."""
+    plain, guided = (None, f"with {control}"), (IMAGE_GUIDANCE, f"with {control}, guidance {IMAGE_GUIDANCE:g}")
+    return [plain, guided] if model.guides(control) else [plain]
 
 
 def lines(model: Model, rows: Sequence[tuple[str, str, Image.Image]], photos: bool) -> tuple[list[Tile], int]:
@@ -67,7 +74,8 @@ def lines(model: Model, rows: Sequence[tuple[str, str, Image.Image]], photos: bo
         found = [seen(control, own) for own in shown] if photos else [own for _, _, own in rows]
         if photos:
             parts.append([(np.asarray(own), control) for own in found])
-        parts.append([(own, f"with {control}") for own in draw(model.pipe, prompts, seeds, control, found)])
+        guidance, said = arms(model, control)[-1]
+        parts.append([(own, said) for own in draw(model.pipe, prompts, seeds, control, found, guidance)])
     return [tile for row in zip(*parts, strict=True) for tile in row], 2 * len(parts)
 
 
