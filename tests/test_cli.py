@@ -117,6 +117,25 @@ def test_again_from_other_formats_and_other_settings(suffix: str, sd_model: Path
     assert (recipe.scheduler, recipe.fit, recipe.negative_prompt) == ("DDIMScheduler", "contain", "bad")
 
 
+def test_steps_and_guidance_are_by_default_the_cards(model: Path, work: Path, capsys: Any) -> None:
+    copy = Path(shutil.copytree(model, work / "copy"))
+
+    def used(*arguments: Any) -> tuple[int, float]:
+        assert main(["generate", "a red fox", "--model", str(copy), "--seed", "1", "--out", "a.png", *arguments]) == 0
+        recipe = read("a.png")
+        assert isinstance(recipe, Recipe)
+        return recipe.steps, recipe.guidance_scale
+
+    assert used() == (30, 5.0)
+    (copy / "README.md").write_text("---\nnum_inference_steps: 2\nguidance_scale: 2.5\n---\n")
+    assert used() == (2, 2.5)
+    assert used("--guidance-scale", "3") == (2, 3.0)
+    assert used("--steps", "3") == (3, 2.5)
+    (copy / "README.md").write_text("---\nguidance_scale: much\n---\n")
+    assert main(["generate", "a red fox", "--model", str(copy), "--out", "b.png"]) == 2
+    assert "says no steps and guidance" in capsys.readouterr().err
+
+
 def test_a_variation_changes_what_is_given_and_nothing_else(model: Path, work: Path) -> None:
     assert run(model, "--control", "canny=photo.png", "--out", "a.png") == 0
     assert main(["generate", "a blue boat", "--again", "a.png", "--steps", "4", "--out", "b.png"]) == 0
@@ -201,7 +220,7 @@ def hostile(source: str, **changes: Any) -> str:
         ({"dtype": "load"}, "--dtype is 'load'; it must be one of float32"),
         ({"device": "meta"}, "no device 'meta'"),
         ({"steps": 10**9}, "--steps is 1000000000"),
-        ({"model": "/usr"}, "/usr is no model: it has no model_index.json and no config.json"),
+        ({"model": "/usr"}, "/usr is no model: it has no model_index.json, config.json or .safetensors file"),
         ({"model": "owner/name"}, "owner/name is not in the hub's cache"),
         ({"model": "owner/name", "model_hash": None}, "the recipe has no hash of its model owner/name"),
         (

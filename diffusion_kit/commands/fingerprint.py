@@ -31,8 +31,10 @@ def fingerprint(source: str | Path) -> str:
             raise FileNotFoundError(f"{place} is not in the hub's cache") from None
     if place.is_file():
         return f"sha256:{_hash_of(place)}"
-    if not any((place / name).is_file() for name in ("model_index.json", "config.json")):
-        raise FileNotFoundError(f"{place} is no model: it has no model_index.json and no config.json")
+    if not any(
+        file for pattern in ("model_index.json", "config.json", "*.safetensors") for file in place.glob(pattern)
+    ):
+        raise FileNotFoundError(f"{place} is no model: it has no model_index.json, config.json or .safetensors file")
     found = (file for pattern in ("*.safetensors", "*.json", "*.txt") for file in place.rglob(pattern))
     files = sorted(file for file in found if file.is_file())
     own = [(file.relative_to(place).as_posix(), file) for file in files]

@@ -45,8 +45,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--fit", help="how pictures of another shape are brought to the output's: cover (the default), contain, stretch"
     )
-    add("--steps", type=int, help="by default 30")
-    add("--guidance-scale", type=float, help="by default the model's: 5 for SDXL, 7.5 for Stable Diffusion")
+    add("--steps", type=int, help="by default what the model's card says, else 30")
+    add(
+        "--guidance-scale",
+        type=float,
+        help="by default what the model's card says, else 5 for SDXL, 7.5 for Stable Diffusion",
+    )
     add("--seed", type=int, help="random, and printed, if not given")
     add("--size", metavar="WxH", help="by default the model's area in the shape of the first picture given")
     add("--count", type=int, default=1, help="pictures of each prompt, with the seeds SEED, SEED + 1, ...")
@@ -68,7 +72,7 @@ class Settings:
 
     model: str
     negative_prompt: str | None
-    steps: int
+    steps: int | None
     guidance_scale: float | None
     seed: int
     size: tuple[int, int] | None
@@ -132,7 +136,7 @@ def settle(options: argparse.Namespace, old: Recipe | ForeignRecipe | None) -> S
     return Settings(
         model=options.model or (own.model if own else "default"),
         negative_prompt=first(options.negative_prompt, "negative_prompt"),
-        steps=first(options.steps, "steps", 30),
+        steps=first(options.steps, "steps"),
         guidance_scale=first(options.guidance_scale, "guidance_scale"),
         seed=first(options.seed, "seed", int.from_bytes(os.urandom(4), "little")),
         size=size,

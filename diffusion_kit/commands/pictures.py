@@ -17,6 +17,7 @@ from diffusion_kit.adapters.control import Control, granularity, shown_as
 from diffusion_kit.adapters.detectors import detect, detector
 from diffusion_kit.adapters.pictures import FITS, MEGAPIXELS, fit_image, load_image, resize
 from diffusion_kit.commands.fingerprint import fingerprint
+from diffusion_kit.models.card import settled
 from diffusion_kit.pipelines.auto import AutoPipelineForText2Image
 from diffusion_kit.pipelines.canvas import rounded
 from diffusion_kit.recipes import ControlRecipe, FileRef, Recipe
@@ -26,13 +27,13 @@ from .generate import DTYPES, Settings
 from .jobs import AUTO, Job, without_auto
 
 PACKAGES = ("diffusion_kit", "torch", "diffusers", "transformers")
-MOST_STEPS = 10_000
+STEPS, MOST_STEPS = 30, 10_000
 NARROWEST = 4  # sides of a result at most as 1 to 4, whatever the picture's shape
 
 
 def check(jobs: Sequence[Job], settings: Settings, count: int) -> None:
     """What can be wrong before a model is loaded: pictures, windows and scales, names of detectors, fit, device."""
-    if not 1 <= settings.steps <= MOST_STEPS:
+    if settings.steps is not None and not 1 <= settings.steps <= MOST_STEPS:
         raise ValueError(f"--steps is {settings.steps}; it must be 1 to {MOST_STEPS}")
     if not 0 <= settings.seed <= 2**63 - count:
         raise ValueError(f"--seed is {settings.seed}; it must be 0 or more, and below 2^63 for every picture")
@@ -150,13 +151,14 @@ def complete(pipe: Any, job: Job, settings: Settings, seed: int, hash_of: Callab
     height, width = rounded("--size", height, width, multiple)
     if width * height > MEGAPIXELS * 1e6:
         raise ValueError(f"--size is {width} x {height}; at most {MEGAPIXELS} megapixels are made")
-    guidance = pipe.Call.guidance_scale if settings.guidance_scale is None else settings.guidance_scale
+    given, usual = (settings.steps, settings.guidance_scale), (STEPS, pipe.Call.guidance_scale)
+    steps, guidance = settled(pipe.config.get("_name_or_path", ""), given, usual)
     strength = pipe.Call.strengths[job.mask is not None] if settings.strength is None else settings.strength
     return Recipe(
         prompt=job.prompt,
         negative_prompt=settings.negative_prompt,
         seed=seed,
-        steps=settings.steps,
+        steps=steps,
         guidance_scale=guidance,
         width=width,
         height=height,

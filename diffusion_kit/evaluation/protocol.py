@@ -10,19 +10,17 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub import metadata_load
 from PIL import Image, ImageOps
 from tqdm import tqdm
-from yaml import YAMLError
 
 from diffusion_kit.adapters.control import Control
 from diffusion_kit.adapters.detectors import detect, detector, inverted, missing
 from diffusion_kit.adapters.pictures import fit_image, load_image
+from diffusion_kit.models.card import settled
 
 from .intervals import bootstrap
 from .measures import Measure, measures_of
@@ -132,7 +130,7 @@ def evaluate(
         detector: its name, see `measures.MEASURES`; where it lacks its weights, its measures are "not measured".
         settings: the detector's options, those with which the conditions were made.
         seeds: pictures for each condition and arm; `seed` is the first one's.
-        steps, guidance: by default as the model's card says, see `card`.
+        steps, guidance: by default as the model's card says, see `models.card`.
         size: (width, height) of the pictures in pixels; by default the model's own.
         batch: pictures made in one call.
         dropped: also with the control at its last scale given a picture without content: black, or white if inverted.
@@ -152,7 +150,8 @@ def evaluate(
     width, height = size or pipe.native_size[::-1]
     ready = [fitted(condition, (width, height), detector, settings) for condition in conditions]
     lack = lacking(detector, settings, ready[0].image)
-    own_steps, own_guidance = card(pipe)
+    folder = pipe.config.get("_name_or_path", "")
+    steps, guidance = settled(folder, (steps, guidance), (STEPS, GUIDANCE))
     plan = Plan(
         pipe=pipe,
         make_controls=make_controls,
@@ -163,8 +162,8 @@ def evaluate(
         seed=seed,
         batch=batch,
         call={
-            "num_inference_steps": own_steps if steps is None else steps,
-            "guidance_scale": own_guidance if guidance is None else guidance,
+            "num_inference_steps": steps,
+            "guidance_scale": guidance,
             "width": width,
             "height": height,
         },
@@ -208,18 +207,6 @@ def lacking(name: str, settings: Mapping[str, Any], picture: Image.Image) -> str
     except (FileNotFoundError, ImportError) as error:
         return missing(name, settings.get("model")) or " ".join(str(error).split())
     return None
-
-
-def card(pipe: Any) -> tuple[int, float]:
-    """Steps and guidance after the head of README.md in the model's folder (`num_inference_steps`, `guidance_scale`); else
-    20 and 7.5."""
-    folder = Path(str(pipe.config.get("_name_or_path", "")))
-    file = folder / "README.md"
-    try:
-        says = (metadata_load(file) if folder.is_absolute() and file.is_file() else None) or {}
-        return int(says.get("num_inference_steps", STEPS)), float(says.get("guidance_scale", GUIDANCE))
-    except (TypeError, ValueError, YAMLError) as error:
-        raise ValueError(f"the head of {file} says no steps and guidance: {' '.join(str(error).split())}") from None
 
 
 def fitted(condition: Condition, size: tuple[int, int], name: str, settings: Mapping[str, Any]) -> Condition:
