@@ -232,13 +232,13 @@ def test_a_tensor_too_few_is_one_line(tmp_path: Path) -> None:
         assert "\n" not in str(error.value)
 
 
-def test_a_file_beside_its_configuration_loads_by_it() -> None:
+def test_a_file_beside_its_configuration_loads_by_it(tmp_path: Path) -> None:
     """A full adapter and SDXL's have tensors of the same shapes."""
-    from diffusion_kit.models.sources import embedded
-
-    folder = embedded() / "controls" / "canny"
-    net = load_control_model(next(folder.glob("*.safetensors")))
-    assert net.config.adapter_type == "full_adapter_xl" == load_control_model(folder).config.adapter_type
+    net = make_adapter()
+    assert net.config.adapter_type == "full_adapter_xl"
+    net.save_pretrained(tmp_path, safe_serialization=True)
+    loaded = load_control_model(next(tmp_path.glob("*.safetensors")))
+    assert loaded.config.adapter_type == "full_adapter_xl" == load_control_model(tmp_path).config.adapter_type
 
 
 def test_an_odd_adapter_is_one_line(tmp_path: Path) -> None:

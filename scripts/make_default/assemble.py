@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from diffusers import (
+    DDIMScheduler,
     EulerDiscreteScheduler,
     KandinskyV22CombinedPipeline,
     KandinskyV22Pipeline,
@@ -46,6 +47,8 @@ def default_kandinsky(new: Path) -> None:
     results = WORK / "kandinsky"
     decoder = KandinskyV22Pipeline.from_pretrained(results / "decoder/result", torch_dtype=torch.float32)
     prior = KandinskyV22PriorPipeline.from_pretrained(results / "prior/result", torch_dtype=torch.float32)
+    few_steps = DDIMScheduler.from_config(decoder.scheduler.config, timestep_spacing="trailing")
+    decoder.register_modules(scheduler=few_steps)
     parts = {f"prior_{name}": part for name, part in prior.components.items()}
     KandinskyV22CombinedPipeline(**decoder.components, **parts).save_pretrained(new, safe_serialization=True)
     if (results / "hint/result").is_dir():
@@ -97,7 +100,8 @@ def main(name: str, out: Path) -> None:
     for folder in new.glob("*tokenizer*"):
         shutil.rmtree(folder)
         shutil.copytree(TOKENIZER, folder)
-    halved(new), tidied(new)
+    halved(new)
+    tidied(new)
     (new / "README.md").write_text(CARD.format(name=name.replace("_", "-")))
     size = sum(file.stat().st_size for file in new.rglob("*") if file.is_file())
     for file in sorted(new.rglob("*.safetensors")):

@@ -83,7 +83,8 @@ class Model:
 def protocol_hash() -> str:
     """Of all that figures depend on beside the weights: who measures, what is asked for, and how it is compared."""
     own, kit = drawings.HERE, ROOT / "diffusion_kit"
-    files = [*own.glob("*.py"), *own.glob("*.txt"), *(kit / "evaluation").glob("*.py")]
+    files = [file for file in own.glob("*.py") if file.name not in ("sheets.py", "restore.py")]
+    files += [*own.glob("*.txt"), *(kit / "evaluation").glob("*.py")]
     files += [*(kit / "adapters").rglob("*.py"), *(kit / "sampling").glob("*.py")]
     files += (ROOT / "configs/default").glob("*.yaml")
     files += [classifier.FILE] if classifier.FILE.exists() else []

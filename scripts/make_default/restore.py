@@ -1,7 +1,7 @@
-"""Lays the copies under `safety/` where what follows looks for them, the base in float32.
+"""Lays what is finished where the trainings that follow look for it, so that a lost `runs/` loses nothing.
 
-`python scripts/make_default/restore.py` writes `runs/make_default/autoencoder/result/` and, of what else there is a copy,
-`runs/make_default/wide/result/` and those of the controls. `restore.py keep NAME ...` makes the copies of controls.
+`python scripts/make_default/restore.py` writes the parts of the embedded model, and the copies under `safety/`, into
+`runs/make_default/`. `restore.py keep kandinsky/movq ...` makes such a copy of a training's result, in fp16.
 """
 
 from __future__ import annotations
@@ -9,44 +9,32 @@ from __future__ import annotations
 import shutil
 import sys
 
-import new_base
-from assemble import CONTROLS, LEFT_OUT, halved
-from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
-from new_base import WORK
-from transformers import CLIPTextModel, CLIPTextModelWithProjection
+from assemble import LEFT_OUT, halved, tidied
+from new_base import ROOT, WORK
 
-SAFETY = new_base.ROOT / "scripts/make_default/safety"
-PARTS = {
-    "unet": UNet2DConditionModel,
-    "text_encoder": CLIPTextModel,
-    "text_encoder_2": CLIPTextModelWithProjection,
-}
+from diffusion_kit.models.sources import embedded
+
+SAFETY = ROOT / "scripts/make_default/safety"
 
 
 def main() -> None:
-    autoencoder, base = WORK / "autoencoder/result", WORK / "wide/result"
-    shutil.copytree(SAFETY / "autoencoder", autoencoder, dirs_exist_ok=True)
-    if (SAFETY / "base").is_dir():
-        new_base.main(autoencoder, base)
-        pipe = StableDiffusionXLPipeline.from_pretrained(base, add_watermarker=False)
-        parts = {name: cls.from_pretrained(SAFETY / "base" / name).float() for name, cls in PARTS.items()}
-        pipe.register_modules(**parts)
-        pipe.save_pretrained(base, safe_serialization=True)
-    for name in CONTROLS:
-        if (SAFETY / name).is_dir():
-            shutil.copytree(SAFETY / name, WORK / name / "result", dirs_exist_ok=True)
+    controls = (embedded() / "controls").iterdir()
+    parts = {"wide": embedded(), "autoencoder": embedded() / "vae"} | {part.name: part for part in controls}
+    parts |= {copy.relative_to(SAFETY).as_posix(): copy for copy in SAFETY.glob("kandinsky/*")}
+    for name, part in parts.items():
+        shutil.copytree(part, WORK / name / "result", dirs_exist_ok=True, ignore=shutil.ignore_patterns("controls"))
 
 
 def keep(name: str) -> None:
-    """Copies the result of a control's training, in fp16."""
     shutil.rmtree(SAFETY / name, ignore_errors=True)
     shutil.copytree(WORK / name / "result", SAFETY / name, ignore=LEFT_OUT)
     halved(SAFETY / name)
+    tidied(SAFETY / name)
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["keep"]:
-        for control in sys.argv[2:]:
-            keep(control)
+        for training in sys.argv[2:]:
+            keep(training)
     else:
         main()

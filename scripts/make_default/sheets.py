@@ -15,13 +15,14 @@ import doodles
 import drawings
 import numpy as np
 import pictures
-from measure import DRAWN, IMAGE_GUIDANCE, Model, draw, neighbours, samples, seen
+from measure import DRAWN, IMAGE_GUIDANCE, Model, condition_of, draw, neighbours, samples, seen
 from PIL import Image, ImageDraw, ImageFont
 
 from diffusion_kit.models.sources import embedded
 
 ZOOM, GAP, LETTERS, LINE = 3, 6, 31, 14  # letters and height of a line of words below a tile
 SIDE = ZOOM * pictures.SIZE
+KEPT_BACK = ("moon", "motorcycle")  # photos that nobody has said may be shown
 Tile = tuple[np.ndarray, str]
 
 
@@ -50,9 +51,11 @@ def controls(model: Model) -> tuple[list[Tile], int]:
     prompts, seeds = [own.prompt for own in asked], [0] * len(asked)
     tiles = [(own.pixels, own.slug.replace("-", " ")) for own in asked]
     tiles += zip(draw(model.pipe, prompts, seeds), prompts, strict=True)
+    shown: list[str] = []  # detectors, each of whose conditions is shown once
     for name in model.controls:
-        found = [seen(name, own.pixels) for own in asked]
-        tiles += [(np.asarray(own), name) for own in found]
+        found, detector = [seen(name, own.pixels) for own in asked], condition_of(name)[0]
+        tiles += [(np.asarray(own), detector) for own in found if detector not in shown]
+        shown.append(detector)
         for guidance, said in arms(model, name):
             tiles += [(own, said) for own in draw(model.pipe, prompts, seeds, name, found, guidance)]
     return tiles, len(asked)
@@ -70,10 +73,13 @@ def lines(model: Model, rows: Sequence[tuple[str, str, Image.Image]], photos: bo
     shown = [np.asarray(own.resize((pictures.SIZE, pictures.SIZE), Image.Resampling.LANCZOS)) for _, _, own in rows]
     parts = [[(own, name) for own, (name, _, _) in zip(shown, rows, strict=True)]]
     parts.append(list(zip(draw(model.pipe, prompts, seeds), prompts, strict=True)))
+    detectors: list[str] = []
     for control in (name for name in model.controls if name in DRAWN):
         found = [seen(control, own) for own in shown] if photos else [own for _, _, own in rows]
-        if photos:
-            parts.append([(np.asarray(own), control) for own in found])
+        detector = condition_of(control)[0]
+        if photos and detector not in detectors:
+            parts.append([(np.asarray(own), detector) for own in found])
+        detectors.append(detector)
         guidance, said = arms(model, control)[-1]
         parts.append([(own, said) for own in draw(model.pipe, prompts, seeds, control, found, guidance)])
     return [tile for row in zip(*parts, strict=True) for tile in row], 2 * len(parts)
@@ -93,7 +99,7 @@ SHEETS = {
     "captions": captions,
     "controls": controls,
     "doodles": lambda model: lines(model, doodles.doodles(), photos=False),
-    "photos": lambda model: lines(model, doodles.photos(), photos=True),
+    "photos": lambda model: lines(model, [row for row in doodles.photos() if row[0] not in KEPT_BACK], photos=True),
     "nearest": nearest,
 }
 
