@@ -25,8 +25,8 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 PAGE, PICTURE, LOG = ROOT / "docs/training.md", ROOT / "docs/pictures/photo-edges.png", ROOT / "outputs/road.txt"
 GAIN, MINUTES = 0.1, 20  # of edge F1 by the control, at least; of two idle cores, at most
-SHOWN = "00", "01", "03"  # of a condition's pictures: itself, without the control, with it
-COLUMNS, ZOOM, GAP = 4, 2, 4  # conditions a row; enlargement; pixels between
+SHOWN = "00", "01", "03", "05"  # of a condition: itself, without the control, with it, with guidance over it
+COLUMNS, ZOOM, GAP = 2, 2, 4  # conditions a row; enlargement; pixels between
 
 
 def commands(page: str) -> list[str]:
