@@ -85,7 +85,7 @@ def tidied(folder: Path) -> None:
     """Configurations load in float32 and name no folders of this machine."""
     for file in folder.rglob("*.json"):
         content = json.loads(file.read_text())
-        if isinstance(content, dict) and file.name == "config.json":
+        if isinstance(content, dict) and file.name in ("config.json", "model_index.json"):
             content.pop("_name_or_path", None)
             if "dtype" in content:  # transformers would load half precision beside a float UNet
                 content["dtype"] = "float32"
