@@ -31,9 +31,7 @@ def fingerprint(source: str | Path) -> str:
             raise FileNotFoundError(f"{place} is not in the hub's cache") from None
     if place.is_file():
         return f"sha256:{_hash_of(place)}"
-    if not any(
-        file for pattern in ("model_index.json", "config.json", "*.safetensors") for file in place.glob(pattern)
-    ):
+    if not any(any(place.glob(name)) for name in ("model_index.json", "config.json", "*.safetensors")):
         raise FileNotFoundError(f"{place} is no model: it has no model_index.json, config.json or .safetensors file")
     found = (file for pattern in ("*.safetensors", "*.json", "*.txt") for file in place.rglob(pattern))
     files = sorted(file for file in found if file.is_file())
