@@ -39,7 +39,7 @@ def test_a_folder_of_photos_and_a_list_of_their_maps(photos: Path, tmp_path: Pat
     table = capsys.readouterr().out
     report = json.loads((tmp_path / "one" / "report.json").read_text())
     assert [line["arm"] for line in report["lines"]] == ["without", "scale 0.5", "scale 1", "neutral"]
-    assert report["about"]["guidance"] == 4.0, "the embedded model's"
+    assert report["about"]["guidance"] == 2.5, "the embedded model's"
     assert report["about"]["steps"] == 2
     assert "edge F1, more is better" in table
     assert len(list((tmp_path / "one").glob("*.png"))) == 2 * 9
