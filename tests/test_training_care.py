@@ -360,6 +360,62 @@ def test_an_autoencoder_learns_from_pictures_of_several_shapes(tmp_path: Path) -
         make_target(training_models.config("autoencoder", tmp_path, network={"class": "VAE"}), CPU)
 
 
+MOVQ = {
+    "class": "VQModel",
+    "block_out_channels": [8, 8],
+    "down_block_types": ["DownEncoderBlock2D"] * 2,
+    "up_block_types": ["UpDecoderBlock2D"] * 2,
+    "num_vq_embeddings": 32,
+    "norm_num_groups": 4,
+}
+
+
+def pictures_of(count: int) -> Any:
+    """Samples, as targets see them, of random pictures."""
+    pixels = torch.rand(count, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    samples = [SimpleNamespace(pixels=own, weight=1.0, place=Place(0, 0, k)) for k, own in enumerate(pixels)]
+    return SimpleNamespace(samples=samples, places=[own.place for own in samples])
+
+
+def one_of(batch: Any, k: int) -> Any:
+    return SimpleNamespace(samples=batch.samples[k : k + 1], places=batch.places[k : k + 1])
+
+
+def test_codes_of_a_new_movq_begin_among_its_latents(tmp_path: Path) -> None:
+    """Far from them nearly all stay unused; those of a trained one stay where they are."""
+    own, batch = make_target(training_models.config("autoencoder", tmp_path, network=MOVQ), CPU), pictures_of(4)
+    latents = own.vae.encode(torch.stack([sample.pixels for sample in batch.samples])).latents
+    used = len(own.vae.quantize(latents)[2][2].unique())
+    own.begin(lambda: [batch])
+    codes = own.vae.quantize.embedding.weight.detach().clone()
+    rows = latents.transpose(0, 1).flatten(1).T
+    assert (codes[:, None] - rows).abs().amax(2).amin(1).max() < 1e-6
+    assert len(own.vae.quantize(latents)[2][2].unique()) > max(used, 0.9 * len(codes.unique(dim=0)))
+    own.begin(lambda: [pictures_of(2)])
+    assert torch.equal(own.vae.quantize.embedding.weight, codes)
+
+
+def test_a_movq_learns_of_each_picture_by_itself(tmp_path: Path) -> None:
+    """Its codes' loss was once a mean over the batch, blanks too. Some pictures are made of their codes, others of their
+    latents, as the pipelines make them."""
+    own, batch = make_target(training_models.config("autoencoder", tmp_path, network=MOVQ), CPU), pictures_of(8)
+    own.begin(lambda: [batch])
+    alone = [own.forward(one_of(batch, k)).loss for k in range(8)]
+    torch.testing.assert_close(own.forward(batch).loss, torch.cat(alone), rtol=1e-5, atol=1e-6)
+    own.weights = dict.fromkeys(own.weights, 0.0) | {"squared": 1.0}
+    pixels = torch.stack([sample.pixels for sample in batch.samples])
+    latents = own.vae.encode(pixels).latents
+    errors = torch.stack(
+        [
+            (own.vae.decode(latents, force_not_quantize=plain).sample - pixels).square().mean((1, 2, 3))
+            for plain in (True, False)
+        ]
+    )
+    near = (own.forward(batch).loss - errors).abs() < 1e-6
+    assert near.any(0).all(), "each is one of the two"
+    assert near.any(1).all(), "both occur"
+
+
 def test_a_validation_that_cannot_measure_ends_no_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:

@@ -9,7 +9,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-PURPOSES = ("crop", "flip", "caption", "drop_caption", "drop_condition", "posterior", "noise", "offset", "timestep")
+PURPOSES = (
+    *("crop", "flip", "caption", "drop_caption", "drop_condition"),
+    *("posterior", "noise", "offset", "timestep", "quantised"),
+)
 
 
 class Place(NamedTuple):

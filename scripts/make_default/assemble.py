@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 from diffusers import (
-    DDIMScheduler,
     EulerDiscreteScheduler,
     KandinskyV22CombinedPipeline,
     KandinskyV22Pipeline,
@@ -47,8 +46,6 @@ def default_kandinsky(new: Path) -> None:
     results = WORK / "kandinsky"
     decoder = KandinskyV22Pipeline.from_pretrained(results / "decoder/result", torch_dtype=torch.float32)
     prior = KandinskyV22PriorPipeline.from_pretrained(results / "prior/result", torch_dtype=torch.float32)
-    few_steps = DDIMScheduler.from_config(decoder.scheduler.config, timestep_spacing="trailing")
-    decoder.register_modules(scheduler=few_steps)
     parts = {f"prior_{name}": part for name, part in prior.components.items()}
     KandinskyV22CombinedPipeline(**decoder.components, **parts).save_pretrained(new, safe_serialization=True)
     if (results / "hint/result").is_dir():

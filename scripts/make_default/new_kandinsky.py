@@ -10,7 +10,7 @@ import shutil
 
 import torch
 from diffusers import (
-    DDPMScheduler,
+    DDIMScheduler,
     KandinskyV22Pipeline,
     KandinskyV22PriorPipeline,
     PriorTransformer,
@@ -18,7 +18,7 @@ from diffusers import (
     UNet2DConditionModel,
     VQModel,
 )
-from new_base import TOKENIZER, WORK
+from new_base import SCHEDULE, TOKENIZER, WORK
 from transformers import (
     CLIPImageProcessor,
     CLIPTextModelWithProjection,
@@ -57,7 +57,7 @@ def make_vision() -> CLIPVisionModelWithProjection:
     config = CLIPVisionConfig(
         hidden_size=EMBED,
         intermediate_size=4 * EMBED,
-        num_hidden_layers=4,
+        num_hidden_layers=3,
         num_attention_heads=4,
         image_size=SIZE,
         patch_size=8,
@@ -72,9 +72,7 @@ def main() -> None:
     tokenizer = CLIPTokenizer.from_pretrained(TOKENIZER, local_files_only=True)
     decoder = KandinskyV22Pipeline(
         unet=make_unet(movq.config.latent_channels),
-        scheduler=DDPMScheduler(
-            beta_start=0.00085, beta_end=0.012, beta_schedule="linear", clip_sample=False, thresholding=False
-        ),
+        scheduler=DDIMScheduler(**SCHEDULE, clip_sample=False),
         movq=movq,
     )
     prior = KandinskyV22PriorPipeline(

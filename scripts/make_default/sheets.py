@@ -110,4 +110,5 @@ if __name__ == "__main__":
     parser.add_argument("--folder", type=Path, default=drawings.HERE.parents[1] / "docs/pictures")
     options = parser.parse_args()
     for name in options.sheets:
-        grid(*SHEETS[name](Model(options.model)), options.folder / f"default-{name}.png")
+        own = options.model.name.replace("_", "-")
+        grid(*SHEETS[name](Model(options.model)), options.folder / f"{own}-{name}.png")

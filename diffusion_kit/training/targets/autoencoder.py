@@ -23,6 +23,7 @@ from diffusion_kit.pipelines.auto import class_name
 from diffusion_kit.training.bases import hub
 from diffusion_kit.training.config import Config
 from diffusion_kit.training.data.samples import Batch
+from diffusion_kit.training.keyed import draws
 from diffusion_kit.training.objective import normal
 
 from .target import Losses, Target, built, checkpoint_gradients, in_float32
@@ -39,6 +40,7 @@ WEIGHTS = {
 # Light, orange against blue, and green against magenta; the last, which is learned last, counts three times.
 OPPONENTS = ((0.58, 0.58, 0.58), (1.0, 0.0, -1.0), (1.22, -2.45, 1.22))
 CLASSES = {"AutoencoderKL": AutoencoderKL, "VQModel": VQModel}  # of `network.class`
+COMMITMENT = 0.25  # of latents to their codes, beside that of codes to their latents
 AREA = 4  # pixels of a side of the areas whose colours are compared
 
 
@@ -58,7 +60,7 @@ class AutoencoderTarget(Target):
 
     def forward(self, batch: Batch) -> Losses:
         pixels = torch.stack([sample.pixels for sample in batch.samples]).to(self.vae.device)
-        made, more = self._quantised(pixels) if isinstance(self.vae, VQModel) else self._drawn(pixels, batch)
+        made, more = self._quantised(pixels, batch) if isinstance(self.vae, VQModel) else self._drawn(pixels, batch)
         parts = compared(made.float(), pixels) | more
         loss = torch.stack([self.weights[name] * part for name, part in parts.items()]).sum(0)
         return Losses(loss, torch.zeros_like(loss))
@@ -71,10 +73,19 @@ class AutoencoderTarget(Target):
         kl = 0.5 * (mean**2 + deviation**2 - 1 - 2 * deviation.log()).mean((1, 2, 3))
         return self.vae.decode(latents).sample, {"kl": kl}
 
-    def _quantised(self, pixels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Pictures of the codes nearest to the latents, and how far these are."""
-        out = self.vae.decode(self.vae.encode(pixels).latents)
-        return out.sample, {"codes": out.commit_loss.expand(len(pixels))}
+    def _quantised(self, pixels: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Pictures of the latents as they are, which is what the pipelines decode, or of their codes, by a coin for each
+        sample; and how far latents and codes are from each other, (B,)."""
+        latents = self.vae.encode(pixels).latents
+        straight, _, (_, _, indices) = self.vae.quantize(latents)
+        coins = torch.tensor([draws(place, "quantised").random() < 0.5 for place in batch.places])
+        decoded = torch.where(coins.to(latents.device)[:, None, None, None], straight, latents)
+        batch_first = (len(latents), *latents.shape[2:], latents.shape[1])
+        codes = self.vae.quantize.get_codebook_entry(indices, batch_first).float()
+        latents = latents.float()
+        apart = F.mse_loss(codes, latents.detach(), reduction="none")
+        apart = apart + COMMITMENT * F.mse_loss(latents, codes.detach(), reduction="none")
+        return self.vae.decode(decoded, force_not_quantize=True).sample, {"codes": apart.mean((1, 2, 3))}
 
     def reconstruct(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1] from the means of their latents."""
@@ -90,23 +101,37 @@ class AutoencoderTarget(Target):
         checkpoint_gradients(self.vae)
 
     @torch.no_grad()
+    def begin(self, batches: Callable[[], list[Batch]]) -> None:
+        """Puts the codes of a new MoVQ among its latents: codes that begin elsewhere are hardly ever the nearest, and stay
+        unused (Zeghidour et al. 2021, arXiv 2107.03312)."""
+        if not isinstance(self.vae, VQModel):
+            return
+        codes = self.vae.quantize.embedding.weight
+        if codes.abs().max() <= 1 / len(codes):  # as they are drawn
+            latents = self._latents(batches())
+            codes.copy_(latents[:, torch.linspace(0, latents.shape[1] - 1, len(codes)).long()].T)
+
+    @torch.no_grad()
     def finish(self, batches: Callable[[], list[Batch]]) -> None:
         """Measures the latents' channels, so that the UNet sees them with mean 0 and deviation 1: by the configuration, or
         by the weights of a MoVQ, which has no place for it there."""
         vae = self.vae
         if not isinstance(vae, VQModel):
             vae.register_to_config(scaling_factor=1.0, latents_mean=None, latents_std=None)
-        rows = []
-        for batch in batches():
-            usable = [sample.pixels for sample in batch.samples if sample.weight and sample.pixels is not None]
-            if usable:
-                latents = encode_mode(vae, torch.stack(usable).to(vae.device))
-                rows.append(latents.float().transpose(0, 1).flatten(1))
-        std, mean = torch.std_mean(torch.cat(rows, 1), 1)
+        std, mean = torch.std_mean(self._latents(batches()), 1)
         if isinstance(vae, VQModel):
             fold(vae, mean, std)
         else:
             vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
+
+    def _latents(self, batches: list[Batch]) -> Tensor:
+        """(C, N), of every area of the pictures that can be used."""
+        rows = []
+        for batch in batches:
+            if used := [sample.pixels for sample in batch.samples if sample.weight and sample.pixels is not None]:
+                latents = encode_mode(self.vae, torch.stack(used).to(self.vae.device))
+                rows.append(latents.float().transpose(0, 1).flatten(1))
+        return torch.cat(rows, 1)
 
 
 def make(config: Config, device: torch.device) -> Any:
