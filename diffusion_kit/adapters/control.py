@@ -11,7 +11,7 @@ import importlib
 import math
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import cache
 from numbers import Real
 from pathlib import Path
@@ -182,13 +182,11 @@ class EncodedControl:
     """A control after its one encoding: see `sampling.doors.Encoded`.
 
     Attributes:
-        nets: the networks that the executor runs for it.
         guidance: scale of a guidance of its own, or None.
     """
 
     injection: Injection
     window: tuple[float, float]
-    nets: list[Net] = field(default_factory=list)
     guidance: float | None = None
 
     def active(self, step: int, steps: int) -> bool:

@@ -31,7 +31,9 @@ MODELS = (T2IAdapter, MultiAdapter)
 class AddFeatures:
     """The same residuals in every step."""
 
-    def __call__(self, tensors: Tree, x: Tensor, call: Tensor, branches: int) -> Answer:
+    executed = ()
+
+    def __call__(self, tensors: Tree, x: Tensor, branches: int) -> Answer:
         return Answer(intra=tensors)
 
 

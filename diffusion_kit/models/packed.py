@@ -20,10 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from diffusion_kit.sampling.doors import Tree
-from diffusion_kit.sampling.engines import StepFunction
+from diffusion_kit.sampling.engines import Engine, StepFunction
 from diffusion_kit.sampling.step import Step
 
 from . import onednn
+from .tiled_attention import tiled_attention
 
 
 class Weight(NamedTuple):
@@ -82,19 +83,29 @@ class PackedConv2d(Packed, nn.Conv2d):  # type: ignore[override]
 CLASSES: dict[type[nn.Module], type[Packed]] = {nn.Linear: PackedLinear, nn.Conv2d: PackedConv2d}
 
 
-class Packing:
-    """Engine that runs the step as it is, over networks whose layers it keeps packed."""
+class Packing(Engine):
+    """Runs everything as it is, over networks whose layers it keeps packed."""
 
-    def __init__(self, nets: Iterable[nn.Module]) -> None:
+    name = "packed"
+    attention = staticmethod(tiled_attention)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers: list[nn.Module] = []
+
+    def begin(self, nets: Iterable[nn.Module]) -> None:
         kinds = (*CLASSES, *CLASSES.values())
         self.layers = [layer for net in nets for layer in net.modules() if type(layer) in kinds]
 
     def __call__(self, step: Step, state: Tensor, tensors: Tree) -> StepFunction:
         """Packs again what was looked at since the last step."""
+        self.pack()
+        return step
+
+    def pack(self) -> None:
         if not torch.is_autocast_enabled("cpu"):
             for layer in self.layers:
                 pack_layer(layer)
-        return step
 
 
 def pack_layer(layer: Any) -> bool:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from diffusers import DiffusionPipeline
 from diffusers.utils import is_xformers_available
 from diffusers.utils.peft_utils import scale_lora_layers, unscale_lora_layers
@@ -29,12 +28,11 @@ from diffusion_kit.adapters.control import (
     load_control_model,
     named_kinds,
 )
-from diffusion_kit.models.attention import Product, installed
+from diffusion_kit.models.attention import installed
 from diffusion_kit.models.denoiser import make_denoiser, with_kept_features
 from diffusion_kit.models.onednn import obstacle as onednn_obstacle
 from diffusion_kit.models.packed import Packing, unpack_all
 from diffusion_kit.models.sources import check_folder, locate, one_line
-from diffusion_kit.models.tiled_attention import tiled_attention
 from diffusion_kit.models.unet import obstacle
 from diffusion_kit.sampling.cache import StepCache
 from diffusion_kit.sampling.engines import Compiled, Engine, eager
@@ -54,8 +52,7 @@ class ControlledPipeline(DiffusionPipeline):
     arguments: ClassVar[str] = ""
     defaults: ClassVar[Mapping[str, Any]] = {}
     peer_name: ClassVar[str] = ""
-    engine: Engine = staticmethod(eager)
-    packs_layers: bool = False
+    engine: Engine = eager
     step_cache: StepCache | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -226,7 +223,8 @@ class ControlledPipeline(DiffusionPipeline):
         why = onednn_obstacle(self.unet.dtype) if on else None
         if on and self._execution_device.type != "cpu":
             why = "packed layers are for a CPU"
-        self.packs_layers = on and why is None
+        if isinstance(self.engine, Packing) or (on and why is None):
+            self.engine = Packing() if on and why is None else eager
         return why
 
     def cache_steps(
@@ -262,7 +260,7 @@ class ControlledPipeline(DiffusionPipeline):
     def _engine_name(self) -> str:
         if isinstance(self.engine, Compiled):
             return "compiled steps"
-        packed = self.packs_layers and obstacle(self.unet) is None  # its own forward is left as it is
+        packed = isinstance(self.engine, Packing) and obstacle(self.unet) is None  # its own forward is left as it is
         return "eager, layers packed" if packed else "eager"
 
     @property
@@ -299,14 +297,12 @@ class ControlledPipeline(DiffusionPipeline):
         if self.step_cache is not None:
             run.cache = dataclasses.replace(self.step_cache)
             run.denoiser = with_kept_features(run.denoiser, run.cache.depth)
-        nets = [net for control in run.controls for net in control.nets]  # type: ignore[attr-defined]
-        nets += run.denoiser.executed  # type: ignore[attr-defined]
+        nets = [net for control in run.controls for net in control.injection.executed]
+        nets += run.denoiser.executed
         unique = list({id(net): net for net in nets}.values())
-        product: Product = F.scaled_dot_product_attention
-        if self.packs_layers and run.engine is eager:
-            run.engine, product = Packing(unique), tiled_attention
-        else:
+        if not isinstance(run.engine, Packing):
             unpack_all([*unique, *(part for part in self.components.values() if isinstance(part, nn.Module))])
+        run.engine.begin(unique)
         scale = (self._cross_attention_kwargs or {}).get("scale")
         bar = self.progress_bar(total=run.schedule.steps)
 
@@ -315,7 +311,7 @@ class ControlledPipeline(DiffusionPipeline):
             bar.update(run.schedule.ends_step(k))
             return result
 
-        with bar, installed(*unique, product=product), loras_scaled(scale, self.unet):
+        with bar, installed(*unique, product=run.engine.attention), loras_scaled(scale, self.unet):
             for net in unique:
                 if getattr(net, "_hf_hook", None) is not None:
                     net._hf_hook.pre_forward(net)

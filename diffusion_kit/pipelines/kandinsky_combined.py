@@ -69,7 +69,7 @@ class WithPrior(Kandinsky2Pipeline):
 
     def pack_layers(self, on: bool = True) -> str | None:
         why = super().pack_layers(on)
-        self.prior_pipe.packs_layers = self.packs_layers
+        self.prior_pipe.engine = self.engine
         return why
 
     def generate(self, call: Any) -> Any:
