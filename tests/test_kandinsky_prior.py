@@ -17,6 +17,7 @@ from kandinsky_models import WIDTH, prior_components
 from diffusion_kit.models.prior import PriorDenoiser, PriorPeerDenoiser, make_prior_denoiser
 from diffusion_kit.pipelines import kandinsky_prior
 from diffusion_kit.sampling.doors import Answer
+from diffusion_kit.sampling.engines import Compiled
 from diffusion_kit.sampling.loop import Run, sample
 from diffusion_kit.sampling.schedule import make_schedule
 
@@ -261,7 +262,7 @@ def test_which_networks_run_their_own_forward() -> None:
 def test_a_whole_step_compiles() -> None:
     pipe = make(PLAIN[1])
     expected = call(pipe)
-    compiled = pipe.compile_step(backend="eager")
+    compiled = pipe.engine = Compiled(backend="eager")
     agree(call(pipe), expected)
     assert len(compiled.graphs) == 1
 

@@ -94,18 +94,27 @@ class Packing(Engine):
         self.layers: list[nn.Module] = []
 
     def begin(self, nets: Iterable[nn.Module]) -> None:
-        kinds = (*CLASSES, *CLASSES.values())
-        self.layers = [layer for net in nets for layer in net.modules() if type(layer) in kinds]
+        self.layers = layers_of(nets)
 
     def __call__(self, step: Step, state: Tensor, tensors: Tree) -> StepFunction:
         """Packs again what was looked at since the last step."""
-        self.pack()
+        pack_all(self.layers)
         return step
 
-    def pack(self) -> None:
-        if not torch.is_autocast_enabled("cpu"):
-            for layer in self.layers:
-                pack_layer(layer)
+    def network(self, network: Any) -> Any:
+        pack_all(layers_of(network.executed))
+        return network
+
+
+def layers_of(nets: Iterable[nn.Module]) -> list[nn.Module]:
+    kinds = (*CLASSES, *CLASSES.values())
+    return [layer for net in nets for layer in net.modules() if type(layer) in kinds]
+
+
+def pack_all(layers: Iterable[nn.Module]) -> None:
+    if not torch.is_autocast_enabled("cpu"):
+        for layer in layers:
+            pack_layer(layer)
 
 
 def pack_layer(layer: Any) -> bool:

@@ -30,15 +30,15 @@ from diffusion_kit.adapters.control import (
 )
 from diffusion_kit.models.attention import installed
 from diffusion_kit.models.denoiser import make_denoiser, with_kept_features
-from diffusion_kit.models.onednn import obstacle as onednn_obstacle
 from diffusion_kit.models.packed import Packing, unpack_all
 from diffusion_kit.models.sources import check_folder, locate, one_line
 from diffusion_kit.models.unet import obstacle
 from diffusion_kit.sampling.cache import StepCache
-from diffusion_kit.sampling.engines import Compiled, Engine, eager
+from diffusion_kit.sampling.engines import Engine, eager
 from diffusion_kit.sampling.loop import Run, sample
 
 from .arguments import bind, signature_of
+from .optimize import Level, explain, optimize
 
 
 class ControlledPipeline(DiffusionPipeline):
@@ -53,6 +53,8 @@ class ControlledPipeline(DiffusionPipeline):
     defaults: ClassVar[Mapping[str, Any]] = {}
     peer_name: ClassVar[str] = ""
     engine: Engine = eager
+    usual_guidance_interval: tuple[float, float] = (0.0, 1.0)  # where a call does not say
+    notes: Sequence[str] = ()  # of what `optimize` could not do
     step_cache: StepCache | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -210,22 +212,20 @@ class ControlledPipeline(DiffusionPipeline):
 
     # Running
 
-    def compile_step(self, **options: Any) -> Compiled:
-        """From now on whole steps run compiled, one graph for each signature; `options` are torch.compile's."""
-        self.engine = Compiled(**options)
-        return self.engine
+    def optimize(self, level: Level = "exact", *, engine: str | Engine | None = None) -> str:
+        """From now on the pipeline runs as fast as the level allows (`pipelines.optimize`); gives what `explain` says.
 
-    def pack_layers(self, on: bool = True) -> str | None:
-        """From now on the networks that steps run have their weights as oneDNN computes with them, on a CPU and in float32
-        or bfloat16: the same picture in less time and the same memory (see `models.packed`). In bfloat16 attention over
-        many tokens is exact to 1 %, torch's to 0.2 %: scores are rounded before the softmax. None, or why not.
+        Args:
+            level: "exact", the same picture; "half", with weights of half precision; "fast", half, with a step cache and
+                guidance in a part of the steps.
+            engine: what executes the networks, by name ("eager", "packed", "openvino", "inductor") or itself. None is the
+                one that a short measurement finds fastest.
+
+        Raises:
+            ValueError: no such level, or no such engine here.
         """
-        why = onednn_obstacle(self.unet.dtype) if on else None
-        if on and self._execution_device.type != "cpu":
-            why = "packed layers are for a CPU"
-        if isinstance(self.engine, Packing) or (on and why is None):
-            self.engine = Packing() if on and why is None else eager
-        return why
+        optimize(self, level, engine)
+        return self.explain()
 
     def cache_steps(
         self, every: int | None = 3, *, depth: int = 1, controls: Literal["reuse", "recompute"] = "reuse"
@@ -245,23 +245,12 @@ class ControlledPipeline(DiffusionPipeline):
 
     def explain(self) -> str:
         """What runs where, in a few lines."""
-        why = obstacle(self.unet)
-        runs = "executor: keys, values and embeddings made once" if why is None else f"its own forward: {why}"
-        lines = [
-            f"model      {self.config.get('_name_or_path') or type(self).__name__}",
-            f"device     {self._execution_device}, {str(self.unet.dtype).removeprefix('torch.')}",
-            f"unet       {runs}",
-            f"engine     {self._engine_name()}",
-            f"cache      {self.step_cache or 'off'}",
-            f"scheduler  {type(self.scheduler).__name__}",
-        ]
-        return "\n".join(lines)
+        return "\n".join(f"{label:11}{text}" for label, text in explain(self))
 
-    def _engine_name(self) -> str:
-        if isinstance(self.engine, Compiled):
-            return "compiled steps"
-        packed = isinstance(self.engine, Packing) and obstacle(self.unet) is None  # its own forward is left as it is
-        return "eager, layers packed" if packed else "eager"
+    @property
+    def obstacle(self) -> str | None:
+        """Why the network that is denoised with runs through its own forward; None if the executor runs it."""
+        return obstacle(self.unet)
 
     @property
     def guidance_scale(self) -> float:

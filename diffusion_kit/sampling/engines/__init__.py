@@ -1,6 +1,7 @@
 """What executes a step: see `engine`."""
 
 from .compiled import Compiled
-from .engine import Engine, StepFunction, eager
+from .engine import Engine, Network, StepFunction, eager
+from .openvino import OpenVINO
 
-__all__ = ["Compiled", "Engine", "StepFunction", "eager"]
+__all__ = ["Compiled", "Engine", "Network", "OpenVINO", "StepFunction", "eager"]

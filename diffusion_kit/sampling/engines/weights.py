@@ -19,7 +19,7 @@ ALIGNED = 64  # bytes, to which tensors lie in a file
 def state(nets: Iterable[nn.Module]) -> Hashable:
     """Differs where anybody has put other weights into a module, edited them in place, or changed what is added to them."""
     return tuple(
-        (type(module), module.training, *map(_version, _own(module)), *_adapter(module))
+        (type(module).__qualname__, module.training, *map(_version, _own(module)), *_adapter(module))
         for net in nets
         for module in net.modules()
     )
@@ -47,7 +47,7 @@ def content(nets: Iterable[nn.Module]) -> str:
             digest.update(f"{name}{module.training}{_adapter(module)}".encode())
             for value in _own(module):
                 digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
-                digest.update(value.detach().contiguous().view(-1).view(torch.uint8).numpy().data)
+                digest.update(_bytes(value))
     return digest.hexdigest()
 
 
@@ -68,8 +68,8 @@ def park(nets: Iterable[nn.Module], folder: Path) -> None:
         return
     with tempfile.NamedTemporaryFile(dir=folder) as file:
         for parameter, size in zip(parameters, sizes, strict=True):
-            raw = parameter.detach().contiguous().view(-1).view(torch.uint8).numpy()
-            file.write(raw.tobytes() if raw.nbytes == size else raw.tobytes().ljust(size, b"\0"))
+            file.write(_bytes(parameter))
+            file.write(bytes(size - parameter.nbytes))
         file.flush()
         whole = torch.from_file(file.name, shared=False, size=sum(sizes), dtype=torch.uint8)
     start = 0
@@ -77,6 +77,11 @@ def park(nets: Iterable[nn.Module], folder: Path) -> None:
         raw = whole[start : start + parameter.nbytes]
         parameter.data = raw.view(parameter.dtype).view(parameter.shape)
         start += size
+
+
+def _bytes(value: Tensor) -> Any:
+    """Its memory, not a copy."""
+    return value.detach().contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def _alone(parameter: Any) -> bool:
