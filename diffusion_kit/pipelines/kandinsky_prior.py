@@ -184,7 +184,7 @@ class PriorPipeline(ControlledPipeline):
         }
 
     def _encode(self, prompts: list[str]) -> dict[str, Tensor]:
-        text = encode_text(prompts, self.tokenizer, self.text_encoder, Layer(0, normed=True))
+        text = encode_text(prompts, self.tokenizer, self.text_encoder, Layer(0, normed=True), engine=self.engine)
         tokens = self.tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt")
         return {
             "prompt_embeds": text.pooled,

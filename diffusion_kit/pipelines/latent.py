@@ -103,7 +103,7 @@ class LatentPipeline(ControlledPipeline):
         if output_type == "latent":
             return latents
         device = get_module_execution_device(self.vae)
-        pixels = decode_latents(self.vae, latents.to(device), upcast=self.upcasts, **beside)
+        pixels = decode_latents(self.vae, latents.to(device), upcast=self.upcasts, engine=self.engine, **beside)
         return self.image_processor.postprocess(self.finish(pixels), output_type=output_type)
 
     def preview(self, latents: Tensor) -> Tensor:
