@@ -25,7 +25,7 @@ from torch import Tensor
 from diffusion_kit.models.formats import describe, identify
 from diffusion_kit.models.sources import component_class, load_component, locate
 from diffusion_kit.models.unet import Net, layout
-from diffusion_kit.sampling.doors import Conditioning, Injection, Tree, in_every, inside
+from diffusion_kit.sampling.doors import Answer, Conditioning, Injection, Tree, in_every, inside
 
 from .maps import warn_of_polarity
 from .pictures import Pictures, mask_tensor
@@ -194,6 +194,9 @@ class EncodedControl:
 
     def tensors(self, conditioning: Conditioning, branches: int) -> Tree:
         raise TypeError(f"{type(self).__name__} answers nothing")
+
+    def silence(self, branches: int) -> Answer:
+        return Answer()
 
 
 def fading(n: int, mode: Mode) -> list[float]:

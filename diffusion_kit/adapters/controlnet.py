@@ -96,6 +96,7 @@ class EncodedControlNet(EncodedControl):
     hint: Tensor | None = None
     neutral: Tensor | None = None
     weights: tuple[Tensor, ...] = ()
+    shapes: tuple[tuple[int, ...], ...] = ()  # of a picture's residuals
 
     def show(self, image: Tensor) -> None:
         """Replaces the control image, (B, C, H, W) in [0, 1] or with both halves of the guidance batch."""
@@ -119,6 +120,11 @@ class EncodedControlNet(EncodedControl):
         }
         image = in_every(self.image, branches)
         return {**states, "timesteps": self.timesteps, "image": image, "weights": weights}
+
+    def silence(self, branches: int) -> Answer:
+        rows = branches * len(self.image)
+        *skips, mid = (self.image.new_zeros(rows, *shape, dtype=self.base.dtype) for shape in self.shapes)
+        return Answer(skips=tuple(skips), mid=mid)
 
 
 def encode(control: Control, site: Site) -> EncodedControl:
@@ -154,6 +160,7 @@ def encoded(cls: type[RunControlNet], control: Control, site: Site, pixels: Tens
         guidance=control.guidance if guided else None,
         neutral=run.embed(torch.full_like(pixels[:1], control.background)) if guided else None,
         weights=tuple(weight.to(net.dtype) for weight in weights),
+        shapes=tuple((channels, *((1, 1) if pooled else size)) for _, channels, size in places),
     )
 
 

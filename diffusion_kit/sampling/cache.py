@@ -14,7 +14,7 @@ from .doors import Answer, Tree
 
 @dataclass(frozen=True)
 class Repeat:
-    """A control that answers what all controls together answered in the last full step."""
+    """A control that answers what it is given: what all controls together answered in the last full step, or silence."""
 
     executed = ()
 

@@ -99,6 +99,9 @@ class Encoded(Protocol):
     def tensors(self, conditioning: Conditioning, branches: int) -> Tree:
         """What the injection takes: fixed while the conditioning is."""
 
+    def silence(self, branches: int) -> Answer:
+        """Zeros of the shapes that its answers have, as far as that can be."""
+
 
 class Denoiser(Protocol):
     """A network behind one signature, whatever its family. Equal for equal networks; `executed` as of an `Injection`."""

@@ -35,10 +35,12 @@ class Engine:
         name: what `explain()` and the command line call it.
         notes: what it did otherwise than it was asked, a line each.
         attention: of the signature of torch's scaled_dot_product_attention.
+        copies: it has a copy of the weights for every set of inputs, so that a network should have the same in every step.
     """
 
     name = "eager"
     attention: Callable[..., Tensor] = staticmethod(F.scaled_dot_product_attention)
+    copies = False
 
     def __init__(self) -> None:
         self.notes: list[str] = []

@@ -34,6 +34,7 @@ class OpenVINO(Engine):
     """
 
     name = "openvino"
+    copies = True
 
     def __init__(self, folder: Path, precision: torch.dtype | None = None, *, parks: bool = True) -> None:
         super().__init__()
