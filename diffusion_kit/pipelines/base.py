@@ -68,6 +68,7 @@ class ControlledPipeline(DiffusionPipeline):
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
             args, kwargs = self.accept(args, kwargs)
             values = bind(signature, type(self).__name__, args, kwargs)
+            self.engine.renew()
             return self.generate(self.Call(**self.translate(values)))
 
         call.__signature__ = signature  # type: ignore[attr-defined]

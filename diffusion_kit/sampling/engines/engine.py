@@ -45,8 +45,11 @@ class Engine:
     def __init__(self) -> None:
         self.notes: list[str] = []
 
+    def renew(self) -> None:
+        """Before a pipeline's call: forgets what was made of weights that have changed since the last one."""
+
     def begin(self, nets: Iterable[nn.Module]) -> None:
-        """Before a run that executes these modules."""
+        """Before a run of the loop that executes these modules."""
 
     def __call__(self, step: Step, state: Tensor, tensors: Tree) -> StepFunction:
         """What runs in place of a step."""

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from diffusion_kit.sampling.doors import Tree, shapes
 from .engine import Engine
 from .exported import Flat, filled, leaves, outputs_of, wide
 from .files import whole_folder
-from .weights import content, park, state
+from .weights import content, park, sampled, state
 
 PRECISIONS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 
@@ -42,11 +42,12 @@ class OpenVINO(Engine):
 
         self.core = openvino.Core()
         self.folder, self.precision, self.parks = folder, precision, parks
-        self.made: dict[Hashable, tuple[Hashable, Any]] = {}
+        self.made: dict[Any, Made] = {}
         self.used: set[Hashable] = set()
 
-    def begin(self, nets: Iterable[nn.Module]) -> None:
+    def renew(self) -> None:
         self.used = set()
+        self.made = {key: own for key, own in self.made.items() if own.bits == sampled(key[0].executed)}
 
     def network(self, network: Any) -> Any:
         return Converted(network, self) if network.executed else network
@@ -55,13 +56,13 @@ class OpenVINO(Engine):
         """The network as OpenVINO runs it for inputs of these shapes, or as it is where that cannot be."""
         key = (network, shapes(inputs), torch.get_num_threads())
         self.used.add(key)
-        known, runner = self.made.get(key, (None, None))
-        if known is None or known != state(network.executed):
-            # A run needs the memory of what it uses; what is made for another size is on disk.
+        known = self.made.get(key)
+        if known is None or known.state != state(network.executed):
+            # A call needs the memory of what it uses; what was made for another size is on disk.
             self.made = {k: own for k, own in self.made.items() if k in self.used and k != key}
             runner = self._make(network, inputs)
-            self.made[key] = state(network.executed), runner
-        return runner
+            known = self.made[key] = Made(runner, state(network.executed), sampled(network.executed))
+        return known.runner
 
     def _make(self, network: Any, inputs: Tree) -> Any:
         try:
@@ -93,6 +94,14 @@ class OpenVINO(Engine):
                     exported = torch.export.export(flat, tuple(map(wide, leaves(inputs))))
                 openvino.save_model(openvino.convert_model(exported), new / "model.xml", compress_to_fp16=False)
         return folder / "model.xml"
+
+
+class Made(NamedTuple):
+    """What runs in place of a network, and the weights of which it was made."""
+
+    runner: Any
+    state: Hashable
+    bits: list[int]
 
 
 @dataclass(frozen=True)
