@@ -17,15 +17,16 @@ from torch import Tensor, nn
 
 from diffusion_kit.models import onednn
 from diffusion_kit.models.packed import Packing, unpack_all
-from diffusion_kit.sampling.engines import Compiled, Engine, OpenVINO, eager
+from diffusion_kit.sampling.engines import Compiled, CudaGraphs, Engine, OpenVINO, eager
 
 ENGINES: dict[str, Callable[[], Engine]] = {
     "eager": lambda: eager,
     "packed": Packing,
     "openvino": lambda: OpenVINO(cache_folder()),
     "inductor": Compiled,
+    "cudagraph": CudaGraphs,
 }
-QUICK = ("eager", "packed", "openvino")  # ready in seconds
+QUICK = ("eager", "packed", "openvino", "cudagraph")  # ready in seconds
 ROUNDS, SIDE, TOKENS = 5, 64, 77  # of a probe
 
 
@@ -44,6 +45,8 @@ def missing(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
         raise ValueError(f"no engine {name!r}; there are {', '.join(ENGINES)}")
     if name in ("packed", "openvino") and device.type != "cpu":
         return f"{name} is for a CPU, the pipeline is on {device}"
+    if name == "cudagraph" and device.type != "cuda":
+        return f"cudagraph is for CUDA, the pipeline is on {device}"
     if name == "openvino" and importlib.util.find_spec("openvino") is None:
         return "openvino is not installed: pip install 'diffusion_kit[openvino]'"
     return onednn.obstacle(dtype) if name == "packed" else None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,6 +44,12 @@ class Step:
     variance: str | None
     linear: bool
     learned: bool
+
+    @property
+    def executed(self) -> tuple[Any, ...]:
+        """The networks that run in it."""
+        parts: tuple[Any, ...] = (self.denoiser, *self.injections)
+        return tuple(net for part in parts for net in part.executed)
 
     def __call__(self, state: Tensor, call: Tensor, tensors: Tree) -> tuple[Tensor, Tensor, *tuple[Tree, ...]]:
         """Args:

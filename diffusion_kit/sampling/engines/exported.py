@@ -20,6 +20,11 @@ def leaves(tree: Tree) -> list[Tensor]:
     return [leaf for part in parts for leaf in leaves(part)]
 
 
+def version(value: Tensor) -> object:
+    """Differs after the tensor was written to."""
+    return object() if value.is_inference() else value._version
+
+
 def filled(tree: Tree, values: Iterable[Tensor]) -> Tree:
     """The tree with other tensors in place of its own, in order."""
     return _filled(tree, iter(values))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from diffusion_kit.sampling.doors import Tree, shapes
 
 from .engine import Engine
-from .exported import Flat, filled, leaves, outputs_of, wide
+from .exported import Flat, filled, leaves, outputs_of, version, wide
 from .files import whole_folder
 from .weights import content, park, sampled, state
 
@@ -137,7 +137,7 @@ class Request:
         import openvino
 
         known, version, _ = self.given.get(k, (None, None, None))
-        now = object() if value.is_inference() else value._version
+        now = version(value)
         if known is not value or version != now:
             held = wide(value).contiguous()  # the request reads it where it lies
             self.request.set_input_tensor(k, openvino.Tensor(held.numpy(), shared_memory=True))

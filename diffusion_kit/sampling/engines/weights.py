@@ -27,6 +27,13 @@ def state(nets: Iterable[nn.Module]) -> Hashable:
     )
 
 
+def places(nets: Iterable[nn.Module]) -> Hashable:
+    """Differs where a weight lies elsewhere in memory than before, or something else is added to it."""
+    return tuple(
+        (*(value.data_ptr() for value in _own(module)), *_adapter(module)) for net in nets for module in net.modules()
+    )
+
+
 @torch.no_grad()
 def sampled(nets: Iterable[nn.Module]) -> list[int]:
     """Sums of some of the bits of every weight: who edits `.data` leaves no trace in `state`."""
