@@ -137,12 +137,19 @@ def runs_on_fake_cuda(step: Any, state: torch.Tensor, tensors: Any) -> None:
     assert after.shape == state.shape
 
 
-@pytest.mark.parametrize("name", ["euler", "euler_ancestral", "ddim_clip", "dpm_sde_karras", "unipc", "heun", "pndm"])
-@pytest.mark.parametrize("task", ["text", "inpaint"])
+@pytest.mark.parametrize(
+    "name",
+    ["euler", "euler_ancestral", "ddim_clip", "ddpm_clip", "dpm", "dpm_sde_karras", "unipc", "lcm", "heun", "pndm"],
+)
+@pytest.mark.parametrize("task", ["text", "image", "inpaint"])
 def test_a_step_on_fake_cuda_tensors(name: str, task: str) -> None:
-    call = {} if task == "text" else {"image": picture(), "mask_image": half_mask()}
+    call = {
+        "text": {},
+        "image": {"image": picture(), "strength": 0.7},
+        "inpaint": {"image": picture(), "mask_image": half_mask()},
+    }
     pipe = pipeline(SDXLPipeline, scheduler=make(name))
-    runs_on_fake_cuda(*captured(pipe, prompt="a red fox", controls=controls(), **call))
+    runs_on_fake_cuda(*captured(pipe, prompt="a red fox", controls=controls(), **call[task]))
 
 
 def small() -> tuple[list[Control], Any]:

@@ -136,9 +136,9 @@ class Request:
         """Hands a tensor over; what is the same in every step is there already."""
         import openvino
 
-        known, version, _ = self.given.get(k, (None, None, None))
+        known, before, _ = self.given.get(k, (None, None, None))
         now = version(value)
-        if known is not value or version != now:
+        if known is not value or before != now:
             held = wide(value).contiguous()  # the request reads it where it lies
             self.request.set_input_tensor(k, openvino.Tensor(held.numpy(), shared_memory=True))
             self.given[k] = (value, now, held)
