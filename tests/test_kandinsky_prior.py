@@ -290,10 +290,12 @@ def test_unclip_is_told_the_next_timestep(config: dict[str, Any], strength: floa
     learned = config["variance_type"] == "learned_range"
 
     class Linear:
+        executed = ()
+
         def prepare(self, timesteps: Any, conditioning: Any) -> Any:
             return None
 
-        def __call__(self, tensors: Any, x: Any, call: Any, answer: Answer) -> Any:
+        def __call__(self, tensors: Any, x: Any, answer: Answer) -> Any:
             out = torch.einsum("oc,bchw->bohw", weight, x)
             return out[:, :4], out[:, 4:].tanh() if learned else None
 
@@ -305,7 +307,7 @@ def test_unclip_is_told_the_next_timestep(config: dict[str, Any], strength: floa
     def by_hand(next_of: Any) -> torch.Tensor:
         generator, x = seeds(5), start
         for k, t in enumerate(times):
-            prediction, variance = Linear()(None, x, None, Answer())
+            prediction, variance = Linear()(None, x, Answer())
             out = torch.cat([prediction, variance], 1) if learned else prediction
             x = scheduler.step(out, t, x, prev_timestep=next_of(k), generator=generator).prev_sample
         return x
