@@ -33,6 +33,7 @@ from test_step import CREATIONS, SYNCS, Backend, Count, small
 
 from diffusion_kit import Control, Kandinsky22Pipeline, SD15Pipeline, SDXLPipeline
 from diffusion_kit.sampling.cache import StepCache
+from diffusion_kit.sampling.engines import Compiled
 
 TASKS: dict[str, dict[str, Any]] = {
     "text": {},
@@ -270,7 +271,7 @@ def test_a_batch_is_single_runs(controls: list[Control]) -> None:
 def test_full_and_reusing_steps_are_two_graphs(mode: str, backend: Any) -> None:
     controls, net = small()
     pipe, plain = (cached({"every": 2, "controls": mode}, unet=net) for _ in range(2))
-    pipe.compile_step(backend=backend)
+    pipe.engine = Compiled(backend=backend)
     results = [run(p, controls, num_inference_steps=4) for p in (pipe, plain)]
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
     assert len(pipe.engine.graphs) == 2

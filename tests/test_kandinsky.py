@@ -28,6 +28,7 @@ from kandinsky_models import (
 import diffusion_kit
 from diffusion_kit import Control
 from diffusion_kit.pipelines.starts import grown
+from diffusion_kit.sampling.engines import Compiled
 
 PIXELS = 1e-3
 LEARNED = diffusers.DDPMScheduler(**DECODER_SCHEDULE, variance_type="learned_range")
@@ -348,7 +349,7 @@ def test_networks_are_as_before_and_a_step_is_one_graph(name: str) -> None:
     before = {key: id(value) for key, value in pipe.unet.attn_processors.items()}
     call = {**CALL, **({} if "22" in name else {"prompt": "a"}), **({} if "3P" in name else EMBEDS)}
     eager = run(pipe, **call, output_type="latent")
-    engine = pipe.compile_step(backend="eager")
+    engine = pipe.engine = Compiled(backend="eager")
     assert distance(run(pipe, **call, output_type="latent"), eager) < 1e-5
     assert len(engine.graphs) == 1
     run(pipe, **{**call, "guidance_scale": 2.5}, output_type="latent")

@@ -17,6 +17,7 @@ from kandinsky_models import WIDTH, prior_components
 from diffusion_kit.models.prior import PriorDenoiser, PriorPeerDenoiser, make_prior_denoiser
 from diffusion_kit.pipelines import kandinsky_prior
 from diffusion_kit.sampling.doors import Answer
+from diffusion_kit.sampling.engines import Compiled
 from diffusion_kit.sampling.loop import Run, sample
 from diffusion_kit.sampling.schedule import make_schedule
 
@@ -261,7 +262,7 @@ def test_which_networks_run_their_own_forward() -> None:
 def test_a_whole_step_compiles() -> None:
     pipe = make(PLAIN[1])
     expected = call(pipe)
-    compiled = pipe.compile_step(backend="eager")
+    compiled = pipe.engine = Compiled(backend="eager")
     agree(call(pipe), expected)
     assert len(compiled.graphs) == 1
 
@@ -289,10 +290,12 @@ def test_unclip_is_told_the_next_timestep(config: dict[str, Any], strength: floa
     learned = config["variance_type"] == "learned_range"
 
     class Linear:
+        executed = ()
+
         def prepare(self, timesteps: Any, conditioning: Any) -> Any:
             return None
 
-        def __call__(self, tensors: Any, x: Any, call: Any, answer: Answer) -> Any:
+        def __call__(self, tensors: Any, x: Any, answer: Answer) -> Any:
             out = torch.einsum("oc,bchw->bohw", weight, x)
             return out[:, :4], out[:, 4:].tanh() if learned else None
 
@@ -304,7 +307,7 @@ def test_unclip_is_told_the_next_timestep(config: dict[str, Any], strength: floa
     def by_hand(next_of: Any) -> torch.Tensor:
         generator, x = seeds(5), start
         for k, t in enumerate(times):
-            prediction, variance = Linear()(None, x, None, Answer())
+            prediction, variance = Linear()(None, x, Answer())
             out = torch.cat([prediction, variance], 1) if learned else prediction
             x = scheduler.step(out, t, x, prev_timestep=next_of(k), generator=generator).prev_sample
         return x

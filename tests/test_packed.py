@@ -128,7 +128,9 @@ def test_a_weight_that_somebody_holds_stays_plain(held: str) -> None:
 def test_layers_that_share_a_weight_stay_plain() -> None:
     one, other = (nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)) for _ in range(2))
     other[0].weight = one[0].weight
-    packed.Packing([one, other])(None, None, None)  # type: ignore[arg-type]
+    engine = packed.Packing()
+    engine.begin([one, other])
+    engine(None, None, None)  # type: ignore[arg-type]
     assert [isinstance(layer, Packed) for layer in (*one, *other)] == [False, True, False, True]
     assert other[0].weight is one[0].weight
 
@@ -244,7 +246,8 @@ def test_tiled_attention_is_attention(queries: int, keys: int, dtype: torch.dtyp
 def test_of_a_dtype_that_onednn_has_not_torch_takes_care() -> None:
     q = torch.randn(1, 2, 256, 16, dtype=torch.float64)
     assert torch.equal(tiled_attention(q, q, q), nn.functional.scaled_dot_product_attention(q, q, q))
-    assert "not float16" in str(pipeline(SDXLPipeline, **copy.deepcopy(components())).to(torch.float16).pack_layers())
+    with pytest.raises(ValueError, match="not float16"):
+        pipeline(SDXLPipeline, **copy.deepcopy(components())).to(torch.float16).optimize(engine="packed")
 
 
 # Pipelines
@@ -252,7 +255,7 @@ def test_of_a_dtype_that_onednn_has_not_torch_takes_care() -> None:
 
 def packing(**more: Any) -> Any:
     pipe = pipeline(SDXLPipeline, **{**copy.deepcopy(components()), **more})
-    assert pipe.pack_layers() is None
+    pipe.optimize(engine="packed")
     return pipe
 
 
@@ -267,7 +270,7 @@ def test_the_same_picture_with_every_control(kind: str, task: str) -> None:
     pipe = packing(vae=make_vae(4))
     assert distance(run([KINDS[kind]()], task, pipe), plain) < 1e-4
     assert count(pipe.unet) > 100
-    assert "layers packed" in pipe.explain()
+    assert "engine     packed" in pipe.explain()
 
 
 def test_the_same_picture_where_attention_is_tiled(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -289,7 +292,7 @@ def test_the_same_picture_of_a_kandinsky(name: str) -> None:
     call |= {"prior_num_inference_steps": 2, "height": 64, "width": 64} if "Combined" in name else {}
     pipe = copy.deepcopy(test_kandinsky.build(diffusion_kit, name))
     plain = pipe(**call, generator=seeds(1)).images
-    assert pipe.pack_layers() is None
+    pipe.optimize(engine="packed")
     assert distance(pipe(**call, generator=seeds(1)).images, plain) < 1e-4
     nets = [pipe.unet, *([pipe.prior_prior] if "Combined" in name else [])]
     assert all(map(count, nets))
@@ -334,9 +337,9 @@ def test_a_saved_pipeline_has_the_same_bits(tmp_path: Path) -> None:
 
 def test_a_network_with_a_forward_of_its_own_is_not_said_to_be_packed() -> None:
     pipe = packing()
-    assert "layers packed" in pipe.explain()
+    assert "engine     packed" in pipe.explain()
     pipe.unet.register_forward_hook(lambda *_: None)
-    assert "layers packed" not in pipe.explain()
+    assert "engine     packed" not in pipe.explain()
     run(pipe=pipe)
     assert not count(pipe.unet)
 
@@ -344,6 +347,6 @@ def test_a_network_with_a_forward_of_its_own_is_not_said_to_be_packed() -> None:
 def test_another_engine_finds_plain_layers() -> None:
     pipe = packing()
     first = run(pipe=pipe)
-    pipe.pack_layers(False)
+    pipe.optimize(engine="eager")
     assert distance(run(pipe=pipe), first) < 1e-4
     assert not count(pipe.unet)

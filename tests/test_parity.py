@@ -338,7 +338,7 @@ def test_executor_beside_the_networks_own_forward(net: str) -> None:
     from diffusion_kit.adapters.controlnet import RunControlNet, embed
     from diffusion_kit.models.attention import installed
     from diffusion_kit.models.denoiser import PeerDenoiser, UNetDenoiser, prepare_embeddings
-    from diffusion_kit.sampling.doors import Answer
+    from diffusion_kit.sampling.doors import Answer, at
 
     x, image = torch.randn(2, 4, 16, 16), torch.rand(2, 3, 64, 64)
     conditioning = {
@@ -354,8 +354,8 @@ def test_executor_beside_the_networks_own_forward(net: str) -> None:
         tensors = {**prepared, "hint": embed(own, image), "weights": weights}
         peer = {**conditioning, "timesteps": times, "image": image, "weights": weights}
         with installed(own):
-            fast = RunControlNet(own, False, False)(tensors, x, call, False)
-        slow = RunControlNet(own, False, True)(peer, x, call, False)
+            fast = RunControlNet(own, False, False)(at(tensors, call), x, 1)
+        slow = RunControlNet(own, False, True)(at(peer, call), x, 1)
         pairs = list(zip((*fast.skips, fast.mid), (*slow.skips, slow.mid), strict=True))
     else:
         adapter, controlnet = make_adapter(), make_controlnet()
@@ -365,8 +365,9 @@ def test_executor_beside_the_networks_own_forward(net: str) -> None:
         pairs = []
         for given in (Answer(), residuals, both):
             with installed(own):
-                fast = UNetDenoiser(own, 4)(prepared, x, call, given)[0]
-            pairs.append((fast, PeerDenoiser(own, 4)({**conditioning, "timesteps": times}, x, call, given)[0]))
+                fast = UNetDenoiser(own, 4)(at(prepared, call), x, given)[0]
+            slow = PeerDenoiser(own, 4)(at({**conditioning, "timesteps": times}, call), x, given)[0]
+            pairs.append((fast, slow))
         assert distance(pairs[0][0], pairs[1][0]) > 1e-2
         assert distance(pairs[1][0], pairs[2][0]) > 1e-2
     for fast, slow in pairs:

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map
 
 from diffusion_kit import Control, SDXLPipeline
 from diffusion_kit.models.attention import installed
+from diffusion_kit.sampling.engines import Compiled, Engine
 
 SYNCS = {"aten._local_scalar_dense", "aten.item", "aten.nonzero", "aten.equal", "aten.is_nonzero", "aten.masked_select"}
 CREATIONS = {"aten.scalar_tensor", "aten.lift_fresh", "aten.arange", "aten.full", "aten.tensor"}
@@ -92,11 +93,12 @@ def captured(pipe: Any, **call: Any) -> tuple[Any, Any, Any]:
     """The first step of a run, with its state and tensors, as the engine is given them."""
     taken: list[Any] = []
 
-    def engine(step: Any, state: torch.Tensor, tensors: Any) -> Any:
-        taken.append((step, state, tensors))
-        return step
+    class Taking(Engine):
+        def __call__(self, step: Any, state: torch.Tensor, tensors: Any) -> Any:
+            taken.append((step, state, tensors))
+            return step
 
-    pipe.engine = engine
+    pipe.engine = Taking()
     pipe(**{"generator": seeds(1), "num_inference_steps": STEPS, "output_type": "latent", **call})
     return taken[0]
 
@@ -135,12 +137,19 @@ def runs_on_fake_cuda(step: Any, state: torch.Tensor, tensors: Any) -> None:
     assert after.shape == state.shape
 
 
-@pytest.mark.parametrize("name", ["euler", "euler_ancestral", "ddim_clip", "dpm_sde_karras", "unipc", "heun", "pndm"])
-@pytest.mark.parametrize("task", ["text", "inpaint"])
+@pytest.mark.parametrize(
+    "name",
+    ["euler", "euler_ancestral", "ddim_clip", "ddpm_clip", "dpm", "dpm_sde_karras", "unipc", "lcm", "heun", "pndm"],
+)
+@pytest.mark.parametrize("task", ["text", "image", "inpaint"])
 def test_a_step_on_fake_cuda_tensors(name: str, task: str) -> None:
-    call = {} if task == "text" else {"image": picture(), "mask_image": half_mask()}
+    call = {
+        "text": {},
+        "image": {"image": picture(), "strength": 0.7},
+        "inpaint": {"image": picture(), "mask_image": half_mask()},
+    }
     pipe = pipeline(SDXLPipeline, scheduler=make(name))
-    runs_on_fake_cuda(*captured(pipe, prompt="a red fox", controls=controls(), **call))
+    runs_on_fake_cuda(*captured(pipe, prompt="a red fox", controls=controls(), **call[task]))
 
 
 def small() -> tuple[list[Control], Any]:
@@ -173,7 +182,7 @@ def test_one_graph_for_each_signature() -> None:
     backend = Backend()
     own, net = small()
     pipe, plain = pipeline(SDXLPipeline, unet=net), pipeline(SDXLPipeline, unet=net)
-    pipe.compile_step(backend=backend)
+    pipe.engine = Compiled(backend=backend)
 
     def run(which: Any, prompt: str, controls: list[Control], **more: Any) -> torch.Tensor:
         call = {"generator": seeds(1), "num_inference_steps": 4, "output_type": "latent"}
@@ -215,7 +224,7 @@ def test_a_whole_step_compiles_without_a_break(name: str) -> None:
         "output_type": "latent",
     }
     pipe, plain = (pipeline(SDXLPipeline, unet=net, scheduler=make(name)) for _ in range(2))
-    pipe.compile_step(backend="aot_eager")
+    pipe.engine = Compiled(backend="aot_eager")
     results = [p("a red fox", generator=seeds(1), **call).images for p in (pipe, plain)]
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
     assert len(pipe.engine.graphs) == 1

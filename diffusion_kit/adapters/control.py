@@ -11,7 +11,7 @@ import importlib
 import math
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import cache
 from numbers import Real
 from pathlib import Path
@@ -25,7 +25,7 @@ from torch import Tensor
 from diffusion_kit.models.formats import describe, identify
 from diffusion_kit.models.sources import component_class, load_component, locate
 from diffusion_kit.models.unet import Net, layout
-from diffusion_kit.sampling.doors import Conditioning, Injection, Tree, in_every, inside
+from diffusion_kit.sampling.doors import Answer, Conditioning, Injection, Tree, in_every, inside
 
 from .maps import warn_of_polarity
 from .pictures import Pictures, mask_tensor
@@ -182,13 +182,11 @@ class EncodedControl:
     """A control after its one encoding: see `sampling.doors.Encoded`.
 
     Attributes:
-        nets: the networks that the executor runs for it.
         guidance: scale of a guidance of its own, or None.
     """
 
     injection: Injection
     window: tuple[float, float]
-    nets: list[Net] = field(default_factory=list)
     guidance: float | None = None
 
     def active(self, step: int, steps: int) -> bool:
@@ -196,6 +194,9 @@ class EncodedControl:
 
     def tensors(self, conditioning: Conditioning, branches: int) -> Tree:
         raise TypeError(f"{type(self).__name__} answers nothing")
+
+    def silence(self, branches: int) -> Answer:
+        return Answer()
 
 
 def fading(n: int, mode: Mode) -> list[float]:

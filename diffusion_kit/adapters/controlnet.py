@@ -18,7 +18,7 @@ from torch import Tensor
 from diffusion_kit.models.denoiser import added_conditions, prepare_embeddings, text_states
 from diffusion_kit.models.unet import Net, layout, obstacle
 from diffusion_kit.models.unet import encode as encode_unet
-from diffusion_kit.sampling.doors import Answer, Conditioning, Tree, conditional, in_every, pick, spread
+from diffusion_kit.sampling.doors import Answer, Conditioning, Tree, conditional, in_every, spread
 
 from .control import Control, EncodedControl, Site, fading
 from .pictures import picture_tensor
@@ -39,10 +39,14 @@ class RunControlNet:
     half: bool
     own_forward: bool
 
-    def __call__(self, tensors: Tree, x: Tensor, call: Tensor, branches: int) -> Answer:
+    @property
+    def executed(self) -> tuple[Net, ...]:
+        return () if self.own_forward else (self.net,)
+
+    def __call__(self, tensors: Tree, x: Tensor, branches: int) -> Answer:
         only_half = branches > 1 and self.half
         x = x.chunk(branches)[-1] if only_half else x
-        outputs = self._peer(tensors, x, call) if self.own_forward else self._executor(tensors, x, call)
+        outputs = self._peer(tensors, x) if self.own_forward else self._executor(tensors, x)
         if self.net.config.global_pool_conditions:
             outputs = [output.mean((2, 3), keepdim=True) for output in outputs]
         outputs = [(weight * output).to(x) for weight, output in zip(tensors["weights"], outputs, strict=True)]
@@ -50,16 +54,16 @@ class RunControlNet:
             outputs = [torch.cat([torch.zeros_like(output)] * (branches - 1) + [output]) for output in outputs]
         return Answer(skips=tuple(outputs[:-1]), mid=outputs[-1])
 
-    def _executor(self, tensors: Tree, x: Tensor, call: Tensor) -> list[Tensor]:
-        emb = pick(tensors["emb"], call)[0]
+    def _executor(self, tensors: Tree, x: Tensor) -> list[Tensor]:
+        emb = tensors["emb"]
         h, skips = encode_unet(self.net, x.to(emb.dtype), emb, tensors["context"], hint=tensors["hint"])
         convolutions = [*self.net.controlnet_down_blocks, self.net.controlnet_mid_block]
         return [conv(value) for conv, value in zip(convolutions, [*skips, h], strict=True)]
 
-    def _peer(self, tensors: Tree, x: Tensor, call: Tensor) -> list[Tensor]:
+    def _peer(self, tensors: Tree, x: Tensor) -> list[Tensor]:
         skips, mid = self.net(
             x.to(self.net.dtype),
-            pick(tensors["timesteps"], call),
+            tensors["timesteps"],
             encoder_hidden_states=tensors["prompt_embeds"],
             added_cond_kwargs=added_conditions(tensors) or None,
             return_dict=False,
@@ -92,6 +96,7 @@ class EncodedControlNet(EncodedControl):
     hint: Tensor | None = None
     neutral: Tensor | None = None
     weights: tuple[Tensor, ...] = ()
+    shapes: tuple[tuple[int, ...], ...] = ()  # of a picture's residuals
 
     def show(self, image: Tensor) -> None:
         """Replaces the control image, (B, C, H, W) in [0, 1] or with both halves of the guidance batch."""
@@ -115,6 +120,11 @@ class EncodedControlNet(EncodedControl):
         }
         image = in_every(self.image, branches)
         return {**states, "timesteps": self.timesteps, "image": image, "weights": weights}
+
+    def silence(self, branches: int) -> Answer:
+        rows = branches * len(self.image)
+        *skips, mid = (self.image.new_zeros(rows, *shape, dtype=self.base.dtype) for shape in self.shapes)
+        return Answer(skips=tuple(skips), mid=mid)
 
 
 def encode(control: Control, site: Site) -> EncodedControl:
@@ -143,7 +153,6 @@ def encoded(cls: type[RunControlNet], control: Control, site: Site, pixels: Tens
     return EncodedControlNet(
         injection=run,
         window=(control.start, control.end),
-        nets=[] if run.own_forward else [net],
         base=site.unet,
         timesteps=site.timesteps,
         image=image,
@@ -151,6 +160,7 @@ def encoded(cls: type[RunControlNet], control: Control, site: Site, pixels: Tens
         guidance=control.guidance if guided else None,
         neutral=run.embed(torch.full_like(pixels[:1], control.background)) if guided else None,
         weights=tuple(weight.to(net.dtype) for weight in weights),
+        shapes=tuple((channels, *((1, 1) if pooled else size)) for _, channels, size in places),
     )
 
 

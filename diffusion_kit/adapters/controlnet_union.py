@@ -84,13 +84,13 @@ class RunUnion(RunControlNet):
             "conditioning_scale": list(self.scales),
         }
 
-    def _peer(self, tensors: Tree, x: Tensor, call: Tensor) -> list[Tensor]:
+    def _peer(self, tensors: Tree, x: Tensor) -> list[Tensor]:
         """The pictures of a batch see one another in the network's own forward: they go through it one by one."""
         fixed = {name: tensors[name] for name in ("timesteps", "weights")}
         rows = []
         for k in range(len(x)):
             own = {name: value[k : k + 1] for name, value in tensors.items() if name not in fixed}
-            rows.append(super()._peer({**own, **fixed}, x[k : k + 1], call))
+            rows.append(super()._peer({**own, **fixed}, x[k : k + 1]))
         return [torch.cat(outputs) for outputs in zip(*rows, strict=True)]
 
 

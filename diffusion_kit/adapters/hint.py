@@ -25,7 +25,9 @@ NAME = "hint"
 class AddChannels:
     """The same channels in every step."""
 
-    def __call__(self, tensors: Tree, x: Tensor, call: Tensor, branches: int) -> Answer:
+    executed = ()
+
+    def __call__(self, tensors: Tree, x: Tensor, branches: int) -> Answer:
         return Answer(channels=tensors)
 
 

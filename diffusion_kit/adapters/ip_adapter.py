@@ -161,7 +161,9 @@ FILES = {"ip_adapter": IPAdapter.from_pretrained}
 class AddTokens:
     """The same tokens in every step."""
 
-    def __call__(self, tensors: Tree, x: Tensor, call: Tensor, branches: int) -> Answer:
+    executed = ()
+
+    def __call__(self, tensors: Tree, x: Tensor, branches: int) -> Answer:
         return Answer(tokens=tensors)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from diffusion_kit.models.denoiser import residual_fit
 from diffusion_kit.models.formats import unshuffled
 from diffusion_kit.models.unet import Net, layout
-from diffusion_kit.sampling.doors import Answer, Conditioning, Tree, spread
+from diffusion_kit.sampling.doors import Answer, Conditioning, Tree, in_every, spread
 
 from .control import Control, EncodedControl, Mode, Site, fading, in_branches
 from .controlnet import built, count
@@ -31,7 +31,9 @@ MODELS = (T2IAdapter, MultiAdapter)
 class AddFeatures:
     """The same residuals in every step."""
 
-    def __call__(self, tensors: Tree, x: Tensor, call: Tensor, branches: int) -> Answer:
+    executed = ()
+
+    def __call__(self, tensors: Tree, x: Tensor, branches: int) -> Answer:
         return Answer(intra=tensors)
 
 
@@ -47,6 +49,9 @@ class EncodedFeatures(EncodedControl):
         if self.guidance is None or branches == 1:
             return tuple(spread)
         return tuple(torch.cat([first, rows[len(first) :]]) for first, rows in zip(self.neutral, spread, strict=True))
+
+    def silence(self, branches: int) -> Answer:
+        return Answer(intra=tuple(in_every(torch.zeros_like(feature), branches) for feature in self.features))
 
 
 def encode(control: Control, site: Site) -> EncodedControl:

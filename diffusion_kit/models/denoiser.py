@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffusion_kit.sampling.doors import Answer, Conditioning, Denoiser, Prediction, Tree, pick
+from diffusion_kit.sampling.doors import Answer, Conditioning, Denoiser, Prediction, Tree
 
 from .kandinsky3 import Kandinsky3Denoiser, Kandinsky3PeerDenoiser, is_kandinsky3
 from .own_forward import OwnForward
@@ -44,14 +44,14 @@ class UNetDenoiser:
     def prepare(self, timesteps: Tensor, conditioning: Conditioning) -> Tree:
         return prepare_embeddings(self.net, timesteps, conditioning)
 
-    def __call__(self, tensors: Tree, x: Tensor, call: Tensor, answer: Answer) -> Prediction:
+    def __call__(self, tensors: Tree, x: Tensor, answer: Answer) -> Prediction:
         net, blocks, deep = self.net, list(self.net.up_blocks), tensors.get("deep")
         top = len(blocks) - self.depth
         shallow = sum(len(block.resnets) for block in blocks[top:])  # skip connections
-        emb = pick(tensors["emb"], call)[0]
         context = {name: (*own, *answer.tokens.get(name, ())) for name, own in tensors["context"].items()}
         x = widened(x, answer.channels, self.more)
         full = deep is None
+        emb = tensors["emb"]
         h, skips = encode(net, x, emb, context, intra=answer.intra, depth=None if full else self.depth)
         used = None if full else shallow
         skips, residuals = skips[:used], answer.skips[:used]
@@ -77,7 +77,7 @@ class PeerDenoiser(OwnForward):
     more: int = 0
     kwargs: tuple[tuple[str, Any], ...] = ()
 
-    def __call__(self, tensors: Tree, x: Tensor, call: Tensor, answer: Answer) -> tuple[Tensor, Tensor | None]:
+    def __call__(self, tensors: Tree, x: Tensor, answer: Answer) -> tuple[Tensor, Tensor | None]:
         if answer.tokens:
             raise ValueError("cross_attention_kwargs are for the UNet's own forward, which takes no IP-Adapter")
         added = added_conditions(tensors)
@@ -87,7 +87,7 @@ class PeerDenoiser(OwnForward):
             x = widened(x, answer.channels, self.more)
         out = self.net(
             x,
-            pick(tensors["timesteps"], call),
+            tensors["timesteps"],
             encoder_hidden_states=tensors.get("prompt_embeds"),
             timestep_cond=tensors.get("timestep_cond"),
             added_cond_kwargs=added or None,

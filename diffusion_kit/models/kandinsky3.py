@@ -10,7 +10,7 @@ from diffusers import Kandinsky3UNet
 from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor
 
-from diffusion_kit.sampling.doors import Answer, Conditioning, Tree, pick
+from diffusion_kit.sampling.doors import Answer, Conditioning, Tree
 
 from .attention import Context, Net, Tokens, attend, attention_layers, changed, split_heads
 from .own_forward import OwnForward
@@ -103,8 +103,8 @@ class Kandinsky3Denoiser:
         emb = times[:, None] + pooled(net, states, bias, conditioning["spans"].to(states))
         return {"emb": emb, "context": text_tokens(net, states, bias)}
 
-    def __call__(self, tensors: Tree, x: Tensor, call: Tensor, answer: Answer) -> tuple[Tensor, None]:
-        emb, context = pick(tensors["emb"], call)[0], tensors["context"]
+    def __call__(self, tensors: Tree, x: Tensor, answer: Answer) -> tuple[Tensor, None]:
+        emb, context = tensors["emb"], tensors["context"]
         h, skips = encode(self.net, x, emb, context, intra=answer.intra)
         return decode(self.net, h, skips, emb, context), None
 
@@ -113,9 +113,9 @@ class Kandinsky3Denoiser:
 class Kandinsky3PeerDenoiser(OwnForward):
     """Runs the UNet through its own forward, which takes no residuals, and one span for all rows."""
 
-    def __call__(self, tensors: Tree, x: Tensor, call: Tensor, answer: Answer) -> tuple[Tensor, None]:
+    def __call__(self, tensors: Tree, x: Tensor, answer: Answer) -> tuple[Tensor, None]:
         if answer.intra:
             raise ValueError("Kandinsky 3's own forward takes no controls; `pipe.explain()` says why it is used")
-        timestep = pick(tensors["timesteps"], call)
+        timestep = tensors["timesteps"]
         states, mask = tensors["prompt_embeds"].to(x), tensors["attention_mask"]
         return self.net(x, timestep, states, encoder_attention_mask=mask, return_dict=False)[0], None

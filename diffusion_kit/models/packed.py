@@ -20,10 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from diffusion_kit.sampling.doors import Tree
-from diffusion_kit.sampling.engines import StepFunction
+from diffusion_kit.sampling.engines import Engine, StepFunction
 from diffusion_kit.sampling.step import Step
 
 from . import onednn
+from .tiled_attention import tiled_attention
 
 
 class Weight(NamedTuple):
@@ -82,19 +83,38 @@ class PackedConv2d(Packed, nn.Conv2d):  # type: ignore[override]
 CLASSES: dict[type[nn.Module], type[Packed]] = {nn.Linear: PackedLinear, nn.Conv2d: PackedConv2d}
 
 
-class Packing:
-    """Engine that runs the step as it is, over networks whose layers it keeps packed."""
+class Packing(Engine):
+    """Runs everything as it is, over networks whose layers it keeps packed."""
 
-    def __init__(self, nets: Iterable[nn.Module]) -> None:
-        kinds = (*CLASSES, *CLASSES.values())
-        self.layers = [layer for net in nets for layer in net.modules() if type(layer) in kinds]
+    name = "packed"
+    attention = staticmethod(tiled_attention)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers: list[nn.Module] = []
+
+    def begin(self, nets: Iterable[nn.Module]) -> None:
+        self.layers = layers_of(nets)
 
     def __call__(self, step: Step, state: Tensor, tensors: Tree) -> StepFunction:
         """Packs again what was looked at since the last step."""
-        if not torch.is_autocast_enabled("cpu"):
-            for layer in self.layers:
-                pack_layer(layer)
+        pack_all(self.layers)
         return step
+
+    def network(self, network: Any) -> Any:
+        pack_all(layers_of(network.executed))
+        return network
+
+
+def layers_of(nets: Iterable[nn.Module]) -> list[nn.Module]:
+    kinds = (*CLASSES, *CLASSES.values())
+    return [layer for net in nets for layer in net.modules() if type(layer) in kinds]
+
+
+def pack_all(layers: Iterable[nn.Module]) -> None:
+    if not torch.is_autocast_enabled("cpu"):
+        for layer in layers:
+            pack_layer(layer)
 
 
 def pack_layer(layer: Any) -> bool:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor
 
-from diffusion_kit.sampling.doors import Answer, Conditioning, Denoiser, Tree, pick
+from diffusion_kit.sampling.doors import Answer, Conditioning, Denoiser, Tree
 
 from .attention import Net, Tokens, attend, attention_layers, changed, split_heads
 from .own_forward import OwnForward
@@ -48,12 +48,13 @@ class PriorDenoiser:
         bias = (padding[:, None] + net.causal_attention_mask)[:, None].to(net.dtype)  # (rows, 1, tokens, tokens)
         n = fixed.shape[1]
         _, seen = run(net, fixed, bias[..., :n, :n])
-        emb = net.time_embedding(net.time_proj(timesteps).to(net.dtype))
+        table = timesteps if timesteps.ndim == 2 else timesteps[:, None]  # of which each row has its own
+        emb = net.time_embedding(net.time_proj(table.flatten()).to(net.dtype)).unflatten(0, table.shape)
         return {"emb": emb, "seen": seen, "bias": bias[..., n:, :]}
 
-    def __call__(self, tensors: Tree, x: Tensor, call: Tensor, answer: Answer) -> tuple[Tensor, Tensor | None]:
+    def __call__(self, tensors: Tree, x: Tensor, answer: Answer) -> tuple[Tensor, Tensor | None]:
         net, rows = self.net, len(x)
-        emb = pick(tensors["emb"], call).flatten(0, -2)[:, None].expand(rows, -1, -1)
+        emb = tensors["emb"][:, None].expand(rows, -1, -1)
         moving = torch.cat([emb, net.proj_in(x[:, :, 0, 0])[:, None], net.prd_embedding.expand(rows, -1, -1)], 1)
         h, _ = run(net, moving, tensors["bias"], tensors["seen"])
         return net.proj_to_clip_embeddings(net.norm_out(h[:, -1]))[:, :, None, None], None
@@ -82,9 +83,9 @@ def run(net: Net, x: Tensor, bias: Tensor, before: Tree = ()) -> tuple[Tensor, T
 class PriorPeerDenoiser(OwnForward):
     """Runs any PriorTransformer through its own forward; latents and conditioning as in `PriorDenoiser`."""
 
-    def __call__(self, tensors: Tree, x: Tensor, call: Tensor, answer: Answer) -> tuple[Tensor, Tensor | None]:
+    def __call__(self, tensors: Tree, x: Tensor, answer: Answer) -> tuple[Tensor, Tensor | None]:
         text = (tensors[name] for name in ("prompt_embeds", "text_encoder_hidden_states", "text_mask"))
-        (embedding,) = self.net(x[:, :, 0, 0], pick(tensors["timesteps"], call), *text, return_dict=False)
+        (embedding,) = self.net(x[:, :, 0, 0], tensors["timesteps"], *text, return_dict=False)
         return embedding[:, :, None, None], None
 
 

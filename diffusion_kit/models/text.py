@@ -14,11 +14,14 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from diffusers.utils.torch_utils import get_module_execution_device
 from torch import Tensor
+
+from diffusion_kit.sampling.engines import Engine, eager
 
 STEP = 1.1  # weight of one bracket
 _PIECES = re.compile(r"\\([()\[\]\\])|\(|\[|:\s*([+-]?\d*\.?\d+)\s*\)|\)|\]|[^\\()\[\]:]+|:|\\")
@@ -46,32 +49,47 @@ def encode_prompts(
     *,
     windows: int | None = None,
     length: int | None = None,
+    engine: Engine = eager,
 ) -> Text:
     """Prompts with weights in `windows` windows; or, where that is None, as they are, cut to `length` tokens."""
     if windows is None:
-        return encode_text(prompts, tokenizer, encoder, layer, length=length)
-    return encode_weighted(prompts, tokenizer, encoder, layer, windows=windows)
+        return encode_text(prompts, tokenizer, encoder, layer, length=length, engine=engine)
+    return encode_weighted(prompts, tokenizer, encoder, layer, windows=windows, engine=engine)
 
 
 def encode_text(
-    prompts: Sequence[str], tokenizer: Any, encoder: Any, layer: Layer, *, length: int | None = None
+    prompts: Sequence[str],
+    tokenizer: Any,
+    encoder: Any,
+    layer: Layer,
+    *,
+    length: int | None = None,
+    engine: Engine = eager,
 ) -> Text:
     length = length or tokenizer.model_max_length
     tokens = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
     _warn_of_cut(prompts, tokenizer, tokens.input_ids)
     sees_mask = getattr(encoder.config, "use_attention_mask", False)
-    return _encode(tokens.input_ids, encoder, layer, tokens.attention_mask if sees_mask else None)
+    network = engine.network(TextEncoder(encoder, layer))
+    return network(*_on_device(encoder, tokens.input_ids, tokens.attention_mask if sees_mask else None))
 
 
 def encode_weighted(
-    prompts: Sequence[str], tokenizer: Any, encoder: Any, layer: Layer, *, windows: int | None = None
+    prompts: Sequence[str],
+    tokenizer: Any,
+    encoder: Any,
+    layer: Layer,
+    *,
+    windows: int | None = None,
+    engine: Engine = eager,
 ) -> Text:
     """States of prompts of any length with weights; see the module's text. `windows` is the least number of windows."""
     room = tokenizer.model_max_length - 2
     tokens = [_weighted_tokens(prompt, tokenizer) for prompt in prompts]
     n = max([windows or 1, *(-(-len(own) // room) for own in tokens)])
     empty = tokenizer("", padding="max_length", max_length=room + 2, return_tensors="pt").input_ids
-    neutral = _encode(empty, encoder, layer).states
+    network = engine.network(TextEncoder(encoder, layer))
+    neutral = network(*_on_device(encoder, empty, None)).states
     rows, pooled = [], []
     for own in tokens:
         parts = []
@@ -82,7 +100,7 @@ def encode_weighted(
             if len(part) < room + 1:
                 ids[0, 1 + len(part)] = tokenizer.eos_token_id
             weights[1 : 1 + len(part)] = torch.tensor([weight for _, weight in part])
-            text = _encode(ids, encoder, layer)
+            text = network(*_on_device(encoder, ids, None))
             parts.append(neutral + weights.to(neutral)[None, :, None] * (text.states - neutral))
             if k == 0:
                 pooled.append(text.pooled)
@@ -96,13 +114,29 @@ def count_windows(prompts: Sequence[str], tokenizer: Any) -> int:
     return max(1, *(-(-len(_weighted_tokens(prompt, tokenizer)) // room) for prompt in prompts))
 
 
-def _encode(ids: Tensor, encoder: Any, layer: Layer, mask: Tensor | None = None) -> Text:
+@dataclass(frozen=True)
+class TextEncoder:
+    """An encoder of CLIP's kind, as engines take it."""
+
+    encoder: Any
+    layer: Layer
+
+    @property
+    def executed(self) -> tuple[Any, ...]:
+        return (self.encoder,)
+
+    def __call__(self, ids: Tensor, mask: Tensor | None) -> Text:
+        """Of tokens (B, n), and which of them are seen, (B, n)."""
+        out = self.encoder(ids, mask, output_hidden_states=True)
+        states = out.hidden_states[-(self.layer.back + 1)]
+        if self.layer.normed:
+            states = getattr(self.encoder, "text_model", self.encoder).final_layer_norm(states)
+        return Text(states, out[0] if out[0].ndim == 2 else None)
+
+
+def _on_device(encoder: Any, *values: Tensor | None) -> list[Tensor | None]:
     device = get_module_execution_device(encoder)
-    out = encoder(ids.to(device), None if mask is None else mask.to(device), output_hidden_states=True)
-    states = out.hidden_states[-(layer.back + 1)]
-    if layer.normed:
-        states = getattr(encoder, "text_model", encoder).final_layer_norm(states)
-    return Text(states, out[0] if out[0].ndim == 2 else None)
+    return [None if value is None else value.to(device) for value in values]
 
 
 def _warn_of_cut(prompts: Sequence[str], tokenizer: Any, ids: Tensor) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from diffusers import VQModel
 from torch import Tensor
 
+from diffusion_kit.sampling.engines import Engine, eager
 from diffusion_kit.sampling.noise import Generators
 
 
@@ -46,7 +48,9 @@ def encode_mode(vae: Any, pixels: Tensor, *, upcast: bool = True) -> Tensor:
 
 
 @torch.no_grad()
-def decode_latents(vae: Any, latents: Tensor, *, upcast: bool = True, **beside: Tensor) -> Tensor:
+def decode_latents(
+    vae: Any, latents: Tensor, *, upcast: bool = True, engine: Engine = eager, **beside: Tensor
+) -> Tensor:
     """Pictures (N, 3, H, W), about [-1, 1], of latents.
 
     Args:
@@ -61,16 +65,35 @@ def decode_latents(vae: Any, latents: Tensor, *, upcast: bool = True, **beside: 
     with _upcast(vae, upcast):
         latents = latents.to(vae.dtype)
         shift, std = statistics(vae, latents)
-        options: dict[str, Any] = {name: value.to(latents) for name, value in beside.items()}
-        if isinstance(vae, VQModel):
-            options["force_not_quantize"] = True  # the diffusion model works between the codes
-        pixels = vae.decode(latents * (std / scaling(vae)) + shift, return_dict=False, **options)[0]
+        seen = {name: value.to(latents) for name, value in beside.items()}
+        pixels = engine.network(Decoder(vae))(latents * (std / scaling(vae)) + shift, seen)
     if not torch.isfinite(pixels).all():
         raise RuntimeError(
             f"the VAE overflowed in {str(vae.dtype).removeprefix('torch.')}: use pipe.vae.to(torch.float32), "
             "force_upcast in its config, or a VAE made for half precision (madebyollin/sdxl-vae-fp16-fix)"
         )
     return pixels
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """The half of an autoencoder that makes pictures, as engines take it."""
+
+    vae: Any
+
+    @property
+    def executed(self) -> tuple[Any, ...]:
+        """None in tiles: those are cut and put together by the autoencoder's own loop."""
+        if getattr(self.vae, "use_tiling", False):
+            return ()
+        parts = (getattr(self.vae, name, None) for name in ("post_quant_conv", "decoder"))
+        return tuple(part for part in parts if part is not None)
+
+    def __call__(self, latents: Tensor, beside: Mapping[str, Tensor]) -> Tensor:
+        options: dict[str, Any] = dict(beside)
+        if isinstance(self.vae, VQModel):
+            options["force_not_quantize"] = True  # the diffusion model works between the codes
+        return self.vae.decode(latents, return_dict=False, **options)[0]
 
 
 @contextmanager

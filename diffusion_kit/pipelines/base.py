@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from diffusers import DiffusionPipeline
 from diffusers.utils import is_xformers_available
 from diffusers.utils.peft_utils import scale_lora_layers, unscale_lora_layers
@@ -29,18 +28,17 @@ from diffusion_kit.adapters.control import (
     load_control_model,
     named_kinds,
 )
-from diffusion_kit.models.attention import Product, installed
+from diffusion_kit.models.attention import installed
 from diffusion_kit.models.denoiser import make_denoiser, with_kept_features
-from diffusion_kit.models.onednn import obstacle as onednn_obstacle
 from diffusion_kit.models.packed import Packing, unpack_all
 from diffusion_kit.models.sources import check_folder, locate, one_line
-from diffusion_kit.models.tiled_attention import tiled_attention
 from diffusion_kit.models.unet import obstacle
 from diffusion_kit.sampling.cache import StepCache
-from diffusion_kit.sampling.engines import Compiled, Engine, eager
+from diffusion_kit.sampling.engines import Engine, eager
 from diffusion_kit.sampling.loop import Run, sample
 
 from .arguments import bind, signature_of
+from .optimize import Level, explain, optimize
 
 
 class ControlledPipeline(DiffusionPipeline):
@@ -54,8 +52,9 @@ class ControlledPipeline(DiffusionPipeline):
     arguments: ClassVar[str] = ""
     defaults: ClassVar[Mapping[str, Any]] = {}
     peer_name: ClassVar[str] = ""
-    engine: Engine = staticmethod(eager)
-    packs_layers: bool = False
+    engine: Engine = eager
+    usual_guidance_interval: tuple[float, float] = (0.0, 1.0)  # where a call does not say
+    notes: Sequence[str] = ()  # of what `optimize` could not do
     step_cache: StepCache | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -69,6 +68,7 @@ class ControlledPipeline(DiffusionPipeline):
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
             args, kwargs = self.accept(args, kwargs)
             values = bind(signature, type(self).__name__, args, kwargs)
+            self.engine.renew()
             return self.generate(self.Call(**self.translate(values)))
 
         call.__signature__ = signature  # type: ignore[attr-defined]
@@ -213,21 +213,20 @@ class ControlledPipeline(DiffusionPipeline):
 
     # Running
 
-    def compile_step(self, **options: Any) -> Compiled:
-        """From now on whole steps run compiled, one graph for each signature; `options` are torch.compile's."""
-        self.engine = Compiled(**options)
-        return self.engine
+    def optimize(self, level: Level = "exact", *, engine: str | Engine | None = None) -> str:
+        """From now on the pipeline runs as fast as the level allows (`pipelines.optimize`); gives what `explain` says.
 
-    def pack_layers(self, on: bool = True) -> str | None:
-        """From now on the networks that steps run have their weights as oneDNN computes with them, on a CPU and in float32
-        or bfloat16: the same picture in less time and the same memory (see `models.packed`). In bfloat16 attention over
-        many tokens is exact to 1 %, torch's to 0.2 %: scores are rounded before the softmax. None, or why not.
+        Args:
+            level: "exact", the same picture; "half", with weights of half precision; "fast", half, with a step cache and
+                guidance in a part of the steps.
+            engine: what executes the networks, by name ("eager", "packed", "openvino", "inductor") or itself. None is the
+                one that a short measurement finds fastest.
+
+        Raises:
+            ValueError: no such level, or no such engine here.
         """
-        why = onednn_obstacle(self.unet.dtype) if on else None
-        if on and self._execution_device.type != "cpu":
-            why = "packed layers are for a CPU"
-        self.packs_layers = on and why is None
-        return why
+        optimize(self, level, engine)
+        return self.explain()
 
     def cache_steps(
         self, every: int | None = 3, *, depth: int = 1, controls: Literal["reuse", "recompute"] = "reuse"
@@ -247,23 +246,12 @@ class ControlledPipeline(DiffusionPipeline):
 
     def explain(self) -> str:
         """What runs where, in a few lines."""
-        why = obstacle(self.unet)
-        runs = "executor: keys, values and embeddings made once" if why is None else f"its own forward: {why}"
-        lines = [
-            f"model      {self.config.get('_name_or_path') or type(self).__name__}",
-            f"device     {self._execution_device}, {str(self.unet.dtype).removeprefix('torch.')}",
-            f"unet       {runs}",
-            f"engine     {self._engine_name()}",
-            f"cache      {self.step_cache or 'off'}",
-            f"scheduler  {type(self.scheduler).__name__}",
-        ]
-        return "\n".join(lines)
+        return "\n".join(f"{label:11}{text}" for label, text in explain(self))
 
-    def _engine_name(self) -> str:
-        if isinstance(self.engine, Compiled):
-            return "compiled steps"
-        packed = self.packs_layers and obstacle(self.unet) is None  # its own forward is left as it is
-        return "eager, layers packed" if packed else "eager"
+    @property
+    def obstacle(self) -> str | None:
+        """Why the network that is denoised with runs through its own forward; None if the executor runs it."""
+        return obstacle(self.unet)
 
     @property
     def guidance_scale(self) -> float:
@@ -299,14 +287,12 @@ class ControlledPipeline(DiffusionPipeline):
         if self.step_cache is not None:
             run.cache = dataclasses.replace(self.step_cache)
             run.denoiser = with_kept_features(run.denoiser, run.cache.depth)
-        nets = [net for control in run.controls for net in control.nets]  # type: ignore[attr-defined]
-        nets += run.denoiser.executed  # type: ignore[attr-defined]
+        nets = [net for control in run.controls for net in control.injection.executed]
+        nets += run.denoiser.executed
         unique = list({id(net): net for net in nets}.values())
-        product: Product = F.scaled_dot_product_attention
-        if self.packs_layers and run.engine is eager:
-            run.engine, product = Packing(unique), tiled_attention
-        else:
+        if not isinstance(run.engine, Packing):
             unpack_all([*unique, *(part for part in self.components.values() if isinstance(part, nn.Module))])
+        run.engine.begin(unique)
         scale = (self._cross_attention_kwargs or {}).get("scale")
         bar = self.progress_bar(total=run.schedule.steps)
 
@@ -315,7 +301,7 @@ class ControlledPipeline(DiffusionPipeline):
             bar.update(run.schedule.ends_step(k))
             return result
 
-        with bar, installed(*unique, product=product), loras_scaled(scale, self.unet):
+        with bar, installed(*unique, product=run.engine.attention), loras_scaled(scale, self.unet):
             for net in unique:
                 if getattr(net, "_hf_hook", None) is not None:
                     net._hf_hook.pre_forward(net)

@@ -13,10 +13,12 @@ from huggingface_hub import ModelCard, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from diffusion_kit.models.sources import locate, read_json
+from diffusion_kit.sampling.engines import Engine
 
 from .call import LatentCall
 from .kandinsky import Kandinsky2Call, Kandinsky2Pipeline, Kandinsky21Pipeline, Kandinsky22Pipeline
 from .kandinsky_prior import KandinskyPriorPipeline, KandinskyV22PriorPipeline, PriorCall
+from .optimize import Level
 
 PRIOR = "prior_"  # before the names of the prior's components
 
@@ -67,10 +69,10 @@ class WithPrior(Kandinsky2Pipeline):
         super().set_progress_bar_config(**kwargs)
         self.prior_pipe.set_progress_bar_config(**kwargs)
 
-    def pack_layers(self, on: bool = True) -> str | None:
-        why = super().pack_layers(on)
-        self.prior_pipe.packs_layers = self.packs_layers
-        return why
+    def optimize(self, level: Level = "exact", *, engine: str | Engine | None = None) -> str:
+        told = super().optimize(level, engine=engine)
+        self.prior_pipe.engine = self.engine  # guidance and steps of the prior stay whole: they cost next to nothing
+        return told
 
     def generate(self, call: Any) -> Any:
         call.check(self._callback_tensor_inputs)

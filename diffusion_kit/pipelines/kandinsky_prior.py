@@ -118,11 +118,9 @@ class PriorPipeline(ControlledPipeline):
         """D of the embeddings."""
         return self.prior.config.embedding_dim
 
-    def explain(self) -> str:
-        """What runs where, in a few lines."""
-        why = obstacle(self.prior)
-        runs = "keys and values of the text made once" if why is None else f"its own forward: {why}"
-        return f"prior      {runs}\ndevice     {self._execution_device}\nscheduler  {type(self.scheduler).__name__}"
+    @property
+    def obstacle(self) -> str | None:
+        return obstacle(self.prior)
 
     def generate(self, call: PriorCall) -> KandinskyPriorPipelineOutput | tuple[Any, Any]:
         call.check(self._callback_tensor_inputs)
@@ -143,7 +141,7 @@ class PriorPipeline(ControlledPipeline):
             denoiser=make_prior_denoiser(self.prior),
             conditioning=self._conditioning(prompts, negatives, call.num_images_per_prompt),
             guidance_scale=self.guidance_weight,
-            guidance_interval=call.guidance_interval,
+            guidance_interval=call.guidance_interval or self.usual_guidance_interval,
             generator=batch.generator,
             engine=self.engine,
             dtype=batch.dtype,
@@ -186,7 +184,7 @@ class PriorPipeline(ControlledPipeline):
         }
 
     def _encode(self, prompts: list[str]) -> dict[str, Tensor]:
-        text = encode_text(prompts, self.tokenizer, self.text_encoder, Layer(0, normed=True))
+        text = encode_text(prompts, self.tokenizer, self.text_encoder, Layer(0, normed=True), engine=self.engine)
         tokens = self.tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt")
         return {
             "prompt_embeds": text.pooled,

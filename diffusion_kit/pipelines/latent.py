@@ -103,7 +103,7 @@ class LatentPipeline(ControlledPipeline):
         if output_type == "latent":
             return latents
         device = get_module_execution_device(self.vae)
-        pixels = decode_latents(self.vae, latents.to(device), upcast=self.upcasts, **beside)
+        pixels = decode_latents(self.vae, latents.to(device), upcast=self.upcasts, engine=self.engine, **beside)
         return self.image_processor.postprocess(self.finish(pixels), output_type=output_type)
 
     def preview(self, latents: Tensor) -> Tensor:
@@ -153,7 +153,7 @@ class LatentPipeline(ControlledPipeline):
             rule=start.rule,
             guidance_scale=self.guidance_weight,
             guidance_rescale=call.guidance_rescale,
-            guidance_interval=call.guidance_interval,
+            guidance_interval=call.guidance_interval or self.usual_guidance_interval,
             generator=call.generator,
             engine=self.engine,
             dtype=self.unet.dtype,

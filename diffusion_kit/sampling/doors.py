@@ -26,6 +26,7 @@ from torch import Tensor
 
 Prediction = tuple[Tensor, Tensor | None, *tuple[Any, ...]]
 Tree = Any  # a tensor, or a tuple, list or dict of trees
+TABLES = ("emb", "timesteps")  # in what a network is given: tensors that have a row for each call
 Conditioning = Mapping[str, Tensor]  # named tensors; the conditional half comes last along the batch
 
 
@@ -71,10 +72,16 @@ def _add_each(first: tuple[Tensor, ...], second: tuple[Tensor, ...]) -> tuple[Te
 
 
 class Injection(Protocol):
-    """How a control answers within a step: a pure function of tensors, equal for equal networks and modes."""
+    """How a control answers within a step: a pure function of tensors, equal for equal networks and modes.
 
-    def __call__(self, tensors: Tree, x: Tensor, call: Tensor, branches: int) -> Answer:
-        """For the model input x (branches x rows, C, H, W) at the call whose index is the tensor `call` (1,)."""
+    `executed` are the networks that run in it, but for those that run through their own forward.
+    """
+
+    @property
+    def executed(self) -> tuple[Any, ...]: ...
+
+    def __call__(self, tensors: Tree, x: Tensor, branches: int) -> Answer:
+        """For the model input x (branches x rows, C, H, W)."""
 
 
 class Encoded(Protocol):
@@ -92,14 +99,21 @@ class Encoded(Protocol):
     def tensors(self, conditioning: Conditioning, branches: int) -> Tree:
         """What the injection takes: fixed while the conditioning is."""
 
+    def silence(self, branches: int) -> Answer:
+        """Zeros of the shapes that its answers have, as far as that can be."""
+
 
 class Denoiser(Protocol):
-    """A network behind one signature, whatever its family. Equal for equal networks."""
+    """A network behind one signature, whatever its family. Equal for equal networks; `executed` as of an `Injection`."""
+
+    @property
+    def executed(self) -> tuple[Any, ...]: ...
 
     def prepare(self, timesteps: Tensor, conditioning: Conditioning) -> Tree:
-        """All that does not change from step to step: embeddings of every timestep, keys and values of the text."""
+        """All that does not change from step to step: embeddings of every timestep, keys and values of the text. A call is
+        given it with the row of its own of each of the `TABLES`."""
 
-    def __call__(self, tensors: Tree, x: Tensor, call: Tensor, answer: Answer) -> Prediction:
+    def __call__(self, tensors: Tree, x: Tensor, answer: Answer) -> Prediction:
         """(prediction, variance or None), each (rows, C, H, W); behind them what a step cache is to keep."""
 
 
@@ -121,6 +135,18 @@ class KeepUnmasked:
 def pick(table: Tensor, call: Tensor) -> Tensor:
     """Row of a table on the device for the call index, a tensor (1,) on the device: no host read. Keeps the axis."""
     return table.index_select(0, call)
+
+
+def at(tensors: Tree, call: Tensor) -> Tree:
+    """What a network is given, in one call: of a table the call's row."""
+    if not isinstance(tensors, Mapping):
+        return tensors
+    return {name: pick(value, call)[0] if name in TABLES else value for name, value in tensors.items()}
+
+
+def at_once(tensors: Tree) -> Tree:
+    """The same of a schedule that has one call."""
+    return {name: value[0] if name in TABLES else value for name, value in tensors.items()}
 
 
 def inside(step: int, steps: int, window: tuple[float, float]) -> bool:

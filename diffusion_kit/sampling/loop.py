@@ -123,12 +123,13 @@ def _step(run: Run, k: int, noise: Tensor | None, rows: int, device: torch.devic
     if guided and any(len(value) != 2 * rows for value in run.conditioning.values()):
         raise ValueError(f"guidance is on, so embeddings need {2 * rows} rows (unconditional, conditional)")
     active = [c for c in run.controls if c.active(number, schedule.steps)]
+    silent = [c for c in run.controls if run.engine.copies and not c.active(number, schedule.steps)]
     scales = (*(c.guidance for c in active if c.guidance is not None), run.guidance_scale) if guided else ()
     branches = 1 + len(scales)
     conditioning = branched(run.conditioning, rows, branches)
     step = Step(
         denoiser=run.denoiser,
-        injections=tuple(c.injection for c in active),
+        injections=(*(c.injection for c in active), *(Repeat() for _ in silent)),
         rule=run.rule[0] if run.rule is not None and transition is not None else None,
         branches=branches,
         rescaled=guided and run.guidance_rescale > 0,
@@ -144,8 +145,9 @@ def _step(run: Run, k: int, noise: Tensor | None, rows: int, device: torch.devic
         "denoiser": run.prepared(
             ("denoiser", branches), lambda: run.denoiser.prepare(schedule.timesteps, conditioning)
         ),
-        "controls": tuple(
-            run.prepared((id(c), branches), lambda c=c: c.tensors(conditioning, branches)) for c in active
+        "controls": (
+            *(run.prepared((id(c), branches), lambda c=c: c.tensors(conditioning, branches)) for c in active),
+            *(run.prepared(("silence", id(c), branches), lambda c=c: c.silence(branches)) for c in silent),
         ),
         "channels": run.prepared(("channels", branches), lambda: _channels(run, branches)),
         "guidance": run.prepared(("guidance", scales), lambda: torch.tensor(scales).view(-1, 1, 1, 1, 1).to(device)),

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .doors import Answer, Denoiser, Injection, LatentRule, Prediction, Tree, add_answers, in_every, pick
+from .doors import Answer, Denoiser, Injection, LatentRule, Prediction, Tree, add_answers, at, in_every, pick
 from .guidance import guide
 from .transition import advance, noise_factor
 
@@ -43,6 +44,12 @@ class Step:
     variance: str | None
     linear: bool
     learned: bool
+
+    @property
+    def executed(self) -> tuple[Any, ...]:
+        """The networks that run in it."""
+        parts: tuple[Any, ...] = (self.denoiser, *self.injections)
+        return tuple(net for part in parts for net in part.executed)
 
     def __call__(self, state: Tensor, call: Tensor, tensors: Tree) -> tuple[Tensor, Tensor, *tuple[Tree, ...]]:
         """Args:
@@ -78,13 +85,13 @@ class Step:
         x = latents * pick(tensors["input_scale"], call) if self.scaled else latents
         x = in_every(x.to(self.dtype), self.branches)
         answers = [
-            injection(own, x, call, self.branches)
+            injection(at(own, call), x, self.branches)
             for injection, own in zip(self.injections, tensors["controls"], strict=True)
         ]
         answer = reduce(add_answers, answers, Answer())
         if tensors["channels"] is not None:
             x = torch.cat([x, tensors["channels"]], 1)
-        prediction, variance, *features = self.denoiser(tensors["denoiser"], x, call, answer)
+        prediction, variance, *features = self.denoiser(at(tensors["denoiser"], call), x, answer)
         prediction = prediction.float()
         if self.branches > 1:
             prediction = guide(prediction, tensors["guidance"], tensors["rescale"] if self.rescaled else None)

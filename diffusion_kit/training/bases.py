@@ -20,7 +20,7 @@ from diffusion_kit.models.text import Layer, Text, encode_text
 from diffusion_kit.models.unet import obstacle
 from diffusion_kit.models.vae import scaling, statistics
 from diffusion_kit.pipelines import auto, kandinsky, kandinsky_prior, sd15, sdxl
-from diffusion_kit.sampling.doors import Answer
+from diffusion_kit.sampling.doors import Answer, at_once
 
 from .config import Config
 from .data.cache import Cache, Maker, fingerprint
@@ -71,8 +71,8 @@ class Base:
     def predict(self, x: Tensor, t: Tensor, conditioning: Conditioning, answer: Answer) -> Tensor:
         """What the UNet says of noisy latents (B, C, h, w) at timesteps (B,)."""
         denoiser = self.denoiser()
-        tensors = denoiser.prepare(t[None], conditioning)
-        return denoiser(tensors, x.to(self.unet.dtype), torch.zeros(1, dtype=torch.long, device=x.device), answer)[0]
+        tensors = at_once(denoiser.prepare(t[None], conditioning))
+        return denoiser(tensors, x.to(self.unet.dtype), answer)[0]
 
     @property
     def pictured(self) -> list[Maker]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from diffusion_kit.adapters.controlnet import RunControlNet
 from diffusion_kit.models.vae import scale_factor
 from diffusion_kit.pipelines.kandinsky import Kandinsky22Pipeline
-from diffusion_kit.sampling.doors import Answer
+from diffusion_kit.sampling.doors import Answer, at_once
 from diffusion_kit.training.bases import Base, Conditioning, load_base
 from diffusion_kit.training.config import Config
 from diffusion_kit.training.data.samples import Batch
@@ -51,10 +51,9 @@ class ControlNetTarget(Denoising):
         return self.controlnet
 
     def answer(self, batch: Batch, noisy: Tensor, t: Tensor, conditioning: Conditioning) -> Answer:
-        prepared = self.run.prepare(t[None], conditioning)
+        prepared = at_once(self.run.prepare(t[None], conditioning))
         hint = self.run.embed(batch.condition)  # type: ignore[arg-type]
-        call = torch.zeros(1, dtype=torch.long, device=noisy.device)
-        answer = self.run({**prepared, "hint": hint, "weights": self.ones(noisy)}, noisy, call, 1)
+        answer = self.run({**prepared, "hint": hint, "weights": self.ones(noisy)}, noisy, 1)
         dtype = self.base.unet.dtype
         return Answer(skips=tuple(own.to(dtype) for own in answer.skips), mid=answer.mid.to(dtype))  # type: ignore[union-attr]
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diffusion_kit.models.prior import PriorDenoiser, obstacle
 from diffusion_kit.models.text import Layer, encode_text
-from diffusion_kit.sampling.doors import Answer
+from diffusion_kit.sampling.doors import Answer, at_once
 from diffusion_kit.training.bases import as_given, embedded, load_prior
 from diffusion_kit.training.config import Config
 from diffusion_kit.training.data.samples import Batch
@@ -45,11 +45,9 @@ class PriorTarget(Target):
         noise = objective.noise(batch.places, x.shape[1:]).to(x)
         t = objective.timesteps(batch.places).to(x.device)
         denoiser = PriorDenoiser(self.prior)
-        tensors = denoiser.prepare(t, self.conditioning(batch))
-        tensors["emb"] = tensors["emb"][None]  # one row for each sample, in one call
+        tensors = at_once(denoiser.prepare(t[None], self.conditioning(batch)))
         noisy = objective.add_noise(x, noise, t)[:, :, None, None]
-        call = torch.zeros(1, dtype=torch.long, device=x.device)
-        prediction = denoiser(tensors, noisy, call, Answer())[0][:, :, 0, 0]
+        prediction = denoiser(tensors, noisy, Answer())[0][:, :, 0, 0]
         error = F.mse_loss(prediction.float(), objective.target(x, noise, t), reduction="none").mean(1)
         return Losses(error * objective.weights(t), t / len(objective.alphas))
 

@@ -1,37 +1,31 @@
-"""What executes a step: as it is, or compiled once for each signature."""
+"""A whole step, compiled once for each signature."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
-from typing import Any, Protocol
+from collections.abc import Hashable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .doors import Tree, shapes
-from .step import Step
+from diffusion_kit.sampling.doors import Tree, shapes
+from diffusion_kit.sampling.step import Step
 
-StepFunction = Callable[[Tensor, Tensor, Tree], tuple[Tensor, Tensor, *tuple[Tree, ...]]]
-
-
-class Engine(Protocol):
-    def __call__(self, step: Step, state: Tensor, tensors: Tree) -> StepFunction: ...
+from .engine import Engine, StepFunction
 
 
-def eager(step: Step, state: Tensor, tensors: Tree) -> StepFunction:
-    """The step itself."""
-    return step
-
-
-class Compiled:
+class Compiled(Engine):
     """torch.compile of one whole step, one graph for each signature (the step, and the shapes of its tensors).
 
     Prompts, scales, masks and windows are tensors or choose between signatures, so a signature seen before compiles
     nothing. A step that the compiler cannot take whole is an error, not a silent break.
     """
 
+    name = "inductor"
+
     def __init__(self, **options: Any):
         """`options` are those of torch.compile (`backend`, `mode`)."""
+        super().__init__()
         self.options = options
         self.graphs: dict[Hashable, StepFunction] = {}
 

@@ -1,0 +1,117 @@
+"""The engines by name, and which of them is the fastest here."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffusion_kit.models import onednn
+from diffusion_kit.models.packed import Packing, unpack_all
+from diffusion_kit.sampling.engines import Compiled, CudaGraphs, Engine, OpenVINO, eager
+
+ENGINES: dict[str, Callable[[], Engine]] = {
+    "eager": lambda: eager,
+    "packed": Packing,
+    "openvino": lambda: OpenVINO(cache_folder()),
+    "inductor": Compiled,
+    "cudagraph": CudaGraphs,
+}
+QUICK = ("eager", "packed", "openvino", "cudagraph")  # ready in seconds
+ROUNDS, SIDE, TOKENS = 5, 64, 77  # of a probe
+
+
+def cache_folder() -> Path:
+    """Where engines keep what they made of networks: DIFFUSION_KIT_CACHE, or .cache/diffusion_kit of the user's home."""
+    return Path(os.environ.get("DIFFUSION_KIT_CACHE") or Path.home() / ".cache" / "diffusion_kit")
+
+
+def missing(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why there is no such engine here, or None.
+
+    Raises:
+        ValueError: there is none of that name anywhere.
+    """
+    if name not in ENGINES:
+        raise ValueError(f"no engine {name!r}; there are {', '.join(ENGINES)}")
+    if name in ("packed", "openvino") and device.type != "cpu":
+        return f"{name} is for a CPU, the pipeline is on {device}"
+    if name == "cudagraph" and device.type != "cuda":
+        return f"cudagraph is for CUDA, the pipeline is on {device}"
+    if name == "openvino" and importlib.util.find_spec("openvino") is None:
+        return "openvino is not installed: pip install 'diffusion_kit[openvino]'"
+    return onednn.obstacle(dtype) if name == "packed" else None
+
+
+def make_engine(name: str, device: torch.device, dtype: torch.dtype) -> Engine:
+    """
+    Raises:
+        ValueError: no such engine, or not here.
+    """
+    if (why := missing(name, device, dtype)) is not None:
+        raise ValueError(f"engine {name!r}: {why}")
+    return ENGINES[name]()
+
+
+def fastest(unet: Any) -> tuple[Engine, dict[str, float]]:
+    """The engine that is fastest over a piece of a UNet, and the seconds of each. Those that compile for minutes are left
+    out: they are used where they are asked for."""
+    names = [name for name in QUICK if missing(name, unet.device, unet.dtype) is None]
+    probe, inputs = make_probe(unet)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
+        engines = {
+            name: OpenVINO(Path(folder), parks=False) if name == "openvino" else ENGINES[name]() for name in names
+        }
+        for _ in range(ROUNDS):
+            for name, engine in engines.items():
+                run = engine.network(probe)
+                run(*inputs)  # lays weights out, or converts
+                start = time.perf_counter()
+                run(*inputs)
+                seconds[name].append(time.perf_counter() - start)
+                unpack_all(probe.executed)
+    medians = {name: median(own) for name, own in seconds.items()}
+    return ENGINES[min(names, key=medians.__getitem__)](), medians
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A residual block and, where there is one, a transformer block of a UNet."""
+
+    resnet: nn.Module
+    transformer: nn.Module | None
+
+    @property
+    def executed(self) -> tuple[nn.Module, ...]:
+        return tuple(part for part in (self.resnet, self.transformer) if part is not None)
+
+    def __call__(self, x: Tensor, emb: Tensor, states: Tensor) -> Tensor:
+        h = self.resnet(x, emb)
+        if self.transformer is None:
+            return h
+        return self.transformer(h.flatten(2).transpose(1, 2), encoder_hidden_states=states)
+
+
+def make_probe(unet: Any) -> tuple[Probe, tuple[Tensor, ...]]:
+    """Of the deepest down block, with random inputs of the sizes that it sees, but no more than `SIDE` latents a side."""
+    block = unet.down_blocks[-1]
+    resnet = block.resnets[-1]
+    transformers = getattr(next(iter(getattr(block, "attentions", ())), None), "transformer_blocks", (None,))
+    size = unet.config.sample_size or SIDE
+    side = max(1, min(SIDE, *(size if isinstance(size, (list, tuple)) else (size,))) >> (len(unet.down_blocks) - 1))
+    like = {"device": unet.device, "dtype": unet.dtype}
+    x = torch.randn(2, resnet.in_channels, side, side, **like)
+    emb = torch.randn(2, resnet.time_emb_proj.in_features, **like)
+    width = unet.config.cross_attention_dim
+    states = torch.randn(2, TOKENS, width if isinstance(width, int) else width[-1], **like)
+    return Probe(resnet, transformers[0]), (x, emb, states)

@@ -1,0 +1,92 @@
+"""How a pipeline runs: which engine executes its networks, in what precision, with which approximations; and what of that
+it says of itself.
+
+Three levels. "exact" gives the same picture: in float32 within a thousandth of the range of pixels. "half" has weights of
+half precision, while schedule and guidance stay in float32. "fast" is half with a step cache and with guidance in a part of
+the steps, which change the picture a little: docs/optimize.md says how much.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal, get_args
+
+import torch
+from torch import nn
+
+from diffusion_kit.sampling.engines import Engine
+
+from .engines import fastest, make_engine
+
+Level = Literal["exact", "half", "fast"]
+LEVELS = get_args(Level)
+FAST_CACHE, FAST_GUIDANCE = 3, (0.0, 0.75)  # one full step in so many; the part of the steps that have guidance
+ALWAYS = (0.0, 1.0)
+
+
+def optimize(pipe: Any, level: str, engine: str | Engine | None) -> None:
+    """Sets a pipeline's precision, step cache, guidance interval and engine; `pipe.notes` says what was not possible.
+
+    Raises:
+        ValueError: no such level, or no such engine here.
+    """
+    if level not in LEVELS:
+        raise ValueError(f"level is {level!r}; it must be {', '.join(LEVELS)}")
+    pipe.notes = []
+    half = torch.bfloat16 if pipe._execution_device.type == "cpu" else torch.float16
+    if level != "exact":
+        pipe.to(half)
+    elif pipe.unet.dtype != torch.float32:
+        pipe.notes.append(f"weights are in {name_of(pipe.unet.dtype)}: for float32 load the pipeline again")
+    pipe.cache_steps(None)
+    pipe.usual_guidance_interval = FAST_GUIDANCE if level == "fast" else ALWAYS
+    if level == "fast":
+        try:
+            pipe.cache_steps(FAST_CACHE)
+        except ValueError as error:
+            pipe.notes.append(str(error))
+    pipe.engine = engine if isinstance(engine, Engine) else _engine(pipe, engine)
+
+
+def _engine(pipe: Any, name: str | None) -> Engine:
+    if name is not None:
+        return make_engine(name, pipe.unet.device, pipe.unet.dtype)
+    if (why := pipe.obstacle) is not None:
+        pipe.notes.append(f"eager: the network runs through its own forward, {why}")
+        return make_engine("eager", pipe.unet.device, pipe.unet.dtype)
+    engine, seconds = fastest(pipe.unet)
+    times = ", ".join(f"{name} {1e3 * own:.1f} ms" for name, own in sorted(seconds.items(), key=lambda pair: pair[1]))
+    pipe.notes.append(f"{engine.name} was the fastest over a block of the UNet: {times}")
+    return engine
+
+
+def explain(pipe: Any) -> Iterator[tuple[str, str]]:
+    """What runs where, by the part that it is about."""
+    yield "model", str(pipe.config.get("_name_or_path") or type(pipe).__name__)
+    yield "device", f"{pipe._execution_device}, {name_of(pipe.unet.dtype)}"
+    why = pipe.obstacle
+    yield "network", "executor: keys, values and embeddings made once" if why is None else f"its own forward: {why}"
+    yield (
+        "engine",
+        pipe.engine.name if why is None else "eager: networks with a forward of their own are left as they are",
+    )
+    yield "cache", str(pipe.step_cache or "off")
+    yield (
+        "guidance",
+        "in all steps"
+        if pipe.usual_guidance_interval == ALWAYS
+        else "in steps from {} to {}".format(*pipe.usual_guidance_interval),
+    )
+    yield "scheduler", type(pipe.scheduler).__name__
+    for name, net in {**pipe.components, **pipe.__dict__.get("_base_controls", {})}.items():
+        if isinstance(net, nn.Module):
+            weights = list(net.parameters())
+            size = sum(weight.nbytes for weight in weights) / 1e6
+            kinds = " and ".join(sorted({name_of(weight.dtype) for weight in weights}))
+            yield "memory", f"{size:,.0f} MB of weights: {name}, {type(net).__name__}, {kinds}"
+    for note in (*pipe.notes, *pipe.engine.notes):
+        yield "note", note
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,112 @@
+"""What an engine that makes copies of weights has to know of them: whether they changed, which they are, where to lay the
+originals meanwhile."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Hashable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+ADAPTER = ("scaling", "active_adapters", "merged_adapters", "disable_adapters")  # what a LoRA layer of peft goes by
+SAMPLES = 8  # of a weight
+ALIGNED = 64  # bytes, to which tensors lie in a file
+
+
+def state(nets: Iterable[nn.Module]) -> Hashable:
+    """Differs where anybody has put other weights into a module, edited them in place, or changed what is added to them."""
+    return tuple(
+        (type(module).__qualname__, module.training, *map(_version, _own(module)), *_adapter(module))
+        for net in nets
+        for module in net.modules()
+    )
+
+
+def places(nets: Iterable[nn.Module]) -> Hashable:
+    """Differs where a weight lies elsewhere in memory than before, or something else is added to it."""
+    return tuple(
+        (*(value.data_ptr() for value in _own(module)), *_adapter(module)) for net in nets for module in net.modules()
+    )
+
+
+@torch.no_grad()
+def sampled(nets: Iterable[nn.Module]) -> list[int]:
+    """Sums of some of the bits of every weight: who edits `.data` leaves no trace in `state`."""
+    return [_some_bits(value) for net in nets for module in net.modules() for value in _own(module)]
+
+
+def _some_bits(value: Tensor) -> int:
+    flat = value.detach().flatten()
+    return hash(flat[:: max(1, flat.numel() // SAMPLES)].double().sum().item())
+
+
+def _own(module: nn.Module) -> Iterator[Tensor]:
+    held = (*module._parameters.values(), *module._buffers.values())
+    return (value for value in held if value is not None)
+
+
+def _version(value: Tensor) -> Hashable:
+    return value.data_ptr(), None if value.is_inference() else value._version, value.dtype, value.device
+
+
+def _adapter(module: nn.Module) -> list[str]:
+    found = (getattr(module, name, None) for name in ADAPTER)
+    return [repr(value) for value in found if value is not None and not callable(value)]
+
+
+def content(nets: Iterable[nn.Module]) -> str:
+    """A hash of what the modules are and of their weights: the same on every machine and in every run."""
+    digest = hashlib.sha256()
+    for net in nets:
+        digest.update(f"{net}{_settings(net)}".encode())
+        for name, module in net.named_modules():
+            digest.update(f"{name}{module.training}{_adapter(module)}".encode())
+            for value in _own(module):
+                digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
+                digest.update(_bytes(value))
+    return digest.hexdigest()
+
+
+def _settings(net: nn.Module) -> str:
+    """Of a network's configuration what is about the network: no places, no versions."""
+    config: Any = getattr(net, "config", {})
+    pairs = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+    own = {name: value for name, value in pairs.items() if name[0] != "_" and "version" not in name}
+    return json.dumps(own, sort_keys=True, default=str)
+
+
+def park(nets: Iterable[nn.Module], folder: Path) -> None:
+    """Lays weights that nobody else holds into a file without a name, from which the system reads what is looked at: they
+    stay as they are for whoever uses them, and take no memory until then."""
+    found = {id(p): p for net in nets for p in net.parameters() if p.device.type == "cpu" and _alone(p)}
+    parameters = list(found.values())
+    sizes = [-(-p.nbytes // ALIGNED) * ALIGNED for p in parameters]
+    if not sum(sizes):
+        return
+    with tempfile.NamedTemporaryFile(dir=folder) as file:
+        for parameter, size in zip(parameters, sizes, strict=True):
+            file.write(_bytes(parameter))
+            file.write(bytes(size - parameter.nbytes))
+        file.flush()
+        whole = torch.from_file(file.name, shared=False, size=sum(sizes), dtype=torch.uint8)
+    start = 0
+    for parameter, size in zip(parameters, sizes, strict=True):
+        raw = whole[start : start + parameter.nbytes]
+        parameter.data = raw.view(parameter.dtype).view(parameter.shape)
+        start += size
+
+
+def _bytes(value: Tensor) -> Any:
+    """Its memory, not a copy."""
+    return value.detach().contiguous().view(-1).view(torch.uint8).numpy().data
+
+
+def _alone(parameter: Any) -> bool:
+    """Whether its storage is no one else's and not a file's already."""
+    storage = parameter.untyped_storage()
+    return parameter.nbytes == storage.nbytes() and torch._C._storage_Use_Count(storage._cdata) <= 2

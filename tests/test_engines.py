@@ -1,0 +1,244 @@
+"""Engines: the same picture whoever executes the networks, nothing stale, and one line where something cannot be."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import components, distance, lines, make_adapter, make_controlnet, make_vae, pipeline
+from test_loaders import save_lora
+from test_mixtures import KINDS, run
+from torch import nn
+
+from diffusion_kit import Control, SDXLPipeline
+from diffusion_kit.pipelines import engines
+from diffusion_kit.sampling.engines import Engine
+from diffusion_kit.sampling.engines.files import whole_folder
+from diffusion_kit.sampling.engines.weights import content, park, sampled, state
+
+SAME = 1e-5
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of converted networks: many tests run the same."""
+    return tmp_path_factory.mktemp("engines")
+
+
+@pytest.fixture
+def converted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A pipeline whose networks OpenVINO runs."""
+    pytest.importorskip("openvino", reason="the extra openvino is not installed")
+    monkeypatch.setenv("DIFFUSION_KIT_CACHE", str(folder))
+
+    def make(**more: Any) -> Any:
+        pipe = pipeline(SDXLPipeline, **copy.deepcopy({**components(), "vae": make_vae(4), **more}))
+        pipe.optimize(engine="openvino")
+        return pipe
+
+    return make
+
+
+def made(pipe: Any) -> list[str]:
+    return sorted(type(key[0]).__name__ for key in pipe.engine.made)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_same_picture_with_every_control(kind: str, converted: Any) -> None:
+    pipe = converted()
+    assert distance(run([KINDS[kind]()], pipe=pipe), run([KINDS[kind]()])) < SAME
+    assert not pipe.engine.notes
+    assert "UNetDenoiser" in made(pipe)
+    assert "engine     openvino" in pipe.explain()
+
+
+def test_the_same_pixels(converted: Any) -> None:
+    """Text encoders and autoencoder are converted, too."""
+    call = {"prompt": "a red fox", "num_inference_steps": 2, "output_type": "pt"}
+    pipes = pipeline(SDXLPipeline, vae=make_vae(4)), converted()
+    plain, other = (pipe(**call, generator=torch.Generator().manual_seed(0)).images for pipe in pipes)
+    assert (other - plain).abs().max() < 1e-4
+    assert made(pipes[1]) == ["Decoder", "TextEncoder", "TextEncoder", "UNetDenoiser"]
+    assert not pipes[1].engine.notes
+
+
+def test_windows_and_numbers_of_steps_make_no_other_network(converted: Any) -> None:
+    controls = [Control(make_adapter(), lines(1), end=0.5), Control(make_controlnet(), lines(2), start=0.5)]
+    pipe = converted(vae=components()["vae"])
+    for steps in (4, 6):
+        plain = run(controls, pipe=pipeline(SDXLPipeline), num_inference_steps=steps)
+        assert distance(run(controls, pipe=pipe, num_inference_steps=steps), plain) < SAME
+        assert [name for name in made(pipe) if name != "TextEncoder"] == ["RunControlNet", "UNetDenoiser"]
+
+
+def test_a_network_is_converted_once(converted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = run(pipe=converted())
+
+    def again(*_: Any, **__: Any) -> None:
+        raise AssertionError("converted again")
+
+    monkeypatch.setattr(torch.export, "export", again)
+    pipe = converted()
+    assert torch.equal(run(pipe=pipe), first)
+    assert not pipe.engine.notes
+
+
+def test_a_lora_after_optimize_acts_and_goes(converted: Any, tmp_path: Path) -> None:
+    save_lora(tmp_path, "a", 1)
+    pipes = [pipeline(SDXLPipeline, **copy.deepcopy({**components(), "vae": make_vae(4)})), converted()]
+    results = []
+    for pipe in pipes:
+        before = run(pipe=pipe)
+        pipe.load_lora_weights(tmp_path, weight_name="a.safetensors", adapter_name="a")
+        loaded = run(pipe=pipe)
+        weak = run(pipe=pipe, cross_attention_kwargs={"scale": 0.5})
+        pipe.unload_lora_weights()
+        results.append([before, loaded, weak, run(pipe=pipe)])
+    for a, b in zip(*results, strict=True):
+        assert distance(b, a) < SAME
+    assert distance(results[0][1], results[0][0]) > 1e-2 < distance(results[0][2], results[0][1])
+    assert not pipes[1].engine.notes
+
+
+EDITS: dict[str, Any] = {
+    "in place": lambda net: net.conv_out.weight.mul_(1.5),
+    "unseen": lambda net: net.conv_out.weight.data.mul_(1.5),
+    "another": lambda net: setattr(net.conv_out, "weight", nn.Parameter(1.5 * net.conv_out.weight.detach())),
+    "loaded": lambda net: net.load_state_dict({k: 1.1 * v for k, v in net.state_dict().items()}),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_a_change_of_weights_is_seen(edit: str) -> None:
+    net = copy.deepcopy(components()["unet"])
+    before = state([net]), sampled([net]), content([net])
+    assert (state([net]), sampled([net]), content([net])) == before
+    with torch.no_grad():
+        EDITS[edit](net)
+    assert (state([net]) != before[0]) == (edit != "unseen"), "torch does not count what is done to .data"
+    assert sampled([net]) != before[1]
+    assert content([net]) != before[2]
+
+
+def test_an_edited_network_gives_another_picture(converted: Any) -> None:
+    pipe = converted()
+    first = run(pipe=pipe)
+    pipe.unet.conv_out.weight.data.mul_(0.5)
+    plain = pipeline(SDXLPipeline, vae=make_vae(4), unet=copy.deepcopy(pipe.unet))
+    assert distance(run(pipe=pipe), run(pipe=plain)) < SAME
+    assert distance(run(pipe=pipe), first) > 1e-2
+
+
+def test_content_is_that_of_a_copy_elsewhere(tmp_path: Path) -> None:
+    net = components()["unet"]
+    net.save_pretrained(tmp_path)
+    assert content([type(net).from_pretrained(tmp_path)]) == content([net])
+
+
+def test_parked_weights_have_the_same_bits_and_can_be_changed(tmp_path: Path) -> None:
+    net = copy.deepcopy(components()["unet"])
+    x, held = net.state_dict(), net.conv_in.weight.detach()
+    bits = {name: value.clone() for name, value in x.items()}
+    del x
+    park([net], tmp_path)
+    assert not list(tmp_path.iterdir()), "the file has no name"
+    assert net.conv_in.weight.data_ptr() == held.data_ptr(), "somebody else holds it"
+    for name, value in net.state_dict().items():
+        assert torch.equal(value, bits[name])
+    with torch.no_grad():
+        net.conv_out.weight.mul_(2)
+    assert torch.equal(net.conv_out.weight, 2 * bits["conv_out.weight"])
+    assert torch.equal(net.conv_out.bias, bits["conv_out.bias"])
+
+
+@dataclass(frozen=True)
+class Counting:
+    """A network that no exporter can take: it looks at a number."""
+
+    layer: Any
+
+    @property
+    def executed(self) -> tuple[Any, ...]:
+        return (self.layer,)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.layer(x)
+        return y if float(y.sum()) > 0 else -y
+
+
+def test_what_cannot_be_converted_runs_as_it_is_and_says_so(folder: Path) -> None:
+    pytest.importorskip("openvino", reason="the extra openvino is not installed")
+    engine = engines.OpenVINO(folder)
+    network, x = Counting(nn.Linear(4, 4)), torch.randn(2, 4)
+    with torch.no_grad():
+        assert torch.equal(engine.network(network)(x), network(x))
+        assert torch.equal(engine.network(network)(x), network(x))
+    assert len(engine.notes) == 1
+    assert engine.notes[0].startswith("Counting runs as it is, OpenVINO cannot: ")
+    assert "\n" not in engine.notes[0]
+
+
+def test_an_engine_that_is_not_here_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = pipeline(SDXLPipeline)
+    with pytest.raises(ValueError, match="no engine 'openvin'; there are eager, packed, openvino"):
+        pipe.optimize(engine="openvin")
+    with pytest.raises(ValueError, match="level is 'exakt'; it must be exact, half, fast"):
+        pipe.optimize("exakt")
+    monkeypatch.setattr(engines.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"openvino is not installed: pip install 'diffusion_kit\[openvino\]'"):
+        pipe.optimize(engine="openvino")
+    told = pipe.optimize()
+    assert "was the fastest over a block of the UNet" in told
+    assert "openvino" not in told
+
+
+def test_the_fastest_engine_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the clock, which here says that every engine but one takes a second."""
+    told: list[str] = []
+
+    class Slow(Engine):
+        name = "slow"
+
+        def network(self, network: Any) -> Any:
+            told.append(self.name)
+            return network
+
+    class Quick(Slow):
+        name = "quick"
+
+    clock = iter(range(10**6))
+    monkeypatch.setattr(engines, "QUICK", ("slow", "quick"))
+    monkeypatch.setattr(engines, "ENGINES", {"slow": Slow, "quick": Quick})
+    monkeypatch.setattr(engines.time, "perf_counter", lambda: next(clock) * (told[-1] == "slow"))
+    engine, seconds = engines.fastest(components()["unet"])
+    assert engine.name == "quick"
+    assert seconds.keys() == {"slow", "quick"}
+
+
+@pytest.fixture
+def interrupted(tmp_path: Path) -> Iterator[Path]:
+    yield tmp_path / "a"
+    assert [path.name for path in tmp_path.iterdir()] in ([], ["a"])
+
+
+def test_a_folder_is_there_whole_or_not_at_all(interrupted: Path) -> None:
+    def fill() -> None:
+        with whole_folder(interrupted) as new:
+            assert new is not None
+            (new / "half").write_text("a")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fill()
+    assert not interrupted.exists()
+    with whole_folder(interrupted) as new:
+        assert new is not None
+        (new / "b").write_text("b")
+    assert [file.name for file in interrupted.iterdir()] == ["b"]
+    with whole_folder(interrupted) as new:
+        assert new is None
