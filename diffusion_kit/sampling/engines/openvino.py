@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from diffusion_kit.sampling.doors import Tree, shapes
+from diffusion_kit.sampling.step import Step
 
-from .engine import Engine
+from .engine import Engine, StepFunction
 from .exported import Flat, filled, leaves, outputs_of, version, wide
 from .files import whole_folder
 from .weights import content, park, sampled, state
@@ -48,6 +49,10 @@ class OpenVINO(Engine):
     def renew(self) -> None:
         self.used = set()
         self.made = {key: own for key, own in self.made.items() if own.bits == sampled(key[0].executed)}
+
+    def __call__(self, step: Step, state: Tensor, tensors: Tree) -> StepFunction:
+        injections = tuple(self.network(own) for own in step.injections)
+        return replace(step, denoiser=self.network(step.denoiser), injections=injections)
 
     def network(self, network: Any) -> Any:
         return Converted(network, self) if network.executed else network
