@@ -30,11 +30,9 @@ class CombinedCall(Kandinsky2Call):
         prior_guidance_scale, prior_num_inference_steps: of its own denoising.
         prior_callback_on_step_end, prior_callback_on_step_end_tensor_inputs: called after each of its steps.
         latents: (N, D) is its noise, (B, 4, h, w) the decoder's.
-        height, width: 512 by default; None is the picture's, or what the model was made for.
+        height, width: by default what the model was made for, whatever a picture has; 512 in the published ones.
     """
 
-    height: int | None = 512
-    width: int | None = 512
     prior_guidance_scale: float = 4.0
     prior_num_inference_steps: int = 25
     prior_callback_on_step_end: Any = None
@@ -76,6 +74,8 @@ class WithPrior(Kandinsky2Pipeline):
 
     def generate(self, call: Any) -> Any:
         call.check(self._callback_tensor_inputs)
+        height, width = self.native_size
+        call = dataclasses.replace(call, height=call.height or height, width=call.width or width)
         return super().generate(call if call.image_embeds is not None else self._with_embeds(call))
 
     def _with_embeds(self, call: CombinedCall) -> CombinedCall:
