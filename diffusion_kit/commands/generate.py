@@ -102,11 +102,12 @@ def run(options: argparse.Namespace) -> None:
     if len(recipes) < len(plan):
         note(f"{len(plan) - len(recipes)} of {len(plan)} pictures are there")
     made = []
-    for file, recipe in recipes.items():
-        picture = pictures.make_picture(pipe, recipe)
-        save(picture, file, recipe)
-        print(f"{file}  {recipe.width} x {recipe.height}, seed {recipe.seed}")
-        made += [picture] if grid else []
+    with pipe.sharing():
+        for file, recipe in recipes.items():
+            picture = pictures.make_picture(pipe, recipe)
+            save(picture, file, recipe)
+            print(f"{file}  {recipe.width} x {recipe.height}, seed {recipe.seed}")
+            made += [picture] if grid else []
     for file in grid:
         columns = options.count if len(plan) > options.count > 1 else None
         save(pictures.grid_of(made, columns=columns), file)

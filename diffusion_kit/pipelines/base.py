@@ -34,7 +34,7 @@ from diffusion_kit.models.packed import Packing, unpack_all
 from diffusion_kit.models.sources import check_folder, locate, one_line
 from diffusion_kit.models.unet import obstacle
 from diffusion_kit.sampling.cache import StepCache
-from diffusion_kit.sampling.engines import Engine, eager
+from diffusion_kit.sampling.engines import Answers, Engine, Remembered, eager
 from diffusion_kit.sampling.loop import Run, sample
 
 from .arguments import bind, signature_of
@@ -56,6 +56,7 @@ class ControlledPipeline(DiffusionPipeline):
     usual_guidance_interval: tuple[float, float] = (0.0, 1.0)  # where a call does not say
     notes: Sequence[str] = ()  # of what `optimize` could not do
     step_cache: StepCache | None = None
+    answers: Answers | None = None  # of encoders, while calls share them
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -227,6 +228,19 @@ class ControlledPipeline(DiffusionPipeline):
         """
         optimize(self, level, engine)
         return self.explain()
+
+    @contextmanager
+    def sharing(self) -> Iterator[None]:
+        """Calls inside encode a prompt or a control picture that they share once; other weights are seen."""
+        before, self.answers = self.answers, self.answers or Answers()
+        try:
+            yield
+        finally:
+            self.answers = before
+
+    def remembering(self, engine: Engine) -> Engine:
+        """The engine; while calls share what is encoded, one that remembers."""
+        return engine if self.answers is None else Remembered(self.answers, engine)
 
     def cache_steps(
         self, every: int | None = 3, *, depth: int = 1, controls: Literal["reuse", "recompute"] = "reuse"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, get_type_hints
@@ -66,6 +67,15 @@ class WithPrior(Kandinsky2Pipeline):
     def set_progress_bar_config(self, **kwargs: Any) -> None:
         super().set_progress_bar_config(**kwargs)
         self.prior_pipe.set_progress_bar_config(**kwargs)
+
+    @contextmanager
+    def sharing(self) -> Iterator[None]:
+        with super().sharing():
+            before, self.prior_pipe.answers = self.prior_pipe.answers, self.answers
+            try:
+                yield
+            finally:
+                self.prior_pipe.answers = before
 
     def optimize(self, level: Level = "exact", *, engine: str | Engine | None = None) -> str:
         told = super().optimize(level, engine=engine)

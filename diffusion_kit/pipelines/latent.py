@@ -15,6 +15,7 @@ from torch import Tensor
 from diffusion_kit.adapters.control import Control, Site, granularity
 from diffusion_kit.models.denoiser import control_channels, make_denoiser, own_control
 from diffusion_kit.models.vae import decode_latents, encode_mode, encode_picture, preview, preview_matrix, scale_factor
+from diffusion_kit.sampling.engines import eager
 from diffusion_kit.sampling.guidance import guidance_embedding
 from diffusion_kit.sampling.loop import Run
 from diffusion_kit.sampling.schedule import Schedule, make_schedule
@@ -141,6 +142,7 @@ class LatentPipeline(ControlledPipeline):
             guided=self.do_classifier_free_guidance,
             own_control=self.own_control,
             encode_picture=partial(encode_mode, self.vae, upcast=self.upcasts),
+            engine=self.remembering(eager),
         )
         controls = controls(schedule) if callable(controls) else controls
         controls = [canvas.place(control, call.image) for control in controls]

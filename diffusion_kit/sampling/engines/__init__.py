@@ -4,5 +4,6 @@ from .compiled import Compiled
 from .cudagraph import CudaGraphs
 from .engine import Engine, Network, StepFunction, eager
 from .openvino import OpenVINO
+from .remembered import Answers, Remembered
 
-__all__ = ["Compiled", "CudaGraphs", "Engine", "Network", "OpenVINO", "StepFunction", "eager"]
+__all__ = ["Answers", "Compiled", "CudaGraphs", "Engine", "Network", "OpenVINO", "Remembered", "StepFunction", "eager"]

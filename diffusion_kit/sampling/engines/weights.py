@@ -68,7 +68,7 @@ def content(nets: Iterable[nn.Module]) -> str:
             digest.update(f"{name}{module.training}{_adapter(module)}".encode())
             for value in _own(module):
                 digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
-                digest.update(_bytes(value))
+                digest.update(content_of(value))
     return digest.hexdigest()
 
 
@@ -90,7 +90,7 @@ def park(nets: Iterable[nn.Module], folder: Path) -> None:
         return
     with tempfile.NamedTemporaryFile(dir=folder) as file:
         for parameter, size in zip(parameters, sizes, strict=True):
-            file.write(_bytes(parameter))
+            file.write(content_of(parameter))
             file.write(bytes(size - parameter.nbytes))
         file.flush()
         whole = torch.from_file(file.name, shared=False, size=sum(sizes), dtype=torch.uint8)
@@ -101,7 +101,7 @@ def park(nets: Iterable[nn.Module], folder: Path) -> None:
         start += size
 
 
-def _bytes(value: Tensor) -> Any:
+def content_of(value: Tensor) -> Any:
     """Its memory, not a copy."""
     return value.detach().contiguous().view(-1).view(torch.uint8).numpy().data
 
