@@ -71,6 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--engine", metavar="NAME", help="what executes the networks; by default what a short measurement finds fastest"
     )
+    add("--low-memory", action="store_true", help="networks are in memory while they run only, as far as that goes")
 
 
 def run(options: argparse.Namespace) -> None:

@@ -112,7 +112,7 @@ def _optimize(pipe: Any, settings: Settings) -> None:
     if own and name is not None and (why := missing(name, pipe.device, pipe.dtype)) is not None:
         note(f"made by the engine {name}, and {why}: pixels may differ by rounding")
         name = None
-    pipe.optimize(settings.optimize, engine=name)
+    pipe.optimize(settings.optimize, engine=name, low_memory=settings.low_memory)
     for line in pipe.notes:
         note(line)
 

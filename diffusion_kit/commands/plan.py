@@ -40,6 +40,7 @@ class Settings:
     other_model: bool
     optimize: str | None = None
     engine: str | None = None
+    low_memory: bool = False
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def settle(options: argparse.Namespace, old: Recipe | ForeignRecipe | None) -> S
     size = parse_size(options.size) if options.size else None
     if size is None and old is not None and old.width and old.height:
         size = old.width, old.height
-    level = first(options.optimize, "optimize", "exact" if options.engine else None)
+    level = first(options.optimize, "optimize", "exact" if options.engine or options.low_memory else None)
     if level in HALVED and options.dtype is not None:
         raise ValueError(f"--optimize {level} computes in half precision: leave out --dtype, or give --optimize exact")
     was_halved = own is not None and own.optimize in HALVED  # its number type was the level's choice, not the user's
@@ -133,6 +134,7 @@ def settle(options: argparse.Namespace, old: Recipe | ForeignRecipe | None) -> S
         scheduler=options.scheduler,
         optimize=level,
         engine=first(options.engine, "engine"),
+        low_memory=options.low_memory,
         old=own,
         other_model=options.model is not None,
     )

@@ -56,6 +56,7 @@ class ControlledPipeline(DiffusionPipeline):
     usual_guidance_interval: tuple[float, float] = (0.0, 1.0)  # where a call does not say
     notes: Sequence[str] = ()  # of what `optimize` could not do
     step_cache: StepCache | None = None
+    low_memory: bool = False
     answers: Answers | None = None  # of encoders, while calls share them
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -214,7 +215,7 @@ class ControlledPipeline(DiffusionPipeline):
 
     # Running
 
-    def optimize(self, level: Level = "exact", *, engine: str | Engine | None = None) -> str:
+    def optimize(self, level: Level = "exact", *, engine: str | Engine | None = None, low_memory: bool = False) -> str:
         """From now on the pipeline runs as fast as the level allows (`pipelines.optimize`); gives what `explain` says.
 
         Args:
@@ -222,11 +223,13 @@ class ControlledPipeline(DiffusionPipeline):
                 guidance in a part of the steps.
             engine: what executes the networks, by name ("eager", "packed", "openvino", "inductor") or itself. None is the
                 one that a short measurement finds fastest.
+            low_memory: encoders are in memory while they run only (on an accelerator every network is), and pictures
+                larger than the autoencoder was made for are decoded in tiles.
 
         Raises:
             ValueError: no such level, or no such engine here.
         """
-        optimize(self, level, engine)
+        optimize(self, level, engine, low_memory)
         return self.explain()
 
     @contextmanager
@@ -238,8 +241,10 @@ class ControlledPipeline(DiffusionPipeline):
         finally:
             self.answers = before
 
-    def remembering(self, engine: Engine) -> Engine:
-        """The engine; while calls share what is encoded, one that remembers."""
+    def encoding(self, engine: Engine) -> Engine:
+        """The engine for encoders: one that remembers while calls share what is encoded, none that has copies where there
+        is to be little memory."""
+        engine = eager if self.low_memory else engine
         return engine if self.answers is None else Remembered(self.answers, engine)
 
     def cache_steps(

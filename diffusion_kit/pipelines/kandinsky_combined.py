@@ -77,8 +77,9 @@ class WithPrior(Kandinsky2Pipeline):
             finally:
                 self.prior_pipe.answers = before
 
-    def optimize(self, level: Level = "exact", *, engine: str | Engine | None = None) -> str:
-        told = super().optimize(level, engine=engine)
+    def optimize(self, level: Level = "exact", *, engine: str | Engine | None = None, low_memory: bool = False) -> str:
+        told = super().optimize(level, engine=engine, low_memory=low_memory)
+        self.prior_pipe.low_memory = low_memory
         self.prior_pipe.engine = self.engine  # guidance and steps of the prior stay whole: they cost next to nothing
         return told
 

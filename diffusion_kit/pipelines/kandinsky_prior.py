@@ -143,7 +143,7 @@ class PriorPipeline(ControlledPipeline):
             guidance_scale=self.guidance_weight,
             guidance_interval=call.guidance_interval or self.usual_guidance_interval,
             generator=batch.generator,
-            engine=self.remembering(self.engine),
+            engine=self.encoding(self.engine),
             dtype=batch.dtype,
         )
         callbacks = Callbacks(self, call, run)
@@ -185,7 +185,7 @@ class PriorPipeline(ControlledPipeline):
 
     def _encode(self, prompts: list[str]) -> dict[str, Tensor]:
         text = encode_text(
-            prompts, self.tokenizer, self.text_encoder, Layer(0, normed=True), engine=self.remembering(self.engine)
+            prompts, self.tokenizer, self.text_encoder, Layer(0, normed=True), engine=self.encoding(self.engine)
         )
         tokens = self.tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt")
         return {

@@ -24,6 +24,7 @@ from .base import ControlledPipeline
 from .call import LatentCall
 from .callbacks import Callbacks
 from .canvas import Canvas, make_canvas
+from .memory import rest
 from .starts import Batch, Encoder, Start, from_masked_picture, from_noise, from_picture
 
 
@@ -120,6 +121,7 @@ class LatentPipeline(ControlledPipeline):
         self._remember(call)
         device = self._execution_device
         conditioning = self.conditioning(call, canvas, device)
+        rest(self)
         schedule = self._schedule(call, device)
         batch = Batch(
             call.prompts,
@@ -142,7 +144,7 @@ class LatentPipeline(ControlledPipeline):
             guided=self.do_classifier_free_guidance,
             own_control=self.own_control,
             encode_picture=partial(encode_mode, self.vae, upcast=self.upcasts),
-            engine=self.remembering(eager),
+            engine=self.encoding(eager),
         )
         controls = controls(schedule) if callable(controls) else controls
         controls = [canvas.place(control, call.image) for control in controls]

@@ -17,6 +17,7 @@ from torch import nn
 from diffusion_kit.sampling.engines import Engine
 
 from .engines import fastest, make_engine
+from .memory import set_low_memory
 
 Level = Literal["exact", "half", "fast"]
 LEVELS = get_args(Level)
@@ -24,8 +25,9 @@ FAST_CACHE, FAST_GUIDANCE = 3, (0.0, 0.75)  # one full step in so many; the part
 ALWAYS = (0.0, 1.0)
 
 
-def optimize(pipe: Any, level: str, engine: str | Engine | None) -> None:
-    """Sets a pipeline's precision, step cache, guidance interval and engine; `pipe.notes` says what was not possible.
+def optimize(pipe: Any, level: str, engine: str | Engine | None, low_memory: bool) -> None:
+    """Sets a pipeline's precision, step cache, guidance interval, engine and use of memory; `pipe.notes` says what was not
+    possible.
 
     Raises:
         ValueError: no such level, or no such engine here.
@@ -45,6 +47,7 @@ def optimize(pipe: Any, level: str, engine: str | Engine | None) -> None:
             pipe.cache_steps(FAST_CACHE)
         except ValueError as error:
             pipe.notes.append(str(error))
+    set_low_memory(pipe, low_memory)
     pipe.engine = engine if isinstance(engine, Engine) else _engine(pipe, engine)
 
 
@@ -78,6 +81,8 @@ def explain(pipe: Any) -> Iterator[tuple[str, str]]:
         else "in steps from {} to {}".format(*pipe.usual_guidance_interval),
     )
     yield "scheduler", type(pipe.scheduler).__name__
+    if pipe.low_memory:
+        yield "memory", "low: encoders leave memory after they ran, large pictures are decoded in pieces"
     for name, net in {**pipe.components, **pipe.__dict__.get("_base_controls", {})}.items():
         if isinstance(net, nn.Module):
             weights = list(net.parameters())
