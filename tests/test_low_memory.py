@@ -81,3 +81,31 @@ def test_only_what_is_large_is_decoded_in_pieces(small: Any) -> None:
     assert not cut(vae, one)
     assert cut(vae, two)
     assert cut(vae, torch.zeros(1, 4, side, side + 1))
+
+
+@pytest.mark.parametrize("kind", ["leaf_level", "block_level"])
+def test_group_offload(kind: str, small: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """diffusers' own; here a weight that is offloaded is not a number, so that whoever uses it without its hook is seen."""
+    from diffusers.hooks.group_offloading import ModuleGroup
+
+    before = run(pipe=small)
+    home: dict[int, torch.Tensor] = {}
+
+    def weights(group: Any) -> list[Any]:
+        return [*(p for module in group.modules for p in module.parameters()), *group.parameters]
+
+    def offload(group: Any) -> None:
+        for weight in weights(group):
+            home.setdefault(id(weight), weight.data)
+            weight.data = torch.full_like(weight, torch.nan)
+
+    def onload(group: Any) -> None:
+        for weight in weights(group):
+            weight.data = home.get(id(weight), weight.data)
+
+    monkeypatch.setattr(ModuleGroup, "offload_", offload)
+    monkeypatch.setattr(ModuleGroup, "onload_", onload)
+    cpu, blocks = torch.device("cpu"), {"num_blocks_per_group": 1} if kind == "block_level" else {}
+    small.enable_group_offload(onload_device=cpu, offload_device=cpu, offload_type=kind, **blocks)
+    assert torch.allclose(run(pipe=small), before, rtol=1e-4, atol=1e-3)
+    assert small.unet.down_blocks[0].resnets[0].conv1.weight.isnan().all()
