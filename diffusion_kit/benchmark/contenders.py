@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cases import Case, inputs
+from .cases import Case
+from .models import inputs
 
 Runner = Callable[[], Tensor]  # one run of the case: its latents (B, 4, h, w)
 GUIDANCE, SEED = 5.0, 0
@@ -200,13 +201,16 @@ CONTENDERS: dict[str, Contender] = {
     "diffusers compiled": partial(peer, compiled=True),
     "openvino alone": partial(runtime, compiled=openvino_network),
     "onnxruntime alone": partial(runtime, compiled=onnx_network),
-    **{f"exact {engine}": partial(kit, engine=engine) for engine in ("eager", "packed", "openvino", "inductor")},
+    **{
+        f"exact {engine}": partial(kit, engine=engine) for engine in ("eager", "packed", "openvino", "inductor", "aoti")
+    },
     **{
         f"{level} {engine}": partial(kit, level=level, engine=engine)
         for level in ("half", "fast")
-        for engine in ("eager", "packed", "openvino", "inductor")
+        for engine in ("eager", "packed", "openvino", "inductor", "aoti")
     },
 }
+SLOW = ("compiled", "inductor", "aoti")  # how names end of those that compile for minutes
 NEEDS = {"openvino": "openvino", "onnxruntime": "onnxruntime"}  # a word of a contender's name: the package it needs
 
 
