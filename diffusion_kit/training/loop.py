@@ -29,6 +29,7 @@ from .targets.target import Target
 
 BANDS = 10  # of noise levels, for the loss by band
 SPIKE = 6.0  # standard deviations above the running mean of the loss
+NAMED = 8  # samples in a line
 PATIENCE = 20  # steps with a loss that is not finite, or without a picture, one after the other, before the run stops
 
 
@@ -235,7 +236,10 @@ class Trainer:
 
     def _note_lost(self, what: str, names: list[str]) -> None:
         self.figures.lost += 1
-        self.say(f"step {self.step + 1}: the {what} is not finite, the step is left out: {', '.join(names)}")
+        more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+        self.say(
+            f"step {self.step + 1}: the {what} is not finite, the step is left out: {', '.join(names[:NAMED])}{more}"
+        )
         if self.figures.lost >= PATIENCE:
             raise RuntimeError(
                 f"the {what} was not finite in {PATIENCE} steps one after the other: lower optimizer.learning_rate, "

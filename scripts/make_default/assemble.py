@@ -44,7 +44,7 @@ def default(new: Path) -> None:
 def default_kandinsky(new: Path) -> None:
     """Decoder and prior together; the decoder that takes a hint of edges is a control."""
     results = WORK / "kandinsky"
-    decoder = KandinskyV22Pipeline.from_pretrained(results / "decoder/result", torch_dtype=torch.float32)
+    decoder = KandinskyV22Pipeline.from_pretrained(results / "wide/result", torch_dtype=torch.float32)
     prior = KandinskyV22PriorPipeline.from_pretrained(results / "prior/result", torch_dtype=torch.float32)
     parts = {f"prior_{name}": part for name, part in prior.components.items()}
     KandinskyV22CombinedPipeline(**decoder.components, **parts).save_pretrained(new, safe_serialization=True)

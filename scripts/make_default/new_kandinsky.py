@@ -79,7 +79,7 @@ def main() -> None:
         prior=PriorTransformer(
             num_attention_heads=4,
             attention_head_dim=32,
-            num_layers=5,
+            num_layers=4,
             embedding_dim=EMBED,
             num_embeddings=tokenizer.model_max_length,
         ),

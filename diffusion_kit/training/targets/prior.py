@@ -67,7 +67,7 @@ class PriorTarget(Target):
     @torch.no_grad()
     def begin(self, batches: Callable[[], list[Batch]]) -> None:
         """Measures mean and deviation of image embeddings, which the prior keeps with its weights, where it is new."""
-        if self.prior.clip_mean.any() or (self.prior.clip_std != 1).any():
+        if self.prior.clip_mean.any():
             return
         used = [[sample for sample in batch.samples if sample.weight] for batch in batches()]
         rows = torch.cat([embedded(self.pipe, own, self.prior.device) for own in used if own])
