@@ -53,7 +53,6 @@ class ControlledPipeline(DiffusionPipeline):
     defaults: ClassVar[Mapping[str, Any]] = {}
     peer_name: ClassVar[str] = ""
     engine: Engine = eager
-    usual_guidance_interval: tuple[float, float] = (0.0, 1.0)  # where a call does not say
     notes: Sequence[str] = ()  # of what `optimize` could not do
     step_cache: StepCache | None = None
     low_memory: bool = False
@@ -219,8 +218,7 @@ class ControlledPipeline(DiffusionPipeline):
         """From now on the pipeline runs as fast as the level allows (`pipelines.optimize`); gives what `explain` says.
 
         Args:
-            level: "exact", the same picture; "half", with weights of half precision; "fast", half, with a step cache and
-                guidance in a part of the steps.
+            level: "exact", the same picture; "half", with weights of half precision; "fast", half, with a step cache.
             engine: what executes the networks, by name ("eager", "packed", "openvino", "inductor") or itself. None is the
                 one that a short measurement finds fastest.
             low_memory: encoders are in memory while they run only (on an accelerator every network is), and pictures
@@ -248,15 +246,21 @@ class ControlledPipeline(DiffusionPipeline):
         return engine if self.answers is None else Remembered(self.answers, engine)
 
     def cache_steps(
-        self, every: int | None = 3, *, depth: int = 1, controls: Literal["reuse", "recompute"] = "reuse"
+        self,
+        every: int | None = 3,
+        *,
+        depth: int = 1,
+        controls: Literal["reuse", "recompute"] = "reuse",
+        guidance: Literal["reuse", "recompute"] = "recompute",
     ) -> StepCache | None:
-        """From now on one step in `every` runs the whole UNet, the others only its `depth` shallowest levels over kept
-        features (see `sampling.cache`); None turns that off. ControlNets run in full steps only ("reuse"), or in all.
+        """From now on one step in `every` runs the whole UNet, the others only its `depth` shallowest levels over what the
+        full steps kept (see `sampling.cache`); None turns that off. ControlNets run in full steps only ("reuse"), or in
+        all; so does guidance, without which the other steps run one branch.
 
         Raises:
             ValueError: a value out of its range, or a UNet that does not run block by block.
         """
-        cache = None if every is None else StepCache(every, depth, controls)
+        cache = None if every is None else StepCache(every, depth, controls, guidance)
         if cache is not None:
             plain = hasattr(self.unet, "mid_block")
             with_kept_features(make_denoiser(self.unet, self.unet.config.in_channels) if plain else None, depth)

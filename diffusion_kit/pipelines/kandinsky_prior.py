@@ -141,7 +141,7 @@ class PriorPipeline(ControlledPipeline):
             denoiser=make_prior_denoiser(self.prior),
             conditioning=self._conditioning(prompts, negatives, call.num_images_per_prompt),
             guidance_scale=self.guidance_weight,
-            guidance_interval=call.guidance_interval or self.usual_guidance_interval,
+            guidance_interval=call.guidance_interval,
             generator=batch.generator,
             engine=self.encoding(self.engine),
             dtype=batch.dtype,

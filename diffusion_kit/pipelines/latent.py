@@ -157,7 +157,7 @@ class LatentPipeline(ControlledPipeline):
             rule=start.rule,
             guidance_scale=self.guidance_weight,
             guidance_rescale=call.guidance_rescale,
-            guidance_interval=call.guidance_interval or self.usual_guidance_interval,
+            guidance_interval=call.guidance_interval,
             generator=call.generator,
             engine=self.engine,
             dtype=self.unet.dtype,

@@ -2,8 +2,8 @@
 it says of itself.
 
 Three levels. "exact" gives the same picture: in float32 within a thousandth of the range of pixels. "half" has weights of
-half precision, while schedule and guidance stay in float32. "fast" is half with a step cache and with guidance in a part of
-the steps, which change the picture a little: docs/optimize.md says how much.
+half precision, while schedule and guidance stay in float32. "fast" is half with a step cache, which changes the picture a
+little: docs/optimize.md says how much.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ from .memory import set_low_memory
 
 Level = Literal["exact", "half", "fast"]
 LEVELS = get_args(Level)
-FAST_CACHE, FAST_GUIDANCE = 3, (0.0, 0.75)  # one full step in so many; the part of the steps that have guidance
-ALWAYS = (0.0, 1.0)
+FAST: dict[str, Any] = {
+    "every": 4,
+    "guidance": "reuse",
+}  # of the step cache: docs/optimize.md has what it saves and costs
 
 
 def optimize(pipe: Any, level: str, engine: str | Engine | None, low_memory: bool) -> None:
-    """Sets a pipeline's precision, step cache, guidance interval, engine and use of memory; `pipe.notes` says what was not
-    possible.
+    """Sets a pipeline's precision, step cache, engine and use of memory; `pipe.notes` says what was not possible.
 
     Raises:
         ValueError: no such level, or no such engine here.
@@ -41,10 +42,9 @@ def optimize(pipe: Any, level: str, engine: str | Engine | None, low_memory: boo
     elif pipe.unet.dtype != torch.float32:
         pipe.notes.append(f"weights are in {name_of(pipe.unet.dtype)}: for float32 load the pipeline again")
     pipe.cache_steps(None)
-    pipe.usual_guidance_interval = FAST_GUIDANCE if level == "fast" else ALWAYS
     if level == "fast":
         try:
-            pipe.cache_steps(FAST_CACHE)
+            pipe.cache_steps(**FAST)
         except ValueError as error:
             pipe.notes.append(str(error))
     set_low_memory(pipe, low_memory)
@@ -74,12 +74,6 @@ def explain(pipe: Any) -> Iterator[tuple[str, str]]:
         pipe.engine.name if why is None else "eager: networks with a forward of their own are left as they are",
     )
     yield "cache", str(pipe.step_cache or "off")
-    yield (
-        "guidance",
-        "in all steps"
-        if pipe.usual_guidance_interval == ALWAYS
-        else "in steps from {} to {}".format(*pipe.usual_guidance_interval),
-    )
     yield "scheduler", type(pipe.scheduler).__name__
     if pipe.low_memory:
         yield "memory", "low: encoders leave memory after they ran, large pictures are decoded in pieces"
