@@ -214,7 +214,14 @@ class ControlledPipeline(DiffusionPipeline):
 
     # Running
 
-    def optimize(self, level: Level = "exact", *, engine: str | Engine | None = None, low_memory: bool = False) -> str:
+    def optimize(
+        self,
+        level: Level = "exact",
+        *,
+        engine: str | Engine | None = None,
+        low_memory: bool = False,
+        quantised: str | None = None,
+    ) -> str:
         """From now on the pipeline runs as fast as the level allows (`pipelines.optimize`); gives what `explain` says.
 
         Args:
@@ -223,11 +230,13 @@ class ControlledPipeline(DiffusionPipeline):
                 one that a short measurement finds fastest.
             low_memory: encoders are in memory while they run only (on an accelerator every network is), and pictures
                 larger than the autoencoder was made for are decoded in tiles.
+            quantised: "int8" (weights of linear layers in 8 bits) or "int8_dynamic" (what they are given, too), by torchao;
+                it stays until the pipeline is loaded again.
 
         Raises:
-            ValueError: no such level, or no such engine here.
+            ValueError: no such level or way to quantise, or no such engine here.
         """
-        optimize(self, level, engine, low_memory)
+        optimize(self, level, engine, low_memory, quantised)
         return self.explain()
 
     @contextmanager

@@ -14,7 +14,6 @@ from huggingface_hub import ModelCard, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from diffusion_kit.models.sources import locate, read_json
-from diffusion_kit.sampling.engines import Engine
 
 from .call import LatentCall
 from .kandinsky import Kandinsky2Call, Kandinsky2Pipeline, Kandinsky21Pipeline, Kandinsky22Pipeline
@@ -77,9 +76,9 @@ class WithPrior(Kandinsky2Pipeline):
             finally:
                 self.prior_pipe.answers = before
 
-    def optimize(self, level: Level = "exact", *, engine: str | Engine | None = None, low_memory: bool = False) -> str:
-        told = super().optimize(level, engine=engine, low_memory=low_memory)
-        self.prior_pipe.low_memory = low_memory
+    def optimize(self, level: Level = "exact", **options: Any) -> str:
+        told = super().optimize(level, **options)
+        self.prior_pipe.low_memory = self.low_memory
         self.prior_pipe.engine = self.engine  # guidance and steps of the prior stay whole: they cost next to nothing
         return told
 

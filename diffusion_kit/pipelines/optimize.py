@@ -18,6 +18,7 @@ from diffusion_kit.sampling.engines import Engine
 
 from .engines import fastest, make_engine
 from .memory import set_low_memory
+from .quantised import quantise
 
 Level = Literal["exact", "half", "fast"]
 LEVELS = get_args(Level)
@@ -27,11 +28,11 @@ FAST: dict[str, Any] = {
 }  # of the step cache: docs/optimize.md has what it saves and costs
 
 
-def optimize(pipe: Any, level: str, engine: str | Engine | None, low_memory: bool) -> None:
+def optimize(pipe: Any, level: str, engine: str | Engine | None, low_memory: bool, quantised: str | None) -> None:
     """Sets a pipeline's precision, step cache, engine and use of memory; `pipe.notes` says what was not possible.
 
     Raises:
-        ValueError: no such level, or no such engine here.
+        ValueError: no such level or way to quantise, or no such engine here.
     """
     if level not in LEVELS:
         raise ValueError(f"level is {level!r}; it must be {', '.join(LEVELS)}")
@@ -41,6 +42,8 @@ def optimize(pipe: Any, level: str, engine: str | Engine | None, low_memory: boo
         pipe.to(half)
     elif pipe.unet.dtype != torch.float32:
         pipe.notes.append(f"weights are in {name_of(pipe.unet.dtype)}: for float32 load the pipeline again")
+    if quantised is not None:
+        quantise(pipe, quantised)
     pipe.cache_steps(None)
     if level == "fast":
         try:

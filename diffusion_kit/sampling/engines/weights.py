@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 ADAPTER = ("scaling", "active_adapters", "merged_adapters", "disable_adapters")  # what a LoRA layer of peft goes by
 SAMPLES = 8  # of a weight
@@ -47,7 +48,16 @@ def _some_bits(value: Tensor) -> int:
 
 def _own(module: nn.Module) -> Iterator[Tensor]:
     held = (*module._parameters.values(), *module._buffers.values())
-    return (value for value in held if value is not None)
+    return (part for value in held if value is not None for part in _plain(value))
+
+
+def _plain(value: Any) -> Iterator[Tensor]:
+    """The tensors that a tensor is made of: one, or of a quantised one its numbers and scales."""
+    if not is_traceable_wrapper_subclass(value):
+        yield value
+        return
+    for name in value.__tensor_flatten__()[0]:
+        yield from _plain(getattr(value, name))
 
 
 def _version(value: Tensor) -> Hashable:
@@ -108,5 +118,7 @@ def content_of(value: Tensor) -> Any:
 
 def _alone(parameter: Any) -> bool:
     """Whether its storage is no one else's and not a file's already."""
+    if is_traceable_wrapper_subclass(parameter):
+        return False
     storage = parameter.untyped_storage()
     return parameter.nbytes == storage.nbytes() and torch._C._storage_Use_Count(storage._cdata) <= 2
