@@ -638,7 +638,7 @@ def test_a_cut_control_is_one_line(model: Path, work: Path, capsys: Any) -> None
     assert_one_line(capsys, "is cut short, or no safetensors file")
 
 
-@pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
+@pytest.mark.parametrize("suffix", ["png", *(pytest.param(own, marks=pytest.mark.heavy) for own in ("jpg", "webp"))])
 def test_a_full_disk_is_exit_code_1_and_leaves_no_file(suffix: str, model: Path, work: Path) -> None:
     """The disk's end is the largest size that a process may write; 1 kB here."""
     common = ["generate", "a fox", "--model", str(model), "--steps", "1", "--out", f"a.{suffix}"]

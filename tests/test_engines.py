@@ -97,6 +97,7 @@ def test_a_network_is_converted_once(converted: Any, shallow: dict[str, Any], mo
     assert not pipe.engine.notes
 
 
+@pytest.mark.heavy
 def test_a_lora_after_optimize_acts_and_goes(converted: Any, shallow: dict[str, Any], tmp_path: Path) -> None:
     save_lora(tmp_path, "a", 1, shallow["unet"])
     pipes = [pipeline(SDXLPipeline, **copy.deepcopy(shallow)), converted(**shallow)]

@@ -212,7 +212,9 @@ def test_one_graph_for_each_signature() -> None:
     assert backend.graphs == 4
 
 
-@pytest.mark.parametrize("name", ["euler_ancestral", "ddim_clip", "unipc"])
+@pytest.mark.parametrize(
+    "name", ["euler_ancestral", *(pytest.param(own, marks=pytest.mark.heavy) for own in ("ddim_clip", "unipc"))]
+)
 def test_a_whole_step_compiles_without_a_break(name: str) -> None:
     """aot_eager: forward graphs of the whole step, with inpainting's rule and every control."""
     own, net = small()
