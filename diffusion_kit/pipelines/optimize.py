@@ -8,7 +8,9 @@ little: docs/optimize.md says how much.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
 import torch
@@ -37,7 +39,8 @@ def optimize(pipe: Any, level: str, engine: str | Engine | None, low_memory: boo
     pipe.notes = []
     half = torch.bfloat16 if pipe._execution_device.type == "cpu" else torch.float16
     if level != "exact":
-        pipe.to(half)
+        with without_empty_warnings():
+            pipe.to(half)
     elif pipe.unet.dtype != torch.float32:
         pipe.notes.append(f"weights are in {name_of(pipe.unet.dtype)}: for float32 load the pipeline again")
     if quantised is not None:
@@ -50,6 +53,21 @@ def optimize(pipe: Any, level: str, engine: str | Engine | None, low_memory: boo
             pipe.notes.append(str(error))
     set_low_memory(pipe, low_memory)
     pipe.engine = engine if isinstance(engine, Engine) else _engine(pipe, engine)
+
+
+@contextmanager
+def without_empty_warnings() -> Iterator[None]:
+    """diffusers warns of an empty list of modules that it would rather have kept in float32."""
+    logger = logging.getLogger("diffusers.models.modeling_utils")
+
+    def tells(record: logging.LogRecord) -> bool:
+        return "kept in float32: []" not in record.getMessage()
+
+    logger.addFilter(tells)
+    try:
+        yield
+    finally:
+        logger.removeFilter(tells)
 
 
 def _engine(pipe: Any, name: str | None) -> Engine:
