@@ -46,11 +46,11 @@ class Converting(Engine):
 
     def convert(self, flat: Flat, example: tuple[Tensor, ...], new: Path) -> None:
         """Writes the converted network into the new folder."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} converts nothing")
 
     def load(self, folder: Path, network: Any, inputs: Tree) -> Any:
         """A function of trees of tensors, as the network is one."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} converts nothing")
 
     def renew(self) -> None:
         self.used = set()
