@@ -1,90 +1,130 @@
-"""What the step cache saves and costs on the embedded model, beside full runs in the same process on one thread.
+"""What half precision and the step cache save and cost on the embedded model, beside runs of fewer steps.
 
-python benchmarks/step_cache.py [--json]
+python benchmarks/step_cache.py
 
-Seconds are processor time of a call without decoding, the least of three runs, summed over the prompts; errors are means
-over the prompts. The base's own "canny" is a T2I-Adapter, whose features do not change from step to step. "+ ControlNet" is
-beside it a copy of the UNet's encoder with random output convolutions: it shows what a ControlNet costs, and how far its
-reused residuals are from its own, but follows no picture.
+64 held-out conditions of scripts/make_default, a seed each, 30 steps, on one thread. The exact picture is that of the whole
+run in float32. Seconds are processor time without decoding; the arms of eight pictures follow one another.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import sys
 import time
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 
-from diffusion_kit import AutoPipelineForText2Image, Control, ControlNetModel
+from diffusion_kit import AutoPipelineForText2Image, Control, detect
+from diffusion_kit.evaluation.intervals import bootstrap
+from diffusion_kit.evaluation.measures import measures_of
+from diffusion_kit.pipelines.optimize import FAST
 
-PROMPTS = ["a red apple on a blue background", "a purple balloon", "a drawing of a cat on yellow", "a house, 3d style"]
-STEPS, RUNS, GAIN = 20, 3, 0.05
-VARIANTS = [{"every": every, "controls": controls} for every in (2, 3, 5) for controls in ("reuse", "recompute")]
-
-
-def edges() -> Image.Image:
-    """A white ring on black."""
-    picture = Image.new("RGB", (64, 64))
-    ImageDraw.Draw(picture).ellipse((14, 14, 50, 50), outline="white")
-    return picture
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "scripts/make_default"))
+STEPS, FEWER, BATCH, GUIDANCE = 30, (8, 9, 10, 11, 12, 13, 15), 8, 2.5
+CONTROLS = ("canny", "canny_controlnet")  # a T2I-Adapter and a ControlNet
+WITHIN = 1.02  # of the seconds of "fast": runs of fewer steps that count as equally long
 
 
-def controlnet(unet: Any) -> ControlNetModel:
-    net = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(16, 32, 32)).eval()
-    generator = torch.Generator().manual_seed(0)
-    for conv in [*net.controlnet_down_blocks, net.controlnet_mid_block, net.controlnet_cond_embedding.conv_out]:
-        conv.weight.data = GAIN * torch.randn(conv.weight.shape, generator=generator)
-    return net
+@dataclass(frozen=True)
+class Arm:
+    name: str
+    half: bool = True
+    steps: int = STEPS
+    cache: dict[str, Any] = field(default_factory=lambda: {"every": None}, hash=False)
 
 
-def sampled(pipe: Any, prompt: str, controls: list[Control], cache: dict[str, Any]) -> tuple[float, torch.Tensor]:
-    """Least seconds of processor time, and the latents."""
-    pipe.cache_steps(**cache)
-    seconds = math.inf
-    for _ in range(RUNS):
-        generator, start = torch.Generator().manual_seed(0), time.process_time()
-        latents = pipe(
-            prompt, controls=controls, num_inference_steps=STEPS, generator=generator, output_type="latent"
-        ).images
-        seconds = min(seconds, time.process_time() - start)
-    return seconds, latents
+def variants() -> list[Arm]:
+    cached = [{"every": every, "guidance": how} for every in (2, 3, 4, 5, 6) for how in ("recompute", "reuse")]
+    return [
+        Arm("exact", half=False),
+        Arm("half"),
+        Arm("fast", cache=FAST),
+        *(Arm(f"half, {steps} steps", steps=steps) for steps in FEWER),
+        *(Arm(f"every {own['every']}, guidance {own['guidance']}", half=False, cache=own) for own in cached),
+        Arm("every 4, controls recompute", half=False, cache={"every": 4, "controls": "recompute"}),
+    ]
 
 
-def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Of pictures in [0, 1], in dB."""
-    return float(-10 * torch.log10((a - b).square().mean()))
+def made(pipe: Any, arm: Arm, asked: list[Any], control: Control) -> tuple[float, np.ndarray]:
+    """Seconds, and pictures (B, 64, 64, 3) in [0, 1]."""
+    pipe.cache_steps(**arm.cache)
+    generators = [torch.Generator().manual_seed(own.seed) for own in asked]
+    call = {"guidance_scale": GUIDANCE, "generator": generators, "output_type": "latent"}
+    start = time.process_time()
+    latents = pipe([own.prompt for own in asked], controls=[control], num_inference_steps=arm.steps, **call).images
+    seconds = time.process_time() - start
+    return seconds, pipe.decode(latents, "np")
 
 
-def measure() -> list[dict[str, Any]]:
-    torch.set_num_threads(1)
-    pipe = AutoPipelineForText2Image.from_pretrained("default")
-    pipe.set_progress_bar_config(disable=True)
-    canny = Control("canny", edges())
-    sets = {"canny": [canny], "canny + ControlNet": [canny, Control(controlnet(pipe.unet), edges())]}
-    rows = []
-    for name, controls in sets.items():
-        full = [sampled(pipe, prompt, controls, {"every": None}) for prompt in PROMPTS]
-        pictures = [pipe.decode(latents, "pt") for _, latents in full]
-        for variant in VARIANTS:
-            own = [sampled(pipe, prompt, controls, variant) for prompt in PROMPTS]
-            errors = [float((a - b).norm() / b.norm()) for (_, a), (_, b) in zip(own, full, strict=True)]
-            decibels = [psnr(pipe.decode(x, "pt"), full) for (_, x), full in zip(own, pictures, strict=True)]
-            rows.append(
-                {
-                    "controls": name,
-                    "every": variant["every"],
-                    "in other steps": variant["controls"],
-                    "speed": round(sum(s for s, _ in full) / sum(s for s, _ in own), 2),
-                    "latent error": round(float(np.mean(errors)), 4),
-                    "psnr": round(float(np.mean(decibels)), 1),
-                }
-            )
-    return rows
+def measure(name: str) -> list[dict[str, Any]]:
+    import conditions
+
+    dtypes = (torch.float32, torch.bfloat16)
+    pipes = [AutoPipelineForText2Image.from_pretrained("default", torch_dtype=dtype) for dtype in dtypes]
+    for pipe in pipes:
+        pipe.set_progress_bar_config(disable=True)
+    asked, arms, compare = conditions.held_out(), variants(), measures_of("canny")[0].compare
+    seconds: dict[str, list[float]] = {arm.name: [] for arm in arms}
+    decibels: dict[str, list[float]] = {arm.name: [] for arm in arms}
+    followed: dict[str, list[float]] = {arm.name: [] for arm in arms}
+    for k in range(0, len(asked), BATCH):
+        batch = asked[k : k + BATCH]
+        found = [detect("canny", Image.fromarray(own.pixels)) for own in batch]
+        exact = None
+        for arm in arms:
+            took, pictures = made(pipes[arm.half], arm, batch, Control(name, found))
+            exact = pictures if exact is None else exact
+            seconds[arm.name].append(took)
+            decibels[arm.name] += [psnr(a, b) for a, b in zip(pictures, exact, strict=True)]
+            shown = [detect("canny", Image.fromarray((255 * own).round().astype(np.uint8))) for own in pictures]
+            followed[arm.name] += [float(compare(a, b)) for a, b in zip(shown, found, strict=True)]
+    return [row(arm.name, name, seconds, decibels, followed) for arm in arms]
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    """Of pictures in [0, 1], in dB; 99 for equal ones."""
+    return min(99.0, float(-10 * np.log10(np.square(a - b).mean() + 1e-12)))
+
+
+def row(arm: str, control: str, seconds: Any, decibels: Any, followed: Any) -> dict[str, Any]:
+    """Speeds are medians over the batches, beside the whole run of the same precision ("half" also beside "exact")."""
+    whole = "half" if arm == "fast" or arm.startswith("half, ") else "exact"
+    ratios = np.array(seconds[whole]) / np.array(seconds[arm])
+    change = np.array(followed[arm]) - np.array(followed["exact"])
+    low, high = bootstrap(change)
+    return {
+        "controls": control,
+        "run": arm,
+        "beside": whole,
+        "speed": round(float(np.median(ratios)), 2),
+        "quartiles": [round(float(q), 2) for q in np.percentile(ratios, [25, 75])],
+        "seconds": round(float(np.sum(seconds[arm])), 1),
+        "psnr": round(float(np.median(decibels[arm])), 1),
+        "edge F1": round(float(np.mean(followed[arm])), 4),
+        "change of F1": [round(float(change.mean()), 4), round(float(low), 4), round(float(high), 4)],
+    }
+
+
+def bounds(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    found = []
+    for control in CONTROLS:
+        own = {row["run"]: row for row in rows if row["controls"] == control}
+        fast = own["fast"]
+        equal = [r for name, r in own.items() if name.startswith("half, ") and r["seconds"] <= WITHIN * fast["seconds"]]
+        nearest = max(row["psnr"] for row in equal)
+        for what, value, least in (
+            (f"{control}: speed of fast beside half", fast["speed"], 2.5),
+            (f"{control}: PSNR of fast beside half with fewer steps in no more time", fast["psnr"] - nearest, 0.0),
+            (f"{control}: change of edge F1, lower end of its interval", fast["change of F1"][1], -0.02),
+        ):
+            found.append({"what": what, "value": round(value, 4), "least": least, "passed": value >= least})
+    return found
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -93,5 +133,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    measured = measure()
-    print(json.dumps(measured) if "--json" in sys.argv else table(measured))
+    torch.set_num_threads(1)
+    measured = [row for name in CONTROLS for row in measure(name)]
+    print(table(measured))
+    print(json.dumps({"rows": measured, "bounds": bounds(measured)}))

@@ -39,6 +39,10 @@ COMMANDS = {  # name: line of help, and what it does
         "Looks through training data; moves it between folders and tars.",
     ),
     "weights": ("write controls for other programs", "Writes a control or adapter in another program's layout."),
+    "bench": (
+        "time the kit's engines beside diffusers",
+        "Levels and engines beside diffusers and other runtimes, with random weights, on this machine.",
+    ),
     "doctor": ("say what is installed and what is missing", "Versions, devices, optional parts and how to get them."),
 }
 

@@ -16,9 +16,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import diffusers
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from diffusion_kit import SDXLPipeline
 
 diffusers.utils.logging.set_verbosity_error()
 torch.set_grad_enabled(False)
@@ -215,3 +218,24 @@ def seeds(*numbers: int) -> Any:
 def distance(a: torch.Tensor, b: torch.Tensor) -> float:
     """Largest difference relative to the largest value of b."""
     return ((a - b).abs().max() / b.abs().max()).item()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of a small random-weight SDXL with controls."""
+    path = tmp_path_factory.mktemp("model")
+    pipeline(SDXLPipeline).save_pretrained(path)
+    make_adapter().save_pretrained(path / "controls" / "canny")
+    make_controlnet().save_pretrained(path / "more" / "net")
+    return path
+
+
+@pytest.fixture
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory with a photo, line art, a mask, and a file that is no picture."""
+    monkeypatch.chdir(tmp_path)
+    picture(size=96).save("photo.png")
+    lines().save("lines.png")
+    Image.new("L", (64, 64), 255).save("mask.png")
+    Path("text.png").write_text("no picture")
+    return tmp_path

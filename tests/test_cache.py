@@ -33,6 +33,7 @@ from test_step import CREATIONS, SYNCS, Backend, Count, small
 
 from diffusion_kit import Control, Kandinsky22Pipeline, SD15Pipeline, SDXLPipeline
 from diffusion_kit.sampling.cache import StepCache
+from diffusion_kit.sampling.doors import Answer
 from diffusion_kit.sampling.engines import Compiled
 
 TASKS: dict[str, dict[str, Any]] = {
@@ -111,6 +112,7 @@ class Cached(torch.nn.Module):
     def __init__(self, net: Any, every: int, depth: int, reuse: bool, controls: list[Control]):
         super().__init__()
         self.net, self.every, self.depth, self.reuse, self.calls = net, every, depth, reuse, 0
+        self.history: list[list[torch.Tensor]] = []  # what is kept, of the last two full calls
         self.adapter, self.controlnet = (control.model for control in controls)
         self.config, self.dtype, self.add_embedding = net.config, net.dtype, net.add_embedding
         self.device = torch.device("cpu")
@@ -139,7 +141,10 @@ class Cached(torch.nn.Module):
                 down_intrablock_additional_residuals=features,
             ).sample
             hook.remove()
+            self.history = [*self.history[-1:], [self.deep, self.mid, *self.down]]
             return (output,)
+        deep, mid, *down = self.forecast((self.calls - 1) % self.every / self.every)
+        down = down if self.reuse else self.down
         emb = net.time_embedding(net.get_time_embed(x, t))
         emb = emb + net.get_aug_embed(emb, text, added_cond_kwargs)
         h = net.conv_in(x)
@@ -152,13 +157,17 @@ class Cached(torch.nn.Module):
                 h, outputs = block(h, emb)
                 h = h + feature
                 skips += [*outputs[:-1], h]
-        skips = [skip + residual for skip, residual in zip(skips, self.down, strict=False)]
+        skips = [skip + residual for skip, residual in zip(skips, down, strict=False)]
         skips = skips[: 3 * self.depth]
-        h = self.deep
+        h = deep
         for block in net.up_blocks[-self.depth :]:
             own, skips = tuple(skips[-3:]), skips[:-3]
             h = block(h, own, emb, text) if hasattr(block, "attentions") else block(h, own, emb)
         return (net.conv_out(net.conv_act(net.conv_norm_out(h))),)
+
+    def forecast(self, share: float) -> list[torch.Tensor]:
+        first, last = self.history[0], self.history[-1]
+        return [b + 0.75 * share * (b - a) for a, b in zip(first, last, strict=True)]
 
 
 def pixels(image: Any) -> torch.Tensor:
@@ -197,6 +206,62 @@ def test_how_often_each_part_runs(name: str, every: int, controls: list[Control]
         assert count["controlnet"] == (full if mode == "reuse" else calls)
         if calls == 8:
             assert full == math.ceil(8 / every)
+
+
+def test_steps_go_on_as_between_the_last_two_full_ones() -> None:
+    cache, tensors = StepCache(every=4, guidance="reuse"), [torch.randn(4, 2, generator=seeds(k)) for k in range(3)]
+
+    def full(step: int, scale: float) -> None:
+        assert cache.recall(step, "a", 2) is None
+        deep, residual, offset = (scale * value for value in tensors)
+        cache.keep(deep, Answer(skips=(residual,), mid=residual), offset[:2])
+
+    full(0, 1.0)
+    first = cache.recall(3, "a", 2)
+    assert first is not None
+    assert torch.equal(first.deep, tensors[0][-2:]), "nothing to go by"
+    full(4, 3.0)
+    full(4, 3.0)  # another call of the same step
+    for step, factor in ((5, 1 / 4), (7, 3 / 4)):
+        kept = cache.recall(step, "a", 2)
+        assert kept is not None
+        scale = 3 + 0.75 * factor * (3 - 1)
+        own = (kept.deep, kept.answer.mid, kept.answer.skips[0], kept.offset)
+        wanted = (tensors[0][-2:], tensors[1][-2:], tensors[1][-2:], tensors[2][:2])
+        for a, b in zip(own, wanted, strict=True):
+            torch.testing.assert_close(a, scale * b)
+    assert cache.recall(8, "a", 2) is None
+    assert cache.recall(9, "b", 2) is None, "other controls"
+
+
+@pytest.mark.parametrize("mode", ["reuse", "recompute"])
+def test_guidance_is_kept(mode: str, controls: list[Control]) -> None:
+    """One branch runs in the steps between; with nothing between the run is the same, and without guidance, too."""
+    results = {}
+    for guidance in ("reuse", "recompute"):
+        pipe = cached({"every": 3, "controls": mode, "guidance": guidance})
+        seen: list[int] = []
+        with pipe.unet.get_submodule(SHALLOW).register_forward_hook(
+            lambda _, args, __, own=seen: own.append(len(args[0]))
+        ):
+            results[guidance] = run(pipe, controls)
+        assert seen == [2 if step % 3 == 0 or guidance == "recompute" else 1 for step in range(8)]
+        results[guidance, 1] = run(pipe, controls, guidance_scale=1.0)
+        pipe.cache_steps(1, controls=mode, guidance=guidance)
+        assert torch.equal(run(pipe, controls), run(cached(), controls))
+    assert distance(results["reuse"], results["recompute"]) > 1e-3
+    assert torch.equal(results["reuse", 1], results["recompute", 1])
+
+
+def test_what_guidance_adds_is_its_last_difference(controls: list[Control]) -> None:
+    """A UNet that does not look at the noise answers the same in every step, so what is kept is what would be computed."""
+    results = []
+    for guidance in ("reuse", "recompute"):
+        pipe = cached({"every": 4, "guidance": guidance}, unet=make_unet())
+        for layer in (pipe.unet.conv_in, pipe.unet.time_embedding.linear_1):
+            layer.weight.zero_()
+        results.append(run(pipe, [controls[0]], guidance_rescale=0.5))
+    assert distance(*results) < 1e-4
 
 
 def pipe_steps(pipe: Any) -> list[int]:
@@ -305,6 +370,7 @@ def own_forward() -> Any:
         ({"depth": 0}, "depth is 0; for this UNet it must be 1 to 2"),
         ({"depth": 3}, "depth is 3; for this UNet it must be 1 to 2"),
         ({"controls": "never"}, "it must be 'reuse' or 'recompute'"),
+        ({"guidance": "never"}, "step cache guidance is 'never'; it must be 'reuse' or 'recompute'"),
     ],
 )
 def test_errors_are_one_line(options: dict[str, Any], message: str) -> None:

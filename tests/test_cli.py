@@ -18,23 +18,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import lines, make_adapter, make_controlnet, picture, pipeline, sd_pipeline
+from conftest import lines, make_adapter, picture, sd_pipeline
 from PIL import Image
 from test_union import union
 
-from diffusion_kit import SD15Pipeline, SDXLPipeline
+from diffusion_kit import SD15Pipeline
 from diffusion_kit.cli import main
 from diffusion_kit.commands.jobs import pair, parse_control
 from diffusion_kit.recipes import Recipe, read
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("model")
-    pipeline(SDXLPipeline).save_pretrained(path)
-    make_adapter().save_pretrained(path / "controls" / "canny")
-    make_controlnet().save_pretrained(path / "more" / "net")
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -43,16 +34,6 @@ def sd_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sd_pipeline(SD15Pipeline).save_pretrained(path)
     make_adapter(kind="full_adapter", channels=(32, 64, 64), downscale=4).save_pretrained(path / "controls" / "canny")
     return path
-
-
-@pytest.fixture
-def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    picture(size=96).save("photo.png")
-    lines().save("lines.png")
-    Image.new("L", (64, 64), 255).save("mask.png")
-    Path("text.png").write_text("no picture")
-    return tmp_path
 
 
 def run(model: Path, *arguments: Any) -> int:
@@ -571,6 +552,10 @@ BAD: dict[str, tuple[list[str], str]] = {
     "large_size": (["--size", "100000x100000"], "at most 64 megapixels are made"),
     "no_size": (["--size", "0x64"], "--size is 0 x 64 pixels"),
     "count": (["--count", "0"], "--count is 0"),
+    "level": (["--optimize", "exakt"], "--optimize is 'exakt'; it must be one of exact, half, fast"),
+    "engine": (["--engine", "packd"], "no engine 'packd'; there are eager, packed"),
+    "engine_elsewhere": (["--engine", "cudagraph"], "cudagraph is for CUDA, the pipeline is on cpu"),
+    "two_number_types": (["--optimize", "half", "--dtype", "float32"], "leave out --dtype, or give --optimize exact"),
     "seed": (["--seed", "-1"], "--seed is -1; it must be 0 or more"),
     "recipe_too_long": (
         [
@@ -653,7 +638,7 @@ def test_a_cut_control_is_one_line(model: Path, work: Path, capsys: Any) -> None
     assert_one_line(capsys, "is cut short, or no safetensors file")
 
 
-@pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
+@pytest.mark.parametrize("suffix", ["png", *(pytest.param(own, marks=pytest.mark.heavy) for own in ("jpg", "webp"))])
 def test_a_full_disk_is_exit_code_1_and_leaves_no_file(suffix: str, model: Path, work: Path) -> None:
     """The disk's end is the largest size that a process may write; 1 kB here."""
     common = ["generate", "a fox", "--model", str(model), "--steps", "1", "--out", f"a.{suffix}"]

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import components, distance, lines, make_adapter, make_controlnet, make_vae, pipeline
+from conftest import components, distance, make_vae, pipeline
 from test_loaders import save_lora
-from test_mixtures import KINDS, run
+from test_mixtures import KINDS, TASKS, run
+from test_step import small
 from torch import nn
 
-from diffusion_kit import Control, SDXLPipeline
+from diffusion_kit import SDXLPipeline
 from diffusion_kit.pipelines import engines
 from diffusion_kit.sampling.engines import Engine
 from diffusion_kit.sampling.engines.files import whole_folder
@@ -32,35 +33,42 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def converted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A pipeline whose networks OpenVINO runs."""
+    """A pipeline with a UNet of two levels, whose networks OpenVINO runs."""
     pytest.importorskip("openvino", reason="the extra openvino is not installed")
     monkeypatch.setenv("DIFFUSION_KIT_CACHE", str(folder))
 
     def make(**more: Any) -> Any:
-        pipe = pipeline(SDXLPipeline, **copy.deepcopy({**components(), "vae": make_vae(4), **more}))
+        pipe = pipeline(SDXLPipeline, **copy.deepcopy({**components(), **more}))
         pipe.optimize(engine="openvino")
         return pipe
 
     return make
 
 
+@pytest.fixture(scope="module")
+def shallow() -> dict[str, Any]:
+    """A UNet of two levels, and what is as it is: converted in seconds."""
+    return {**components(), "unet": small()[1]}
+
+
 def made(pipe: Any) -> list[str]:
     return sorted(type(key[0]).__name__ for key in pipe.engine.made)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_same_picture_with_every_control(kind: str, converted: Any) -> None:
-    pipe = converted()
+    pipe = converted(vae=make_vae(4))
     assert distance(run([KINDS[kind]()], pipe=pipe), run([KINDS[kind]()])) < SAME
     assert not pipe.engine.notes
     assert "UNetDenoiser" in made(pipe)
     assert "engine     openvino" in pipe.explain()
 
 
-def test_the_same_pixels(converted: Any) -> None:
+def test_the_same_pixels(converted: Any, shallow: dict[str, Any]) -> None:
     """Text encoders and autoencoder are converted, too."""
     call = {"prompt": "a red fox", "num_inference_steps": 2, "output_type": "pt"}
-    pipes = pipeline(SDXLPipeline, vae=make_vae(4)), converted()
+    pipes = pipeline(SDXLPipeline, **shallow), converted(**shallow)
     plain, other = (pipe(**call, generator=torch.Generator().manual_seed(0)).images for pipe in pipes)
     assert (other - plain).abs().max() < 1e-4
     assert made(pipes[1]) == ["Decoder", "TextEncoder", "TextEncoder", "UNetDenoiser"]
@@ -68,29 +76,31 @@ def test_the_same_pixels(converted: Any) -> None:
 
 
 def test_windows_and_numbers_of_steps_make_no_other_network(converted: Any) -> None:
-    controls = [Control(make_adapter(), lines(1), end=0.5), Control(make_controlnet(), lines(2), start=0.5)]
-    pipe = converted(vae=components()["vae"])
+    (adapter, net), unet = small()
+    controls = [replace(adapter, end=0.5), replace(net, start=0.5)]
+    pipe = converted(unet=unet)
     for steps in (4, 6):
-        plain = run(controls, pipe=pipeline(SDXLPipeline), num_inference_steps=steps)
+        plain = run(controls, pipe=pipeline(SDXLPipeline, unet=unet), num_inference_steps=steps)
         assert distance(run(controls, pipe=pipe, num_inference_steps=steps), plain) < SAME
         assert [name for name in made(pipe) if name != "TextEncoder"] == ["RunControlNet", "UNetDenoiser"]
 
 
-def test_a_network_is_converted_once(converted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = run(pipe=converted())
+def test_a_network_is_converted_once(converted: Any, shallow: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    first = run(pipe=converted(**shallow))
 
     def again(*_: Any, **__: Any) -> None:
         raise AssertionError("converted again")
 
     monkeypatch.setattr(torch.export, "export", again)
-    pipe = converted()
+    pipe = converted(**shallow)
     assert torch.equal(run(pipe=pipe), first)
     assert not pipe.engine.notes
 
 
-def test_a_lora_after_optimize_acts_and_goes(converted: Any, tmp_path: Path) -> None:
-    save_lora(tmp_path, "a", 1)
-    pipes = [pipeline(SDXLPipeline, **copy.deepcopy({**components(), "vae": make_vae(4)})), converted()]
+@pytest.mark.heavy
+def test_a_lora_after_optimize_acts_and_goes(converted: Any, shallow: dict[str, Any], tmp_path: Path) -> None:
+    save_lora(tmp_path, "a", 1, shallow["unet"])
+    pipes = [pipeline(SDXLPipeline, **copy.deepcopy(shallow)), converted(**shallow)]
     results = []
     for pipe in pipes:
         before = run(pipe=pipe)
@@ -102,6 +112,21 @@ def test_a_lora_after_optimize_acts_and_goes(converted: Any, tmp_path: Path) -> 
     for a, b in zip(*results, strict=True):
         assert distance(b, a) < SAME
     assert distance(results[0][1], results[0][0]) > 1e-2 < distance(results[0][2], results[0][1])
+    assert not pipes[1].engine.notes
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("engine", ["aoti", "inductor", "packed", "openvino"])
+def test_every_engine_gives_the_same_picture_in_every_task(engine: str, folder: Path, monkeypatch: Any) -> None:
+    """With an adapter, and a ControlNet in half of the steps."""
+    monkeypatch.setenv("DIFFUSION_KIT_CACHE", str(folder))
+    (adapter, net), unet = small()
+    controls = [replace(adapter, mask=None), replace(net, end=0.5)]
+    pipes = [pipeline(SDXLPipeline, unet=copy.deepcopy(unet)) for _ in range(2)]
+    pipes[1].optimize(engine=engine)
+    for task in TASKS:
+        plain, own = (run(controls, task, pipe) for pipe in pipes)
+        assert distance(own, plain) < SAME
     assert not pipes[1].engine.notes
 
 
@@ -125,11 +150,11 @@ def test_a_change_of_weights_is_seen(edit: str) -> None:
     assert content([net]) != before[2]
 
 
-def test_an_edited_network_gives_another_picture(converted: Any) -> None:
-    pipe = converted()
+def test_an_edited_network_gives_another_picture(converted: Any, shallow: dict[str, Any]) -> None:
+    pipe = converted(**shallow)
     first = run(pipe=pipe)
     pipe.unet.conv_out.weight.data.mul_(0.5)
-    plain = pipeline(SDXLPipeline, vae=make_vae(4), unet=copy.deepcopy(pipe.unet))
+    plain = pipeline(SDXLPipeline, **{**shallow, "unet": copy.deepcopy(pipe.unet)})
     assert distance(run(pipe=pipe), run(pipe=plain)) < SAME
     assert distance(run(pipe=pipe), first) > 1e-2
 

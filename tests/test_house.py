@@ -17,6 +17,7 @@ ROOT = Path(diffusion_kit.__file__).parent
 ORDER = [
     "cli",
     "commands",
+    "benchmark",
     "training",
     "evaluation",
     "pipelines",

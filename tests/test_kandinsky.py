@@ -357,15 +357,23 @@ def test_networks_are_as_before_and_a_step_is_one_graph(name: str) -> None:
     assert {key: id(value) for key, value in pipe.unet.attn_processors.items()} == before
 
 
-def test_own_forward_where_the_caller_compiled() -> None:
-    for name in ("Kandinsky21Pipeline", "Kandinsky22Pipeline", "Kandinsky3Pipeline", "KandinskyV22ControlnetPipeline"):
-        pipe = build(diffusion_kit, name)
-        call = {**CALL, **({} if "22" in name else {"prompt": "a"}), **({} if "3P" in name else EMBEDS)}
-        call |= {"hint": HINT} if "Controlnet" in name else {}
-        eager = run(pipe, **call)
-        compiled = build(diffusion_kit, name, unet=torch.compile(pipe.unet, backend="eager"))
-        assert "compiled by the caller" in compiled.explain()
-        assert distance(run(compiled, **call), eager) < PIXELS
+@pytest.mark.parametrize(
+    "name",
+    [
+        "Kandinsky22Pipeline",
+        pytest.param("Kandinsky21Pipeline", marks=pytest.mark.heavy),
+        pytest.param("Kandinsky3Pipeline", marks=pytest.mark.heavy),
+        pytest.param("KandinskyV22ControlnetPipeline", marks=pytest.mark.heavy),
+    ],
+)
+def test_own_forward_where_the_caller_compiled(name: str) -> None:
+    pipe = build(diffusion_kit, name)
+    call = {**CALL, **({} if "22" in name else {"prompt": "a"}), **({} if "3P" in name else EMBEDS)}
+    call |= {"hint": HINT} if "Controlnet" in name else {}
+    eager = run(pipe, **call)
+    compiled = build(diffusion_kit, name, unet=torch.compile(pipe.unet, backend="eager"))
+    assert "compiled by the caller" in compiled.explain()
+    assert distance(run(compiled, **call), eager) < PIXELS
 
 
 def test_callbacks() -> None:

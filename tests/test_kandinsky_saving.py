@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import distance, half_mask, picture
 from kandinsky_models import prior_components, unet22
+from PIL import Image
 from test_kandinsky import CALL, CASES, COMBINED, EMBEDS, HINT, MASK, build, components, embeds, run
 
 import diffusion_kit
@@ -173,3 +174,13 @@ def test_unets_of_another_kind_are_refused() -> None:
     pipe = build(diffusion_kit, "KandinskyV22Pipeline", unet=unet22(9))
     with pytest.raises(ValueError, match="takes 9 input channels, as those made for inpainting do: give image= and"):
         pipe(**CALL, **EMBEDS)
+
+
+def test_the_size_is_what_the_model_was_made_for(folders: Path) -> None:
+    pipe = quiet(AutoPipelineForText2Image.from_pretrained(folders / "decoder"))
+    pipe.unet.register_to_config(sample_size=16)
+    call = {name: value for name, value in COMBINED.items() if name not in ("height", "width")}
+    wide = Image.new("RGB", (320, 192))
+    for task in ({}, {"image": wide, "strength": 0.5}):
+        assert run(pipe, **call, **task).shape[1:3] == (16 * pipe.vae_scale_factor,) * 2
+    assert run(pipe, **call, height=64).shape[1:3] == (64, 16 * pipe.vae_scale_factor)

@@ -25,10 +25,10 @@ def result(pipe: Any, prompt: str = "a red fox", **more: Any) -> torch.Tensor:
     return pipe(prompt, generator=seeds(1), **{**CALL, **more}).images
 
 
-def save_lora(folder: Path, name: str, seed: int) -> None:
+def save_lora(folder: Path, name: str, seed: int, unet: Any = None) -> None:
     """A LoRA over the UNet and the first text encoder, with random weights."""
     torch.manual_seed(seed)
-    net, encoder = copy.deepcopy(components()["unet"]), copy.deepcopy(components()["text_encoder"])
+    net, encoder = copy.deepcopy(unet or components()["unet"]), copy.deepcopy(components()["text_encoder"])
     config = {"r": 2, "init_lora_weights": False}
     net.add_adapter(LoraConfig(target_modules=["to_q", "to_k", "to_v", "to_out.0"], **config))
     encoder.add_adapter(LoraConfig(target_modules=["q_proj", "v_proj"], **config))

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map
 from diffusion_kit import Control, SDXLPipeline
 from diffusion_kit.models.attention import installed
 from diffusion_kit.sampling.engines import Compiled, Engine
+from diffusion_kit.sampling.engines.exported import Flat, filled, leaves
 
 SYNCS = {"aten._local_scalar_dense", "aten.item", "aten.nonzero", "aten.equal", "aten.is_nonzero", "aten.masked_select"}
 CREATIONS = {"aten.scalar_tensor", "aten.lift_fresh", "aten.arange", "aten.full", "aten.tensor"}
@@ -211,7 +212,9 @@ def test_one_graph_for_each_signature() -> None:
     assert backend.graphs == 4
 
 
-@pytest.mark.parametrize("name", ["euler_ancestral", "ddim_clip", "unipc"])
+@pytest.mark.parametrize(
+    "name", ["euler_ancestral", *(pytest.param(own, marks=pytest.mark.heavy) for own in ("ddim_clip", "unipc"))]
+)
 def test_a_whole_step_compiles_without_a_break(name: str) -> None:
     """aot_eager: forward graphs of the whole step, with inpainting's rule and every control."""
     own, net = small()
@@ -228,6 +231,35 @@ def test_a_whole_step_compiles_without_a_break(name: str) -> None:
     results = [p("a red fox", generator=seeds(1), **call).images for p in (pipe, plain)]
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
     assert len(pipe.engine.graphs) == 1
+
+
+class Exporting(Engine):
+    """Exports the first step, and runs every step through what was exported."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.program: Any = None
+
+    def __call__(self, step: Any, state: torch.Tensor, tensors: Any) -> Any:
+        def run(*inputs: Any) -> Any:
+            if self.program is None:
+                program = torch.export.export(Flat(step, inputs), tuple(leaves(inputs)))
+                self.program = program.module(), step(*inputs)
+            exported, like = self.program
+            return filled(like, exported(*leaves(inputs)))
+
+        return run
+
+
+@pytest.mark.parametrize("name", ["euler_ancestral", "ddim_clip"])
+def test_a_whole_step_is_exported(name: str) -> None:
+    """With inpainting's rule and every control; coefficients are tables, so one program is right in every step."""
+    own, net = small()
+    call = {"image": picture(), "mask_image": half_mask(), "controls": own, "output_type": "latent"}
+    pipe, plain = (pipeline(SDXLPipeline, unet=net, scheduler=make(name)) for _ in range(2))
+    pipe.engine = Exporting()
+    results = [p("a red fox", generator=seeds(1), num_inference_steps=4, **call).images for p in (pipe, plain)]
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.cuda

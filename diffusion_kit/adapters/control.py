@@ -26,6 +26,7 @@ from diffusion_kit.models.formats import describe, identify
 from diffusion_kit.models.sources import component_class, load_component, locate
 from diffusion_kit.models.unet import Net, layout
 from diffusion_kit.sampling.doors import Answer, Conditioning, Injection, Tree, in_every, inside
+from diffusion_kit.sampling.engines import Engine, eager
 
 from .maps import warn_of_polarity
 from .pictures import Pictures, mask_tensor
@@ -132,6 +133,7 @@ class Site:
         guided: whether there may be guidance, so that tokens are needed for an unconditional half.
         own_control: name of the control that the UNet itself takes, see `models.denoiser.own_control`.
         encode_picture: pixels (N, 3, height, width) in [-1, 1] to the mode of their latents, not scaled.
+        engine: of networks that run once.
     """
 
     unet: Net
@@ -145,6 +147,7 @@ class Site:
     guided: bool = True
     own_control: str | None = None
     encode_picture: Callable[[Tensor], Tensor] | None = None
+    engine: Engine = eager
 
     @property
     def rows(self) -> int:

@@ -84,6 +84,20 @@ class RunControlNet:
         return prepare_embeddings(self.net, timesteps, conditioning)
 
 
+@dataclass(frozen=True)
+class Embedding:
+    """What a ControlNet makes of its control image before the first step."""
+
+    run: RunControlNet
+
+    @property
+    def executed(self) -> tuple[Net, ...]:
+        return self.run.executed
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        return self.run.embed(pixels)
+
+
 @dataclass
 class EncodedControlNet(EncodedControl):
     """`image` and `hint` have a row for each picture; `hint` is the control image's embedding inside the network. `base` is
@@ -145,7 +159,8 @@ def encoded(cls: type[RunControlNet], control: Control, site: Site, pixels: Tens
     pooled = net.config.global_pool_conditions
     run = cls(net, pooled or control.mode != "balanced", obstacle(net) is not None, **fields)
     guided = control.guidance is not None and not run.own_forward and not run.half
-    hint = None if run.own_forward else spread(run.embed(pixels), site.prompts, site.per_prompt, "a control's image")
+    embed = site.engine.network(Embedding(run))
+    hint = None if run.own_forward else spread(embed(pixels), site.prompts, site.per_prompt, "a control's image")
     image = spread(pixels, site.prompts, site.per_prompt, "a control's image")
     places, _ = layout(site.unet, site.latent_size)
     fades = fading(len(places), "balanced" if pooled else control.mode)
@@ -158,7 +173,7 @@ def encoded(cls: type[RunControlNet], control: Control, site: Site, pixels: Tens
         image=image,
         hint=hint,
         guidance=control.guidance if guided else None,
-        neutral=run.embed(torch.full_like(pixels[:1], control.background)) if guided else None,
+        neutral=embed(torch.full_like(pixels[:1], control.background)) if guided else None,
         weights=tuple(weight.to(net.dtype) for weight in weights),
         shapes=tuple((channels, *((1, 1) if pooled else size)) for _, channels, size in places),
     )

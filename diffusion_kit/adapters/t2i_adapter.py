@@ -28,6 +28,20 @@ MODELS = (T2IAdapter, MultiAdapter)
 
 
 @dataclass(frozen=True)
+class MakeFeatures:
+    """The adapter itself."""
+
+    net: Net
+
+    @property
+    def executed(self) -> tuple[Net, ...]:
+        return (self.net,)
+
+    def __call__(self, pixels: Tensor) -> list[Tensor]:
+        return self.net(pixels)
+
+
+@dataclass(frozen=True)
 class AddFeatures:
     """The same residuals in every step."""
 
@@ -110,7 +124,7 @@ def _features(adapter: Net, image: object, site: Site) -> list[Tensor]:
     channels = adapter.config.in_channels
     pixels = picture_tensor(image, site.height, site.width, channels=channels)  # type: ignore[arg-type]
     with torch.no_grad():
-        features = adapter(pixels.to(site.device, adapter.dtype))
+        features = site.engine.network(MakeFeatures(adapter))(pixels.to(site.device, adapter.dtype))
     fit = residual_fit(site.unet, site.latent_size)
     gives = [(f.shape[1], tuple(f.shape[2:])) for f in features]
     if gives != fit[: len(gives)]:

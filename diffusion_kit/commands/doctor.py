@@ -18,6 +18,8 @@ OPTIONAL = {  # module: what it is for, and how to get it
     "ai_edge_litert": ("the detector pose", "pip install 'diffusion_kit[detectors]'"),
     "datasets": ("training data in tables", "pip install 'diffusion_kit[data]'"),
     "webdataset": ("training data in tars", "pip install 'diffusion_kit[data]'"),
+    "openvino": ("the engine openvino", "pip install 'diffusion_kit[openvino]'"),
+    "torchao": ("weights of 8 bits", "pip install 'diffusion_kit[quantised]'"),
     "xformers": ("memory-efficient attention on CUDA", "pip install 'diffusion_kit[xformers]'"),
     "imwatermark": ("SDXL's invisible watermark", "pip install invisible-watermark"),
 }

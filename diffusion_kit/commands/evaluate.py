@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from .detect import images_of, parse_options
-from .generate import DTYPES, Settings
+from .generate import DTYPES
 from .outputs import writable
+from .plan import Settings
 
 MAP, CAPTION, PHOTO = "image", "caption", "photo"  # columns of a JSONL file
 

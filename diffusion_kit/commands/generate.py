@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import os
-from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
-from typing import Any
 
-from diffusion_kit.recipes import FileRef, ForeignRecipe, Recipe, check, read, save
+from diffusion_kit.recipes import ForeignRecipe, Recipe, check, read, save
 
 from .console import note
-from .jobs import OPTIONS, Job, make_jobs
-from .outputs import free_files, output_files, output_folder, writable
+from .job_file import in_line, is_made
+from .jobs import OPTIONS
+from .outputs import output_files
+from .plan import files_read, plan_of_call, plan_of_file
 
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -22,6 +20,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("prompt", metavar="PROMPT", nargs="?")
     add("--prompts", metavar="PATH", help="a folder of .txt files, or a text file with a prompt a line")
+    add(
+        "--jobs",
+        metavar="FILE",
+        help="a JSON object a line, with the options of its pictures; goes on where it was stopped",
+    )
     add("--again", metavar="PICTURE", help="make this picture again; every option that is given changes its recipe")
     add("--model", help="'default' (embedded), a folder, a .safetensors file or a hub id")
     add("--negative-prompt", metavar="TEXT", help="what the picture should not be")
@@ -60,119 +63,56 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--scheduler", metavar="CLASS", help="a diffusers scheduler, for example EulerAncestralDiscreteScheduler")
     add("--device", help="cpu, cuda, cuda:1, mps; by default cuda where there is one")
     add("--dtype", choices=DTYPES, help="by default float32")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What is the same for all pictures of a call: given, or of the recipe, or by default; None where the model says.
-
-    Attributes:
-        old: the recipe of --again. other_model: a model was given, which may be another than the recipe's.
-    """
-
-    model: str
-    negative_prompt: str | None
-    steps: int | None
-    guidance_scale: float | None
-    seed: int
-    size: tuple[int, int] | None
-    strength: float | None
-    fit: str
-    dtype: str
-    device: str | None
-    scheduler: str | None
-    old: Recipe | None
-    other_model: bool
+    add(
+        "--optimize",
+        metavar="LEVEL",
+        help="exact: the same picture faster; half: in half precision; fast: half and approximations",
+    )
+    add(
+        "--engine", metavar="NAME", help="what executes the networks; by default what a short measurement finds fastest"
+    )
+    add("--low-memory", action="store_true", help="networks are in memory while they run only, as far as that goes")
 
 
 def run(options: argparse.Namespace) -> None:
     """Checks what can be checked, then loads, makes and saves."""
-    if options.count < 1:
-        raise ValueError(f"--count is {options.count}; it must be 1 or more")
     old = read(options.again) if options.again else None
     if isinstance(old, ForeignRecipe):
         _note_of_foreign(old, options)
-    settings = settle(options, old)
     own = old if isinstance(old, Recipe) else None
-    prompt = options.prompt if options.prompt is not None or old is None else old.prompt
-    jobs = make_jobs(options, own, prompt)
+    plan = plan_of_file(options) if options.jobs else plan_of_call(options, old)
     from diffusion_kit.commands.fingerprint import fingerprint
 
     from . import pictures
 
-    pictures.check(jobs, settings, options.count)
-    given = [Path(ref.path) for job in jobs for ref in _refs(job)]
-    given += [Path(options.again)] if options.again else []
-    files = _files(options, jobs, given)
-    grid = output_files(options.grid, [""], taken=[*files, *given]) if options.grid else []
-    pipe = pictures.load_pipeline(settings, debug=options.debug)
+    for each in plan:
+        with in_line(options.jobs, each.line):
+            pictures.check(each.job, each.settings, each.seed)
+    taken = [*(each.file for each in plan), *files_read(options, plan)]
+    grid = output_files(options.grid, [""], taken=taken) if options.grid else []
+    pipe = pictures.load_pipeline(plan[0].settings, debug=options.debug)
     if own is not None:
         _note_of_versions(own)
-    hash_of, made = cache(fingerprint), []
-    for number, file in enumerate(files):
-        job, k = jobs[number // options.count], number % options.count
-        recipe = pictures.complete(pipe, job, settings, settings.seed + k, hash_of)
-        check(file, recipe)
-        picture = pictures.make_picture(pipe, recipe)
-        save(picture, file, recipe)
-        print(f"{file}  {recipe.width} x {recipe.height}, seed {recipe.seed}")
-        made += [picture] if grid else []
+    hash_of, recipes = cache(fingerprint), {}
+    for each in plan:
+        with in_line(options.jobs, each.line):
+            recipe = pictures.complete(pipe, each.job, each.settings, each.seed, hash_of)
+            check(each.file, recipe)
+            if each.line is None or not is_made(each.file, recipe):
+                recipes[each.file] = recipe
+    if len(recipes) < len(plan):
+        note(f"{len(plan) - len(recipes)} of {len(plan)} pictures are there")
+    made = []
+    with pipe.sharing():
+        for file, recipe in recipes.items():
+            picture = pictures.make_picture(pipe, recipe)
+            save(picture, file, recipe)
+            print(f"{file}  {recipe.width} x {recipe.height}, seed {recipe.seed}")
+            made += [picture] if grid else []
     for file in grid:
-        save(pictures.grid_of(made, columns=options.count if len(jobs) > 1 and options.count > 1 else None), file)
+        columns = options.count if len(plan) > options.count > 1 else None
+        save(pictures.grid_of(made, columns=columns), file)
         print(file)
-
-
-def settle(options: argparse.Namespace, old: Recipe | ForeignRecipe | None) -> Settings:
-    """Every setting: the option that is given, else the recipe's, else the default."""
-    own = old if isinstance(old, Recipe) else None
-
-    def first(given: Any, name: str, default: Any = None) -> Any:
-        found = given if given is not None else getattr(old, name, None)
-        return default if found is None else found
-
-    size = parse_size(options.size) if options.size else None
-    if size is None and old is not None and old.width and old.height:
-        size = old.width, old.height
-    return Settings(
-        model=options.model or (own.model if own else "default"),
-        negative_prompt=first(options.negative_prompt, "negative_prompt"),
-        steps=first(options.steps, "steps"),
-        guidance_scale=first(options.guidance_scale, "guidance_scale"),
-        seed=first(options.seed, "seed", int.from_bytes(os.urandom(4), "little")),
-        size=size,
-        strength=first(options.strength, "strength"),
-        fit=first(options.fit, "fit", "cover"),
-        dtype=first(options.dtype, "dtype", "float32"),
-        device=first(options.device, "device"),
-        scheduler=options.scheduler,
-        old=own,
-        other_model=options.model is not None,
-    )
-
-
-def parse_size(text: str) -> tuple[int, int]:
-    parts = text.lower().split("x")
-    if len(parts) != 2 or not all(part.isascii() and part.isdigit() for part in parts):
-        raise ValueError(f"--size is {text!r}; it must be WIDTHxHEIGHT, for example 1024x768")
-    return int(parts[0]), int(parts[1])
-
-
-def _refs(job: Job) -> list[FileRef]:
-    """The pictures that a job is made from."""
-    refs = [job.image, job.mask, *(ref for c in job.controls for ref in (c.image, c.mask))]
-    return [ref for ref in refs if ref is not None]
-
-
-def _files(options: argparse.Namespace, jobs: list[Job], given: list[Path]) -> list[Path]:
-    """A file for each picture: jobs after one another, in each the counted ones; none of those `given`."""
-    ends = [""] if options.count == 1 else [str(k) for k in range(1, options.count + 1)]
-    if not jobs[0].name:
-        return output_files(options.out, ends, taken=given)
-    folder = output_folder(options.out)
-    files: list[Path] = []
-    for job in jobs:
-        files += free_files(folder / f"{job.name}.png", ends, files)
-    return writable(files)
 
 
 def _note_of_foreign(old: ForeignRecipe, options: argparse.Namespace) -> None:

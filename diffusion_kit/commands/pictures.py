@@ -20,23 +20,26 @@ from diffusion_kit.commands.fingerprint import fingerprint
 from diffusion_kit.models.card import settled
 from diffusion_kit.pipelines.auto import AutoPipelineForText2Image
 from diffusion_kit.pipelines.canvas import rounded
+from diffusion_kit.pipelines.engines import missing
+from diffusion_kit.pipelines.optimize import LEVELS, name_of
 from diffusion_kit.recipes import ControlRecipe, FileRef, Recipe
 
 from .console import note
-from .generate import DTYPES, Settings
+from .generate import DTYPES
 from .jobs import AUTO, Job, without_auto
+from .plan import Settings
 
 PACKAGES = ("diffusion_kit", "torch", "diffusers", "transformers")
 STEPS, MOST_STEPS = 30, 10_000
 NARROWEST = 4  # sides of a result at most as 1 to 4, whatever the picture's shape
 
 
-def check(jobs: Sequence[Job], settings: Settings, count: int) -> None:
+def check(job: Job, settings: Settings, seed: int) -> None:
     """What can be wrong before a model is loaded: pictures, windows and scales, names of detectors, fit, device."""
     if settings.steps is not None and not 1 <= settings.steps <= MOST_STEPS:
         raise ValueError(f"--steps is {settings.steps}; it must be 1 to {MOST_STEPS}")
-    if not 0 <= settings.seed <= 2**63 - count:
-        raise ValueError(f"--seed is {settings.seed}; it must be 0 or more, and below 2^63 for every picture")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"--seed is {seed}; it must be 0 or more, and below 2^63 for every picture")
     if settings.dtype not in DTYPES:
         raise ValueError(f"--dtype is {settings.dtype!r}; it must be one of {', '.join(DTYPES)}")
     if not math.isfinite(settings.guidance_scale or 0):
@@ -45,9 +48,13 @@ def check(jobs: Sequence[Job], settings: Settings, count: int) -> None:
         raise ValueError(f"--fit is {settings.fit!r}; it must be one of {', '.join(FITS)}")
     if settings.strength is not None and not 0 <= settings.strength <= 1:
         raise ValueError(f"--strength is {settings.strength}; it must be between 0 and 1")
-    for job in jobs:
-        _check_job(job, settings.old)
-    device_of(settings)
+    if settings.optimize not in (None, *LEVELS):
+        raise ValueError(f"--optimize is {settings.optimize!r}; it must be one of {', '.join(LEVELS)}")
+    _check_job(job, settings.old)
+    device = torch.device(device_of(settings))
+    asked = settings.engine if settings.engine != getattr(settings.old, "engine", None) else None
+    if asked is not None and (why := missing(asked, device, getattr(torch, settings.dtype))) is not None:
+        raise ValueError(f"--engine {asked}: {why}")
 
 
 def _check_job(job: Job, old: Recipe | None) -> None:
@@ -92,7 +99,22 @@ def load_pipeline(settings: Settings, *, debug: bool) -> Any:
     pipe = AutoPipelineForText2Image.from_pretrained(settings.model, torch_dtype=dtype, **more)
     if scheduler is not None:
         pipe.scheduler = scheduler.from_config(old.scheduler_config if old else pipe.scheduler.config)
-    return pipe.to(device_of(settings))
+    pipe = pipe.to(device_of(settings))
+    if settings.optimize is not None:
+        _optimize(pipe, settings)
+    return pipe
+
+
+def _optimize(pipe: Any, settings: Settings) -> None:
+    """Says which engine was chosen and why; where an old recipe's engine is not here, another takes its place."""
+    name = settings.engine
+    own = settings.old is not None and name == settings.old.engine
+    if own and name is not None and (why := missing(name, pipe.device, pipe.dtype)) is not None:
+        note(f"made by the engine {name}, and {why}: pixels may differ by rounding")
+        name = None
+    pipe.optimize(settings.optimize, engine=name, low_memory=settings.low_memory)
+    for line in pipe.notes:
+        note(line)
 
 
 def _same_model(settings: Settings) -> bool:
@@ -171,8 +193,10 @@ def complete(pipe: Any, job: Job, settings: Settings, seed: int, hash_of: Callab
         mask=job.mask,
         controls=controls,
         fit=settings.fit,
-        dtype=settings.dtype,
+        dtype=name_of(pipe.unet.dtype),
         device=str(pipe.device),
+        optimize=settings.optimize,
+        engine=None if settings.optimize is None else pipe.engine.name,
         versions=versions(),
     )
 

@@ -66,6 +66,7 @@ def decode_latents(
         latents = latents.to(vae.dtype)
         shift, std = statistics(vae, latents)
         seen = {name: value.to(latents) for name, value in beside.items()}
+        engine = eager if cut(vae, latents) else engine  # the pieces go through the autoencoder's own loop
         pixels = engine.network(Decoder(vae))(latents * (std / scaling(vae)) + shift, seen)
     if not torch.isfinite(pixels).all():
         raise RuntimeError(
@@ -73,6 +74,12 @@ def decode_latents(
             "force_upcast in its config, or a VAE made for half precision (madebyollin/sdxl-vae-fp16-fix)"
         )
     return pixels
+
+
+def cut(vae: Any, latents: Tensor) -> bool:
+    """Whether the autoencoder takes these latents (N, C, h, w) in pieces."""
+    tiles = getattr(vae, "use_tiling", False) and max(latents.shape[2:]) > vae.tile_latent_min_size
+    return tiles or (getattr(vae, "use_slicing", False) and len(latents) > 1)
 
 
 @dataclass(frozen=True)
@@ -83,9 +90,6 @@ class Decoder:
 
     @property
     def executed(self) -> tuple[Any, ...]:
-        """None in tiles: those are cut and put together by the autoencoder's own loop."""
-        if getattr(self.vae, "use_tiling", False):
-            return ()
         parts = (getattr(self.vae, name, None) for name in ("post_quant_conv", "decoder"))
         return tuple(part for part in parts if part is not None)
 

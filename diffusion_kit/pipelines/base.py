@@ -34,7 +34,7 @@ from diffusion_kit.models.packed import Packing, unpack_all
 from diffusion_kit.models.sources import check_folder, locate, one_line
 from diffusion_kit.models.unet import obstacle
 from diffusion_kit.sampling.cache import StepCache
-from diffusion_kit.sampling.engines import Engine, eager
+from diffusion_kit.sampling.engines import Answers, Engine, Remembered, eager
 from diffusion_kit.sampling.loop import Run, sample
 
 from .arguments import bind, signature_of
@@ -53,9 +53,10 @@ class ControlledPipeline(DiffusionPipeline):
     defaults: ClassVar[Mapping[str, Any]] = {}
     peer_name: ClassVar[str] = ""
     engine: Engine = eager
-    usual_guidance_interval: tuple[float, float] = (0.0, 1.0)  # where a call does not say
     notes: Sequence[str] = ()  # of what `optimize` could not do
     step_cache: StepCache | None = None
+    low_memory: bool = False
+    answers: Answers | None = None  # of encoders, while calls share them
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -213,31 +214,62 @@ class ControlledPipeline(DiffusionPipeline):
 
     # Running
 
-    def optimize(self, level: Level = "exact", *, engine: str | Engine | None = None) -> str:
+    def optimize(
+        self,
+        level: Level = "exact",
+        *,
+        engine: str | Engine | None = None,
+        low_memory: bool = False,
+        quantised: str | None = None,
+    ) -> str:
         """From now on the pipeline runs as fast as the level allows (`pipelines.optimize`); gives what `explain` says.
 
         Args:
-            level: "exact", the same picture; "half", with weights of half precision; "fast", half, with a step cache and
-                guidance in a part of the steps.
+            level: "exact", the same picture; "half", with weights of half precision; "fast", half, with a step cache.
             engine: what executes the networks, by name ("eager", "packed", "openvino", "inductor") or itself. None is the
                 one that a short measurement finds fastest.
+            low_memory: encoders are in memory while they run only (on an accelerator every network is), and pictures
+                larger than the autoencoder was made for are decoded in tiles.
+            quantised: "int8" (weights of linear layers in 8 bits) or "int8_dynamic" (what they are given, too), by torchao;
+                it stays until the pipeline is loaded again.
 
         Raises:
-            ValueError: no such level, or no such engine here.
+            ValueError: no such level or way to quantise, or no such engine here.
         """
-        optimize(self, level, engine)
+        optimize(self, level, engine, low_memory, quantised)
         return self.explain()
 
+    @contextmanager
+    def sharing(self) -> Iterator[None]:
+        """Calls inside encode a prompt or a control picture that they share once; other weights are seen."""
+        before, self.answers = self.answers, self.answers or Answers()
+        try:
+            yield
+        finally:
+            self.answers = before
+
+    def encoding(self, engine: Engine) -> Engine:
+        """The engine for encoders: one that remembers while calls share what is encoded, none that has copies where there
+        is to be little memory."""
+        engine = eager if self.low_memory else engine
+        return engine if self.answers is None else Remembered(self.answers, engine)
+
     def cache_steps(
-        self, every: int | None = 3, *, depth: int = 1, controls: Literal["reuse", "recompute"] = "reuse"
+        self,
+        every: int | None = 3,
+        *,
+        depth: int = 1,
+        controls: Literal["reuse", "recompute"] = "reuse",
+        guidance: Literal["reuse", "recompute"] = "recompute",
     ) -> StepCache | None:
-        """From now on one step in `every` runs the whole UNet, the others only its `depth` shallowest levels over kept
-        features (see `sampling.cache`); None turns that off. ControlNets run in full steps only ("reuse"), or in all.
+        """From now on one step in `every` runs the whole UNet, the others only its `depth` shallowest levels over what the
+        full steps kept (see `sampling.cache`); None turns that off. ControlNets run in full steps only ("reuse"), or in
+        all; so does guidance, without which the other steps run one branch.
 
         Raises:
             ValueError: a value out of its range, or a UNet that does not run block by block.
         """
-        cache = None if every is None else StepCache(every, depth, controls)
+        cache = None if every is None else StepCache(every, depth, controls, guidance)
         if cache is not None:
             plain = hasattr(self.unet, "mid_block")
             with_kept_features(make_denoiser(self.unet, self.unet.config.in_channels) if plain else None, depth)

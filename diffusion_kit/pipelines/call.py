@@ -30,7 +30,7 @@ class LatentCall:
         num_inference_steps, timesteps, sigmas: the schedule, or custom values for it.
         denoising_start, denoising_end: hand-over between two models, as fractions of the noise schedule.
         guidance_scale: w of classifier-free guidance, off at 1.
-        guidance_interval: fractions of the steps with guidance; None is all of them, or what `optimize` chose.
+        guidance_interval: fractions of the steps with guidance.
         guidance_rescale: phi of arXiv 2305.08891, section 3.4.
         negative_prompt: what guidance leads away from.
         generator: one, or one for each picture, which then is the same alone and in a batch.
@@ -64,7 +64,7 @@ class LatentCall:
     denoising_start: float | None = None
     denoising_end: float | None = None
     guidance_scale: float = 7.5
-    guidance_interval: tuple[float, float] | None = None
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
     guidance_rescale: float = 0.0
     negative_prompt: Any = None
     num_images_per_prompt: int = 1
@@ -99,7 +99,7 @@ class LatentCall:
     def rules(self, tensors: Sequence[str]) -> list[tuple[bool, str]]:
         """What is wrong, and the line that says so."""
         is_text = isinstance(self.prompt, str) or (isinstance(self.prompt, (list, tuple)) and len(self.prompt) > 0)
-        low, high = self.guidance_interval or (0.0, 1.0)
+        low, high = self.guidance_interval
         count, start, end = self.num_images_per_prompt, self.denoising_start, self.denoising_end
         unknown = sorted(set(self.callback_on_step_end_tensor_inputs) - set(tensors))
         return [

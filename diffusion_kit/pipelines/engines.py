@@ -17,13 +17,14 @@ from torch import Tensor, nn
 
 from diffusion_kit.models import onednn
 from diffusion_kit.models.packed import Packing, unpack_all
-from diffusion_kit.sampling.engines import Compiled, CudaGraphs, Engine, OpenVINO, eager
+from diffusion_kit.sampling.engines import AOTI, Compiled, CudaGraphs, Engine, OpenVINO, eager
 
 ENGINES: dict[str, Callable[[], Engine]] = {
     "eager": lambda: eager,
     "packed": Packing,
     "openvino": lambda: OpenVINO(cache_folder()),
     "inductor": Compiled,
+    "aoti": lambda: AOTI(cache_folder()),
     "cudagraph": CudaGraphs,
 }
 QUICK = ("eager", "packed", "openvino", "cudagraph")  # ready in seconds

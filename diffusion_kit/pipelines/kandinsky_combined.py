@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, get_type_hints
@@ -13,7 +14,6 @@ from huggingface_hub import ModelCard, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from diffusion_kit.models.sources import locate, read_json
-from diffusion_kit.sampling.engines import Engine
 
 from .call import LatentCall
 from .kandinsky import Kandinsky2Call, Kandinsky2Pipeline, Kandinsky21Pipeline, Kandinsky22Pipeline
@@ -30,11 +30,9 @@ class CombinedCall(Kandinsky2Call):
         prior_guidance_scale, prior_num_inference_steps: of its own denoising.
         prior_callback_on_step_end, prior_callback_on_step_end_tensor_inputs: called after each of its steps.
         latents: (N, D) is its noise, (B, 4, h, w) the decoder's.
-        height, width: 512 by default; None is the picture's, or what the model was made for.
+        height, width: by default what the model was made for, whatever a picture has; 512 in the published ones.
     """
 
-    height: int | None = 512
-    width: int | None = 512
     prior_guidance_scale: float = 4.0
     prior_num_inference_steps: int = 25
     prior_callback_on_step_end: Any = None
@@ -69,13 +67,25 @@ class WithPrior(Kandinsky2Pipeline):
         super().set_progress_bar_config(**kwargs)
         self.prior_pipe.set_progress_bar_config(**kwargs)
 
-    def optimize(self, level: Level = "exact", *, engine: str | Engine | None = None) -> str:
-        told = super().optimize(level, engine=engine)
+    @contextmanager
+    def sharing(self) -> Iterator[None]:
+        with super().sharing():
+            before, self.prior_pipe.answers = self.prior_pipe.answers, self.answers
+            try:
+                yield
+            finally:
+                self.prior_pipe.answers = before
+
+    def optimize(self, level: Level = "exact", **options: Any) -> str:
+        told = super().optimize(level, **options)
+        self.prior_pipe.low_memory = self.low_memory
         self.prior_pipe.engine = self.engine  # guidance and steps of the prior stay whole: they cost next to nothing
         return told
 
     def generate(self, call: Any) -> Any:
         call.check(self._callback_tensor_inputs)
+        height, width = self.native_size
+        call = dataclasses.replace(call, height=call.height or height, width=call.width or width)
         return super().generate(call if call.image_embeds is not None else self._with_embeds(call))
 
     def _with_embeds(self, call: CombinedCall) -> CombinedCall:

@@ -141,9 +141,9 @@ class PriorPipeline(ControlledPipeline):
             denoiser=make_prior_denoiser(self.prior),
             conditioning=self._conditioning(prompts, negatives, call.num_images_per_prompt),
             guidance_scale=self.guidance_weight,
-            guidance_interval=call.guidance_interval or self.usual_guidance_interval,
+            guidance_interval=call.guidance_interval,
             generator=batch.generator,
-            engine=self.engine,
+            engine=self.encoding(self.engine),
             dtype=batch.dtype,
         )
         callbacks = Callbacks(self, call, run)
@@ -184,7 +184,9 @@ class PriorPipeline(ControlledPipeline):
         }
 
     def _encode(self, prompts: list[str]) -> dict[str, Tensor]:
-        text = encode_text(prompts, self.tokenizer, self.text_encoder, Layer(0, normed=True), engine=self.engine)
+        text = encode_text(
+            prompts, self.tokenizer, self.text_encoder, Layer(0, normed=True), engine=self.encoding(self.engine)
+        )
         tokens = self.tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt")
         return {
             "prompt_embeds": text.pooled,

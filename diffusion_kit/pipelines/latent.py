@@ -15,6 +15,7 @@ from torch import Tensor
 from diffusion_kit.adapters.control import Control, Site, granularity
 from diffusion_kit.models.denoiser import control_channels, make_denoiser, own_control
 from diffusion_kit.models.vae import decode_latents, encode_mode, encode_picture, preview, preview_matrix, scale_factor
+from diffusion_kit.sampling.engines import eager
 from diffusion_kit.sampling.guidance import guidance_embedding
 from diffusion_kit.sampling.loop import Run
 from diffusion_kit.sampling.schedule import Schedule, make_schedule
@@ -23,6 +24,7 @@ from .base import ControlledPipeline
 from .call import LatentCall
 from .callbacks import Callbacks
 from .canvas import Canvas, make_canvas
+from .memory import rest
 from .starts import Batch, Encoder, Start, from_masked_picture, from_noise, from_picture
 
 
@@ -119,6 +121,7 @@ class LatentPipeline(ControlledPipeline):
         self._remember(call)
         device = self._execution_device
         conditioning = self.conditioning(call, canvas, device)
+        rest(self)
         schedule = self._schedule(call, device)
         batch = Batch(
             call.prompts,
@@ -141,6 +144,7 @@ class LatentPipeline(ControlledPipeline):
             guided=self.do_classifier_free_guidance,
             own_control=self.own_control,
             encode_picture=partial(encode_mode, self.vae, upcast=self.upcasts),
+            engine=self.encoding(eager),
         )
         controls = controls(schedule) if callable(controls) else controls
         controls = [canvas.place(control, call.image) for control in controls]
@@ -153,7 +157,7 @@ class LatentPipeline(ControlledPipeline):
             rule=start.rule,
             guidance_scale=self.guidance_weight,
             guidance_rescale=call.guidance_rescale,
-            guidance_interval=call.guidance_interval or self.usual_guidance_interval,
+            guidance_interval=call.guidance_interval,
             generator=call.generator,
             engine=self.engine,
             dtype=self.unet.dtype,

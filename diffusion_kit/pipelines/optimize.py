@@ -2,13 +2,15 @@
 it says of itself.
 
 Three levels. "exact" gives the same picture: in float32 within a thousandth of the range of pixels. "half" has weights of
-half precision, while schedule and guidance stay in float32. "fast" is half with a step cache and with guidance in a part of
-the steps, which change the picture a little: docs/optimize.md says how much.
+half precision, while schedule and guidance stay in float32. "fast" is half with a step cache, which changes the picture a
+little: docs/optimize.md says how much.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
 import torch
@@ -17,35 +19,55 @@ from torch import nn
 from diffusion_kit.sampling.engines import Engine
 
 from .engines import fastest, make_engine
+from .memory import set_low_memory
+from .quantised import quantise
 
 Level = Literal["exact", "half", "fast"]
 LEVELS = get_args(Level)
-FAST_CACHE, FAST_GUIDANCE = 3, (0.0, 0.75)  # one full step in so many; the part of the steps that have guidance
-ALWAYS = (0.0, 1.0)
+# Of the step cache: docs/step-cache.md says what it saves and costs.
+FAST: dict[str, Any] = {"every": 5, "guidance": "reuse"}
 
 
-def optimize(pipe: Any, level: str, engine: str | Engine | None) -> None:
-    """Sets a pipeline's precision, step cache, guidance interval and engine; `pipe.notes` says what was not possible.
+def optimize(pipe: Any, level: str, engine: str | Engine | None, low_memory: bool, quantised: str | None) -> None:
+    """Sets a pipeline's precision, step cache, engine and use of memory; `pipe.notes` says what was not possible.
 
     Raises:
-        ValueError: no such level, or no such engine here.
+        ValueError: no such level or way to quantise, or no such engine here.
     """
     if level not in LEVELS:
         raise ValueError(f"level is {level!r}; it must be {', '.join(LEVELS)}")
     pipe.notes = []
     half = torch.bfloat16 if pipe._execution_device.type == "cpu" else torch.float16
     if level != "exact":
-        pipe.to(half)
+        with without_empty_warnings():
+            pipe.to(half)
     elif pipe.unet.dtype != torch.float32:
         pipe.notes.append(f"weights are in {name_of(pipe.unet.dtype)}: for float32 load the pipeline again")
+    if quantised is not None:
+        quantise(pipe, quantised)
     pipe.cache_steps(None)
-    pipe.usual_guidance_interval = FAST_GUIDANCE if level == "fast" else ALWAYS
     if level == "fast":
         try:
-            pipe.cache_steps(FAST_CACHE)
+            pipe.cache_steps(**FAST)
         except ValueError as error:
             pipe.notes.append(str(error))
+    set_low_memory(pipe, low_memory)
     pipe.engine = engine if isinstance(engine, Engine) else _engine(pipe, engine)
+
+
+@contextmanager
+def without_empty_warnings() -> Iterator[None]:
+    """diffusers warns of an empty list of modules that it would rather have kept in float32."""
+    logger = logging.getLogger("diffusers.models.modeling_utils")
+
+    def tells(record: logging.LogRecord) -> bool:
+        return "kept in float32: []" not in record.getMessage()
+
+    logger.addFilter(tells)
+    try:
+        yield
+    finally:
+        logger.removeFilter(tells)
 
 
 def _engine(pipe: Any, name: str | None) -> Engine:
@@ -71,13 +93,9 @@ def explain(pipe: Any) -> Iterator[tuple[str, str]]:
         pipe.engine.name if why is None else "eager: networks with a forward of their own are left as they are",
     )
     yield "cache", str(pipe.step_cache or "off")
-    yield (
-        "guidance",
-        "in all steps"
-        if pipe.usual_guidance_interval == ALWAYS
-        else "in steps from {} to {}".format(*pipe.usual_guidance_interval),
-    )
     yield "scheduler", type(pipe.scheduler).__name__
+    if pipe.low_memory:
+        yield "memory", "low: encoders leave memory after they ran, large pictures are decoded in pieces"
     for name, net in {**pipe.components, **pipe.__dict__.get("_base_controls", {})}.items():
         if isinstance(net, nn.Module):
             weights = list(net.parameters())

@@ -174,7 +174,7 @@ class SD15Pipeline(
         def encode(prompts: list[str], skip: int, length: int | None = None) -> Tensor:
             own = [self.maybe_convert_prompt(text, self.tokenizer) for text in prompts]
             layer = Layer(skip, normed=True)
-            more: dict[str, Any] = {"windows": windows, "length": length, "engine": self.engine}
+            more: dict[str, Any] = {"windows": windows, "length": length, "engine": self.encoding(self.engine)}
             return encode_prompts(own, self.tokenizer, self.text_encoder, layer, **more).states
 
         def spread_out(values: Tensor) -> Tensor:

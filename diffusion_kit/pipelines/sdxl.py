@@ -228,7 +228,7 @@ class SDXLPipeline(
             if encoder is None:
                 continue
             own = [self.maybe_convert_prompt(text, tokenizer) for text in own]
-            more: dict[str, Any] = {"windows": windows, "length": length, "engine": self.engine}
+            more: dict[str, Any] = {"windows": windows, "length": length, "engine": self.encoding(self.engine)}
             results.append(encode_prompts(own, tokenizer, encoder, layer, **more))
         return Text(torch.cat([text.states for text in results], -1), results[-1].pooled)
 

@@ -128,6 +128,7 @@ class Recipe:
         scheduler: name of its class; `scheduler_config` are its settings.
         strength, image, mask: of image-to-image and inpainting.
         fit: how pictures of another shape were brought to the output's.
+        optimize, engine: the level of `pipe.optimize` and what executed the networks; None: they ran as they are.
         versions: package to version.
     """
 
@@ -149,6 +150,8 @@ class Recipe:
     fit: str = "cover"
     dtype: str = "float32"
     device: str = "cpu"
+    optimize: str | None = None
+    engine: str | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> str:
@@ -199,6 +202,7 @@ class Recipe:
                 *(("control", control) for control in self.controls),
                 ("fit", self.fit if self.image or self.controls else None),
                 ("computed in", f"{self.dtype} on {self.device}"),
+                ("optimized", None if self.optimize is None else f"{self.optimize}, engine {self.engine}"),
                 ("versions", ", ".join(f"{name} {version}" for name, version in self.versions.items()) or None),
             ]
         )

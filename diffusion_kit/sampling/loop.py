@@ -126,13 +126,18 @@ def _step(run: Run, k: int, noise: Tensor | None, rows: int, device: torch.devic
     silent = [c for c in run.controls if run.engine.copies and not c.active(number, schedule.steps)]
     scales = (*(c.guidance for c in active if c.guidance is not None), run.guidance_scale) if guided else ()
     branches = 1 + len(scales)
+    kept = None if run.cache is None else run.cache.recall(number, (branches, *map(id, active)), rows)
+    offset = None if kept is None else kept.offset
+    if offset is not None:  # in place of the other branches
+        scales, branches = (), 1
     conditioning = branched(run.conditioning, rows, branches)
     step = Step(
         denoiser=run.denoiser,
         injections=(*(c.injection for c in active), *(Repeat() for _ in silent)),
         rule=run.rule[0] if run.rule is not None and transition is not None else None,
         branches=branches,
-        rescaled=guided and run.guidance_rescale > 0,
+        offset=offset is not None,
+        rescaled=branches > 1 and run.guidance_rescale > 0,
         scaled=bool(run.prepared("scaled", lambda: bool((schedule.input_scale != 1).any()))),
         dtype=run.dtype,
         noise=noise is not None,
@@ -149,6 +154,7 @@ def _step(run: Run, k: int, noise: Tensor | None, rows: int, device: torch.devic
             *(run.prepared((id(c), branches), lambda c=c: c.tensors(conditioning, branches)) for c in active),
             *(run.prepared(("silence", id(c), branches), lambda c=c: c.silence(branches)) for c in silent),
         ),
+        "offset": offset,
         "channels": run.prepared(("channels", branches), lambda: _channels(run, branches)),
         "guidance": run.prepared(("guidance", scales), lambda: torch.tensor(scales).view(-1, 1, 1, 1, 1).to(device)),
         "rescale": run.prepared("rescale", lambda: torch.tensor(run.guidance_rescale).to(device)),
@@ -159,11 +165,10 @@ def _step(run: Run, k: int, noise: Tensor | None, rows: int, device: torch.devic
         "matrix": None if transition is None else transition.matrix,
         "log_spread": None if transition is None else transition.log_spread,
     }
-    if run.cache is not None and (kept := run.cache.recall(number, (branches, *map(id, active)))):
-        deep, answer = kept
-        tensors["denoiser"] = {**tensors["denoiser"], "deep": deep}
+    if run.cache is not None and kept is not None:
+        tensors["denoiser"] = {**tensors["denoiser"], "deep": kept.deep}
         if run.cache.controls == "reuse":
-            step, tensors["controls"] = replace(step, injections=(Repeat(),)), (answer,)
+            step, tensors["controls"] = replace(step, injections=(Repeat(),)), (kept.answer,)
     return step, tensors
 
 

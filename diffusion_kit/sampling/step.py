@@ -24,6 +24,7 @@ class Step:
 
     Attributes:
         branches: of guidance, along the batch; more than one are combined.
+        offset: to the one branch is added what guidance is expected to add (see `cache`).
         rescaled: guidance rescale is applied.
         scaled: the network's input is scaled (samplers that work on sigmas).
         noise: the sampler draws noise in this schedule.
@@ -36,6 +37,7 @@ class Step:
     injections: tuple[Injection, ...]
     rule: LatentRule | None
     branches: int
+    offset: bool
     rescaled: bool
     scaled: bool
     dtype: torch.dtype
@@ -94,6 +96,10 @@ class Step:
         prediction, variance, *features = self.denoiser(at(tensors["denoiser"], call), x, answer)
         prediction = prediction.float()
         if self.branches > 1:
+            conditional = prediction.chunk(self.branches)[-1]
             prediction = guide(prediction, tensors["guidance"], tensors["rescale"] if self.rescaled else None)
             variance = None if variance is None else variance.chunk(self.branches)[-1]
+            features += [prediction - conditional] if features else []
+        elif self.offset:
+            prediction = prediction + tensors["offset"]
         return prediction, variance, *features

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 ADAPTER = ("scaling", "active_adapters", "merged_adapters", "disable_adapters")  # what a LoRA layer of peft goes by
 SAMPLES = 8  # of a weight
@@ -47,7 +48,16 @@ def _some_bits(value: Tensor) -> int:
 
 def _own(module: nn.Module) -> Iterator[Tensor]:
     held = (*module._parameters.values(), *module._buffers.values())
-    return (value for value in held if value is not None)
+    return (part for value in held if value is not None for part in _plain(value))
+
+
+def _plain(value: Any) -> Iterator[Tensor]:
+    """The tensors that a tensor is made of: one, or of a quantised one its numbers and scales."""
+    if not is_traceable_wrapper_subclass(value):
+        yield value
+        return
+    for name in value.__tensor_flatten__()[0]:
+        yield from _plain(getattr(value, name))
 
 
 def _version(value: Tensor) -> Hashable:
@@ -68,7 +78,7 @@ def content(nets: Iterable[nn.Module]) -> str:
             digest.update(f"{name}{module.training}{_adapter(module)}".encode())
             for value in _own(module):
                 digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
-                digest.update(_bytes(value))
+                digest.update(content_of(value))
     return digest.hexdigest()
 
 
@@ -90,7 +100,7 @@ def park(nets: Iterable[nn.Module], folder: Path) -> None:
         return
     with tempfile.NamedTemporaryFile(dir=folder) as file:
         for parameter, size in zip(parameters, sizes, strict=True):
-            file.write(_bytes(parameter))
+            file.write(content_of(parameter))
             file.write(bytes(size - parameter.nbytes))
         file.flush()
         whole = torch.from_file(file.name, shared=False, size=sum(sizes), dtype=torch.uint8)
@@ -101,12 +111,14 @@ def park(nets: Iterable[nn.Module], folder: Path) -> None:
         start += size
 
 
-def _bytes(value: Tensor) -> Any:
+def content_of(value: Tensor) -> Any:
     """Its memory, not a copy."""
     return value.detach().contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def _alone(parameter: Any) -> bool:
     """Whether its storage is no one else's and not a file's already."""
+    if is_traceable_wrapper_subclass(parameter):
+        return False
     storage = parameter.untyped_storage()
     return parameter.nbytes == storage.nbytes() and torch._C._storage_Use_Count(storage._cdata) <= 2

@@ -1,0 +1,233 @@
+"""Who runs a case: diffusers, the kit's levels and engines, and other runtimes with a loop of their own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .cases import Case
+from .models import inputs
+
+Runner = Callable[[], Tensor]  # one run of the case: its latents (B, 4, h, w)
+GUIDANCE, SEED = 5.0, 0
+
+
+class Absent(RuntimeError):
+    """Why a contender does not run a case."""
+
+
+def peer(case: Case, folder: Path, *, compiled: bool = False) -> Runner:
+    """diffusers, as it is or with its UNet and ControlNet through torch.compile."""
+    import diffusers
+
+    names = {
+        (): "StableDiffusionXLPipeline",
+        ("t2i_adapter",): "StableDiffusionXLAdapterPipeline",
+        ("controlnet",): "StableDiffusionXLControlNetPipeline",
+    }
+    if case.controls not in names:
+        raise Absent("diffusers has no pipeline with both")
+    dtype = getattr(torch, case.dtype)
+    nets = load_controls(case, folder)
+    given = {"adapter" if name == "t2i_adapter" else name: net for name, net in nets.items()}
+    options: dict[str, Any] = {"torch_dtype": dtype, "add_watermarker": False, **given}
+    pipe = getattr(diffusers, names[case.controls]).from_pretrained(folder, **options)
+    if compiled:
+        pipe.unet = torch.compile(pipe.unet)
+        if "controlnet" in nets:
+            pipe.controlnet = torch.compile(pipe.controlnet)
+    own = inputs(case)
+    picture, call = own.pop("picture"), arguments(case)
+    if "t2i_adapter" in nets:
+        call |= {"image": picture.to(dtype), "adapter_conditioning_factor": case.end}
+    if "controlnet" in nets:
+        call |= {"image": picture.to(dtype), "control_guidance_end": case.end}
+    return running(pipe, case, {**own, **call})
+
+
+def kit(case: Case, folder: Path, *, level: str = "exact", engine: str = "eager") -> Runner:
+    from diffusion_kit import Control, SDXLPipeline
+
+    dtype = getattr(torch, case.dtype)
+    if level == "exact" and dtype != torch.float32:
+        raise Absent("exact is float32")
+    if level != "exact" and dtype == torch.float32:
+        raise Absent(f"{level} is of half precision")
+    pipe = SDXLPipeline.from_pretrained(folder, torch_dtype=dtype, add_watermarker=False)
+    nets = load_controls(case, folder)
+    pipe.optimize(level, engine=engine)
+    own = inputs(case)
+    picture = own.pop("picture")
+    controls = [Control(net, picture, end=case.end) for net in nets.values()]
+    run = running(pipe, case, {**own, **arguments(case), "controls": controls})
+
+    def checked() -> Tensor:
+        latents = run()
+        if any(" runs as it is" in note for note in pipe.engine.notes):
+            raise Absent("; ".join(pipe.engine.notes))
+        return latents
+
+    return checked
+
+
+def load_controls(case: Case, folder: Path) -> dict[str, Any]:
+    from diffusers import ControlNetModel, T2IAdapter
+
+    classes = {"t2i_adapter": T2IAdapter, "controlnet": ControlNetModel}
+    dtype = getattr(torch, case.dtype)
+    return {name: classes[name].from_pretrained(folder / "more" / name, torch_dtype=dtype) for name in case.controls}
+
+
+def arguments(case: Case) -> dict[str, Any]:
+    side = 8 * case.side
+    return {
+        "height": side,
+        "width": side,
+        "num_inference_steps": case.steps,
+        "guidance_scale": GUIDANCE,
+        "output_type": "latent",
+    }
+
+
+def running(pipe: Any, case: Case, call: dict[str, Any]) -> Runner:
+    pipe.set_progress_bar_config(disable=True)
+
+    def run() -> Tensor:
+        return pipe(generator=torch.Generator().manual_seed(SEED), **call).images.float()
+
+    return run
+
+
+# Other runtimes: the UNet alone, with diffusers' scheduler in a plain loop
+
+
+class Plain(torch.nn.Module):
+    """The UNet as a function of tensors."""
+
+    def __init__(self, unet: Any) -> None:
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, x: Tensor, t: Tensor, states: Tensor, pooled: Tensor, ids: Tensor) -> Tensor:
+        added = {"text_embeds": pooled, "time_ids": ids}
+        return self.unet(x, t, encoder_hidden_states=states, added_cond_kwargs=added, return_dict=False)[0]
+
+
+Compiler = Callable[[Plain, tuple[Tensor, ...], Case, Path], Callable[..., Tensor]]
+
+
+def runtime(case: Case, folder: Path, compiled: Compiler) -> Runner:
+    """A UNet that another runtime runs, in the loop that its users write."""
+    from diffusers import EulerDiscreteScheduler, UNet2DConditionModel
+
+    if case.controls:
+        raise Absent("the UNet alone, without controls")
+    unet = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.float32)
+    scheduler = EulerDiscreteScheduler.from_pretrained(folder / "scheduler")
+    own = {name: value.float() for name, value in inputs(case).items()}
+    states = torch.cat([own["negative_prompt_embeds"], own["prompt_embeds"]])
+    pooled = torch.cat([own["negative_pooled_prompt_embeds"], own["pooled_prompt_embeds"]])
+    side = 8 * case.side
+    ids = torch.tensor([[side, side, 0, 0, side, side]]).float().expand(2 * case.batch, -1)
+    start = torch.randn(case.batch, 4, case.side, case.side, generator=torch.Generator().manual_seed(SEED))
+    example = (torch.cat([start, start]), torch.tensor(1.0), states, pooled, ids)
+    network = compiled(Plain(unet).eval(), example, case, folder)
+
+    @torch.no_grad()
+    def run() -> Tensor:
+        scheduler.set_timesteps(case.steps)
+        x = start * scheduler.init_noise_sigma
+        for t in scheduler.timesteps:
+            both = network(scheduler.scale_model_input(torch.cat([x, x]), t), t, states, pooled, ids)
+            without, given = both.chunk(2)
+            x = scheduler.step(without + GUIDANCE * (given - without), t, x, return_dict=False)[0]
+        return x
+
+    return run
+
+
+def openvino_network(net: Plain, example: tuple[Tensor, ...], case: Case, folder: Path) -> Callable[..., Tensor]:
+    """Converted and compiled as its guide says, in the precision of the case."""
+    import openvino
+
+    core = openvino.Core()
+    with torch.no_grad():
+        model = openvino.convert_model(torch.export.export(net, example))
+    hint = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}[case.dtype]
+    compiled = core.compile_model(
+        model, "CPU", {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": case.threads}
+    )
+    del net.unet
+
+    def run(*given: Tensor) -> Tensor:
+        return torch.from_numpy(compiled([value.numpy() for value in given], share_inputs=True)[0])
+
+    return run
+
+
+def onnx_network(net: Plain, example: tuple[Tensor, ...], case: Case, folder: Path) -> Callable[..., Tensor]:
+    import onnxruntime
+
+    if case.dtype != "float32":
+        raise Absent("its CPU runs float32")
+    file = folder / f"onnx-{case.side}-{case.batch}" / "model.onnx"
+    names = [f"input_{k}" for k in range(len(example))]
+    if not file.is_file():
+        file.parent.mkdir(exist_ok=True)
+        with torch.no_grad():
+            torch.onnx.export(net, example, file, input_names=names, dynamo=True, external_data=True)
+    del net.unet
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = case.threads
+    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+
+    def run(*given: Tensor) -> Tensor:
+        return torch.from_numpy(
+            session.run(None, {name: own.numpy() for name, own in zip(names, given, strict=True)})[0]
+        )
+
+    return run
+
+
+Contender = Callable[[Case, Path], Runner]
+CONTENDERS: dict[str, Contender] = {
+    "diffusers": peer,
+    "diffusers compiled": partial(peer, compiled=True),
+    "openvino alone": partial(runtime, compiled=openvino_network),
+    "onnxruntime alone": partial(runtime, compiled=onnx_network),
+    **{
+        f"exact {engine}": partial(kit, engine=engine) for engine in ("eager", "packed", "openvino", "inductor", "aoti")
+    },
+    **{
+        f"{level} {engine}": partial(kit, level=level, engine=engine)
+        for level in ("half", "fast")
+        for engine in ("eager", "packed", "openvino", "inductor", "aoti")
+    },
+}
+SLOW = ("compiled", "inductor", "aoti")  # how names end of those that compile for minutes
+NEEDS = {"openvino": "openvino", "onnxruntime": "onnxruntime"}  # a word of a contender's name: the package it needs
+
+
+def absent(name: str, case: Case) -> str | None:
+    """Why a contender cannot run a case here, as far as that is known beforehand."""
+    import importlib.util
+
+    half = name.split()[0] in ("half", "fast")
+    if half == (case.dtype == "float32") and name.split()[0] in ("exact", "half", "fast"):
+        return f"{name} is not of {case.dtype}"
+    for word, package in NEEDS.items():
+        if word in name and importlib.util.find_spec(package) is None:
+            return f"{package} is not installed"
+    return None
+
+
+def settled(case: Case) -> None:
+    """Threads of this process."""
+    os.environ["OMP_NUM_THREADS"] = str(case.threads)
+    torch.set_num_threads(case.threads)

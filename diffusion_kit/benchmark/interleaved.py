@@ -1,0 +1,222 @@
+"""Contenders in processes of their own that run in turn, so that a busy machine is as busy for one as for the other."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from .cases import Case
+from .contenders import CONTENDERS, absent, settled
+
+REFERENCE = "diffusers"  # what others are compared with
+WATCH = 0.005  # seconds between looks at the memory
+
+
+@dataclass
+class Row:
+    """What a contender did in a case.
+
+    Attributes:
+        seconds: of each timed run, in the order of the rounds.
+        flops, operations: of one run, as torch dispatches them; None where another runtime does the work.
+        peak, anonymous: bytes of the process from its loading to its end, with and without pages of files.
+        error: relative difference of its latents from the reference's, in the 2-norm.
+        absent: why there is nothing else.
+    """
+
+    name: str
+    seconds: list[float] = field(default_factory=list)
+    ready: float = 0.0
+    flops: int | None = None
+    operations: int | None = None
+    peak: int = 0
+    anonymous: int = 0
+    error: float | None = None
+    absent: str | None = None
+
+
+def compare(case: Case, names: Sequence[str], folder: Path, rounds: int) -> list[Row]:
+    """Every contender's row; the runs of a round follow one another, first forwards and then backwards.
+
+    Contenders are loaded one after another and stay loaded, so all of them must fit into memory.
+    """
+    rows = {name: Row(name, absent=absent(name, case)) for name in names}
+    subjects = {name: Subject(name, case, folder) for name, row in rows.items() if row.absent is None}
+    latents: dict[str, Tensor] = {}
+    try:
+        for name, subject in list(subjects.items()):
+            answer = subject.ask("load")
+            if "absent" in answer:
+                rows[name].absent = answer["absent"]
+                subjects.pop(name).stop()
+                continue
+            latents[name] = answer.pop("latents")
+            vars(rows[name]).update(answer)
+        for number in range(rounds):
+            order = list(subjects.items())
+            for name, subject in order if number % 2 == 0 else reversed(order):
+                rows[name].seconds.append(subject.ask("run")["seconds"])
+        for name, subject in subjects.items():
+            vars(rows[name]).update(subject.ask("end"))
+    finally:
+        for subject in subjects.values():
+            subject.stop()
+    if REFERENCE in latents:
+        reference = latents[REFERENCE]
+        for name, own in latents.items():
+            rows[name].error = float((own - reference).norm() / reference.norm())
+    return list(rows.values())
+
+
+class Subject:
+    """A contender in its process."""
+
+    def __init__(self, name: str, case: Case, folder: Path) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.line, other = context.Pipe()
+        with threads_of(case):
+            self.process = context.Process(target=serve, args=(other, name, case, folder), daemon=True)
+            self.process.start()
+        other.close()
+        self.name = name
+
+    def ask(self, what: str) -> dict[str, Any]:
+        try:
+            self.line.send(what)
+            answer: dict[str, Any] = self.line.recv()
+        except (EOFError, OSError):
+            self.process.join()
+            return {"absent": f"its process ended with {self.process.exitcode}"}
+        return answer
+
+    def stop(self) -> None:
+        self.line.close()
+        self.process.join(10)
+        self.process.kill()
+
+
+@contextmanager
+def threads_of(case: Case) -> Iterator[None]:
+    """A process that is begun inside has as many threads as the case says, in every library."""
+    before = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = str(case.threads)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["OMP_NUM_THREADS"]
+        else:
+            os.environ["OMP_NUM_THREADS"] = before
+
+
+def serve(line: Connection, name: str, case: Case, folder: Path) -> None:
+    """Answers "load", "run" and "end" until nobody asks."""
+    settled(case)
+    memory = Memory()
+    run: Any = None
+    with memory:
+        while True:
+            try:
+                what = line.recv()
+            except EOFError:
+                return
+            if what == "load":
+                try:
+                    start = time.perf_counter()
+                    run = CONTENDERS[name](case, folder)
+                    latents = run()
+                    answer = {"latents": latents, "ready": time.perf_counter() - start, **memory.peaks()}
+                    line.send(answer | counted(run, name))
+                except Exception as error:
+                    line.send({"absent": " ".join(f"{type(error).__name__}: {error}".split())[:300]})
+            elif what == "run":
+                start = time.perf_counter()
+                run()
+                line.send({"seconds": time.perf_counter() - start})
+            else:
+                line.send({})
+
+
+def counted(run: Any, name: str) -> dict[str, int | None]:
+    """Operations and floating-point operations of a run, where torch dispatches them."""
+    if not name.endswith(("diffusers", "eager")):
+        return {"flops": None, "operations": None}
+    with FlopCounterMode(display=False) as flops, Operations() as operations:
+        run()
+    return {"flops": flops.get_total_flops(), "operations": operations.number}
+
+
+class Operations(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.number = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.number += 1
+        return func(*args, **(kwargs or {}))
+
+
+class Memory:
+    """Watches this process's memory from a thread."""
+
+    def __init__(self) -> None:
+        self.process = psutil.Process()
+        self.most, self.most_anonymous, self.over = 0, 0, threading.Event()
+        self.thread = threading.Thread(target=self._watch, daemon=True)
+
+    def _watch(self) -> None:
+        while not self.over.wait(WATCH):
+            self._look()
+
+    def _look(self) -> None:
+        now = self.process.memory_info()
+        self.most = max(self.most, now.rss)
+        self.most_anonymous = max(self.most_anonymous, now.rss - getattr(now, "shared", 0))
+
+    def peaks(self) -> dict[str, int]:
+        self._look()
+        return {"peak": self.most, "anonymous": self.most_anonymous}
+
+    def __enter__(self) -> Memory:
+        self.thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.over.set()
+        self.thread.join()
+
+
+def machine_peak(dtype: torch.dtype, threads: int) -> float:
+    """Most floating-point operations a second that a large product reaches here, by torch or by oneDNN."""
+    from diffusion_kit.models import onednn
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    size, best = 2048, 0.0
+    a, layer = torch.randn(size, size, dtype=dtype), torch.nn.Linear(size, size, bias=False, dtype=dtype)
+    ways: list[Any] = [layer]
+    if onednn.obstacle(dtype) is None:
+        weight = onednn.laid_out(layer, layer.weight.detach())
+        ways.append(lambda x: onednn.product(x, weight))
+    with torch.no_grad():
+        for way in ways:
+            for _ in range(6):
+                start = time.perf_counter()
+                way(a)
+                best = max(best, 2 * size**3 / (time.perf_counter() - start))
+    torch.set_num_threads(before)
+    return best

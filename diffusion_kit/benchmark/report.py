@@ -1,0 +1,130 @@
+"""From rows to ratios with their spread, as JSON and as a page."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+
+from .cases import Case
+from .interleaved import REFERENCE, Row, compare, machine_peak
+from .models import model_folder
+
+LEGEND = """\
+Every contender runs in a process of its own, in turn with the others; "times diffusers" is the median, with quartiles, of
+the ratios of the rounds. A run is a pipeline's call without decoding, on random weights of SDXL's architecture, with
+guidance. GFLOP and operations are those that torch dispatches in a step; the share is of the fastest product of 2048 x 2048
+matrices measured beside. Peak memory is of the whole process from loading on, "anonymous" what is no page of a file. The
+error is the relative difference of the latents from diffusers' in the 2-norm. Other runtimes have the UNet alone, with
+diffusers' scheduler in a plain loop."""
+RUNTIMES = ("openvino", "onnxruntime")
+PACKAGES = ("diffusion_kit", "torch", "diffusers", "transformers", "openvino", "onnxruntime")
+
+
+def compared(row: Row, other: Row) -> tuple[float, float, float]:
+    """How many times as fast as the other: median, and the quartiles, of the ratios of each round."""
+    ratios = np.array(other.seconds) / np.array(row.seconds)
+    low, middle, high = np.percentile(ratios, [25, 50, 75])
+    return float(middle), float(low), float(high)
+
+
+def summary(case: Case, rows: Sequence[Row], peak: float) -> dict[str, Any]:
+    """What is kept of a case; times are seconds of a step, `share` is of the machine's peak."""
+    by_name = {row.name: row for row in rows}
+    reference = by_name.get(REFERENCE)
+    eager = next((row for row in rows if row.name.endswith(" eager") and row.flops), None)
+    contenders = {}
+    for row in rows:
+        own = asdict(row)
+        if row.seconds:
+            own["step"] = float(np.median(row.seconds)) / case.steps
+            same = reference if row.name.startswith((REFERENCE, *RUNTIMES)) else eager  # who does the same work
+            work = row.flops or (same.flops if same else None)
+            own["share"] = work / float(np.median(row.seconds)) / peak if work else None
+        if row.seconds and reference is not None and reference.seconds:
+            own["ratio"] = compared(row, reference)
+        contenders[row.name] = own
+    return {"case": case.to_json(), "peak": peak, "contenders": contenders}
+
+
+def machine() -> dict[str, str]:
+    names = [line.split(":", 1)[1].strip() for line in _cpu_lines() if line.startswith("model name")]
+    versions = []
+    for name in PACKAGES:
+        try:
+            versions.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "processor": names[0] if names else platform.processor() or platform.machine(),
+        "cores": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
+        "memory": f"{psutil.virtual_memory().total / 2**30:.0f} GiB",
+        "system": platform.platform(),
+        "versions": ", ".join([f"Python {platform.python_version()}", *versions]),
+    }
+
+
+def _cpu_lines() -> list[str]:
+    file = Path("/proc/cpuinfo")
+    return file.read_text().splitlines() if file.is_file() else []
+
+
+def lines_of(result: dict[str, Any]) -> list[str]:
+    """A case's table in Markdown."""
+    case = Case(**{**result["case"], "controls": tuple(result["case"]["controls"])})
+    lines = [
+        f"**{case.name}** (peak measured {result['peak'] / 1e9:.0f} GFLOP/s)",
+        "",
+        f"| | times {REFERENCE} | ms a step | GFLOP | operations | share of peak | peak MB | anonymous MB | error |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, own in result["contenders"].items():
+        if own.get("absent"):
+            lines.append(f"| {name} | {own['absent'].replace('|', '/')} | | | | | | | |")
+            continue
+        middle, low, high = own.get("ratio") or (float("nan"),) * 3
+        flops = "" if own["flops"] is None else f"{own['flops'] / case.steps / 1e9:,.0f}"
+        operations = "" if own["operations"] is None else f"{own['operations'] / case.steps:,.0f}"
+        share = "" if own.get("share") is None else f"{100 * own['share']:.0f} %"
+        error = "" if own["error"] is None else f"{own['error']:.0e}"
+        lines.append(
+            f"| {name} | {middle:.2f} [{low:.2f}, {high:.2f}] | {1e3 * own['step']:,.0f} | {flops} | {operations} "
+            f"| {share} | {own['peak'] / 1e6:,.0f} | {own['anonymous'] / 1e6:,.0f} | {error} |"
+        )
+    return lines
+
+
+def measured(cases: Sequence[Case], names: Sequence[str], out: Path, rounds: int) -> list[dict[str, Any]]:
+    """Results of the cases, printed and kept in `out` after each; one that is there is not run again."""
+    results: list[dict[str, Any]] = json.loads(out.read_text()) if out.is_file() else []
+    found = []
+    with tempfile.TemporaryDirectory() as root:
+        for case in cases:
+            known = next((own for own in results if own["case"] == case.to_json()), None)
+            if known is None:
+                rows = compare(case, names, model_folder(case.width, Path(root)), rounds)
+                known = summary(case, rows, machine_peak(getattr(torch, case.dtype), case.threads))
+                results.append(known)
+                out.write_text(json.dumps(results, indent=1) + "\n")
+            found.append(known)
+            print("\n".join([*lines_of(known), ""]), flush=True)
+    return found
+
+
+def page(head: dict[str, str], results: Sequence[dict[str, Any]], command: str) -> str:
+    """All tables in Markdown, with the machine in the head."""
+    parts = ["# Benchmarks", "", f"Made by `{command}` on this machine:", ""]
+    parts += [*(f"- {label}: {text}" for label, text in head.items()), "", LEGEND, ""]
+    for result in results:
+        parts += [*lines_of(result), ""]
+    return "\n".join(parts)

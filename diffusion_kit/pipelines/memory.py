@@ -1,0 +1,50 @@
+"""Less memory for a little time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from diffusion_kit.sampling.engines.pages import page_out
+from diffusion_kit.sampling.engines.weights import park
+
+from .engines import cache_folder
+
+RESTING = (
+    "text_encoder",
+    "image_encoder",
+    "prior_",
+)  # how the names of networks begin that are done before the first step
+
+
+def set_low_memory(pipe: Any, low: bool) -> None:
+    """On a CPU encoders lie in a file and leave memory after they ran; elsewhere every network is on the device while it
+    runs only. Large pictures go through the autoencoder in tiles, several pictures one by one."""
+    pipe.low_memory = low
+    vae = pipe.vae
+    for name in ("tiling", "slicing"):
+        change = getattr(vae, f"{'enable' if low else 'disable'}_{name}", None)
+        if change is not None:
+            change()
+        elif low:
+            pipe.notes.append(f"{type(vae).__name__} has no {name}")
+    if not low:
+        return
+    if pipe._execution_device.type != "cpu":
+        pipe.enable_model_cpu_offload(device=pipe._execution_device)
+        return
+    folder = cache_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    park(resting(pipe), folder)
+    rest(pipe)
+
+
+def rest(pipe: Any) -> None:
+    """Encoders leave memory, where there is to be little of it."""
+    if pipe.low_memory and pipe._execution_device.type == "cpu":
+        page_out(resting(pipe))
+
+
+def resting(pipe: Any) -> list[nn.Module]:
+    return [net for name, net in pipe.components.items() if name.startswith(RESTING) and isinstance(net, nn.Module)]

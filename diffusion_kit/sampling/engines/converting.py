@@ -1,0 +1,122 @@
+"""Engines that convert each network once for the shapes of what it is given, and keep what they made on disk.
+
+Keys and values of the text and residuals of controls are inputs. What cannot be converted runs as it is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+from collections.abc import Hashable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from diffusion_kit.sampling.doors import Tree, shapes
+from diffusion_kit.sampling.step import Step
+
+from .engine import Engine, StepFunction
+from .exported import Flat, leaves, wide
+from .files import whole_folder
+from .weights import content, park, sampled, state
+
+PACKAGES = ("torch", "diffusers", "diffusion_kit")  # on whose versions a conversion depends
+
+
+class Converting(Engine):
+    """A subclass gives `convert` and `load`.
+
+    Args:
+        folder: where converted networks are kept.
+        parks: weights of converted networks lie in a file meanwhile (see `weights.park`).
+    """
+
+    copies = True
+    runtime: ClassVar[str]  # what it calls itself in a note
+    packages: ClassVar[tuple[str, ...]] = PACKAGES
+
+    def __init__(self, folder: Path, *, parks: bool = True) -> None:
+        super().__init__()
+        self.folder, self.parks = folder, parks
+        self.made: dict[Any, Made] = {}
+        self.used: set[Hashable] = set()
+
+    def convert(self, flat: Flat, example: tuple[Tensor, ...], new: Path) -> None:
+        """Writes the converted network into the new folder."""
+        raise TypeError(f"{type(self).__name__} converts nothing")
+
+    def load(self, folder: Path, network: Any, inputs: Tree) -> Any:
+        """A function of trees of tensors, as the network is one."""
+        raise TypeError(f"{type(self).__name__} converts nothing")
+
+    def renew(self) -> None:
+        self.used = set()
+        self.made = {key: own for key, own in self.made.items() if own.bits == sampled(key[0].executed)}
+
+    def __call__(self, step: Step, state: Tensor, tensors: Tree) -> StepFunction:
+        injections = tuple(self.network(own) for own in step.injections)
+        return replace(step, denoiser=self.network(step.denoiser), injections=injections)
+
+    def network(self, network: Any) -> Any:
+        return Converted(network, self) if network.executed else network
+
+    def runner(self, network: Any, inputs: Tree) -> Any:
+        """The network as the runtime runs it for inputs of these shapes, or as it is where that cannot be."""
+        key = (network, shapes(inputs), torch.get_num_threads())
+        self.used.add(key)
+        known = self.made.get(key)
+        if known is None or known.state != state(network.executed):
+            # A call needs the memory of what it uses; what was made for another size is on disk.
+            self.made = {k: own for k, own in self.made.items() if k in self.used and k != key}
+            runner = self._make(network, inputs)
+            known = self.made[key] = Made(runner, state(network.executed), sampled(network.executed))
+        return known.runner
+
+    def _make(self, network: Any, inputs: Tree) -> Any:
+        try:
+            folder = self._converted(network, inputs)
+            if self.parks:  # before there is a second copy
+                park(network.executed, self.folder)
+            runner = self.load(folder, network, inputs)
+        except Exception as error:  # a converter may raise anything
+            told = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+            self.note(f"{type(network).__name__} runs as it is, {self.runtime} cannot: {told[0].strip()[:200]}")
+            return network
+        return runner
+
+    def _converted(self, network: Any, inputs: Tree) -> Path:
+        """The folder of the converted network, made where it is not there."""
+        versions = [importlib.metadata.version(name) for name in self.packages]
+        about = f"{versions}{network}{shapes(inputs)}{content(network.executed)}"
+        folder = self.folder / f"{self.name}-{hashlib.sha256(about.encode()).hexdigest()[:32]}"
+        with whole_folder(folder) as new:
+            if new is not None:
+                with torch.no_grad():
+                    self.convert(Flat(network, inputs).eval(), tuple(map(wide, leaves(inputs))), new)
+        return folder
+
+
+class Made(NamedTuple):
+    """What runs in place of a network, and the weights of which it was made."""
+
+    runner: Any
+    state: Hashable
+    bits: list[int]
+
+
+@dataclass(frozen=True)
+class Converted:
+    """Stands for a network: for what its engine makes of it when it is called."""
+
+    network: Any
+    engine: Converting
+
+    @property
+    def executed(self) -> tuple[nn.Module, ...]:
+        return self.network.executed
+
+    def __call__(self, *inputs: Tree) -> Tree:
+        return self.engine.runner(self.network, inputs)(*inputs)

@@ -1,0 +1,111 @@
+"""Less memory: the same picture, weights that leave memory and are found again."""
+
+from __future__ import annotations
+
+import copy
+import mmap
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from conftest import components, make_vae, pipeline
+from test_mixtures import run
+from torch import nn
+
+from diffusion_kit import SDXLPipeline
+from diffusion_kit.models.vae import cut
+from diffusion_kit.sampling.engines.pages import page_out, without_pages_of
+from diffusion_kit.sampling.engines.weights import park
+
+MEGABYTES = 64
+linux = pytest.mark.skipif(sys.platform != "linux", reason="pages are given back on Linux only")
+
+
+def held() -> float:
+    """Megabytes in memory."""
+    return psutil.Process().memory_info().rss / 2**20
+
+
+@linux
+def test_parked_weights_leave_memory_and_come_back(tmp_path: Path) -> None:
+    net = nn.Linear(1024, 256 * MEGABYTES, bias=False)  # of four bytes each
+    net.weight.fill_(2.0)
+    park([net], tmp_path)
+    net.weight.sum()
+    before = held()
+    net.weight[5] = 3.0
+    page_out([net])
+    assert held() < before - 0.9 * MEGABYTES
+    assert net.weight[5].eq(3).all(), "what was changed is kept"
+    assert net.weight[7:].eq(2).all()
+
+
+@linux
+def test_pages_of_a_file_are_given_back(tmp_path: Path) -> None:
+    file = tmp_path / "weights.bin"
+    file.write_bytes(bytes(MEGABYTES << 20))
+    with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+        assert sum(mapped[::4096]) == 0
+        before = held()
+        with without_pages_of(file):
+            pass
+        assert held() < before - 0.9 * MEGABYTES
+        assert sum(mapped[::4096]) == 0
+
+
+@pytest.fixture
+def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setenv("DIFFUSION_KIT_CACHE", str(tmp_path))
+    return pipeline(SDXLPipeline, **copy.deepcopy({**components(), "vae": make_vae(4)}))
+
+
+def test_the_same_picture(small: Any) -> None:
+    before = run(pipe=small)
+    told = small.optimize(engine="eager", low_memory=True)
+    assert "encoders leave memory" in told
+    assert torch.equal(run(pipe=small), before)
+    assert torch.equal(run(pipe=small), before)
+    next(small.text_encoder.parameters()).mul_(2)
+    assert not torch.equal(run(pipe=small), before)
+    assert "encoders leave" not in small.optimize(engine="eager")
+
+
+def test_only_what_is_large_is_decoded_in_pieces(small: Any) -> None:
+    vae, side = small.vae, small.vae.tile_latent_min_size
+    one, two = torch.zeros(1, 4, side, side), torch.zeros(2, 4, side, side)
+    assert not cut(vae, two)
+    small.optimize(engine="eager", low_memory=True)
+    assert not cut(vae, one)
+    assert cut(vae, two)
+    assert cut(vae, torch.zeros(1, 4, side, side + 1))
+
+
+@pytest.mark.parametrize("kind", ["leaf_level", "block_level"])
+def test_group_offload(kind: str, small: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """diffusers' own; here a weight that is offloaded is not a number, so that whoever uses it without its hook is seen."""
+    from diffusers.hooks.group_offloading import ModuleGroup
+
+    before = run(pipe=small)
+    home: dict[int, torch.Tensor] = {}
+
+    def weights(group: Any) -> list[Any]:
+        return [*(p for module in group.modules for p in module.parameters()), *group.parameters]
+
+    def offload(group: Any) -> None:
+        for weight in weights(group):
+            home.setdefault(id(weight), weight.data)
+            weight.data = torch.full_like(weight, torch.nan)
+
+    def onload(group: Any) -> None:
+        for weight in weights(group):
+            weight.data = home.get(id(weight), weight.data)
+
+    monkeypatch.setattr(ModuleGroup, "offload_", offload)
+    monkeypatch.setattr(ModuleGroup, "onload_", onload)
+    cpu, blocks = torch.device("cpu"), {"num_blocks_per_group": 1} if kind == "block_level" else {}
+    small.enable_group_offload(onload_device=cpu, offload_device=cpu, offload_type=kind, **blocks)
+    assert torch.allclose(run(pipe=small), before, rtol=1e-4, atol=1e-3)
+    assert small.unet.down_blocks[0].resnets[0].conv1.weight.isnan().all()

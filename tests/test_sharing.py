@@ -1,0 +1,81 @@
+"""What several calls share is encoded once, and nothing stale is used."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from conftest import components, lines, make_adapter, make_controlnet, pipeline
+from test_mixtures import run
+from torch import nn
+
+from diffusion_kit import Control, SDXLPipeline
+from diffusion_kit.sampling.engines import Answers, Remembered
+
+
+def counting(net: nn.Module) -> Callable[[], int]:
+    """How often it ran since the last look."""
+    ran: list[int] = []
+    net.register_forward_hook(lambda *_: ran.append(1))
+
+    def look() -> int:
+        number = len(ran)
+        ran.clear()
+        return number
+
+    return look
+
+
+@pytest.fixture
+def pipe() -> Any:
+    return pipeline(SDXLPipeline, **copy.deepcopy(components()))
+
+
+def test_shared_prompts_and_pictures_are_encoded_once(pipe: Any) -> None:
+    adapter, net = make_adapter(), make_controlnet()
+    controls = [Control(adapter, lines(1), scale=0.5), Control(net, lines(2), end=0.5)]
+    plain = [run(controls, pipe=pipe, prompt=prompt) for prompt in ("a cat", "a dog", "a cat")]
+    looks = [counting(part) for part in (pipe.text_encoder, adapter, net.controlnet_cond_embedding)]
+    with pipe.sharing():
+        for k, prompt in enumerate(("a cat", "a dog", "a cat")):
+            assert torch.equal(run(controls, pipe=pipe, prompt=prompt), plain[k])
+        texts, adapters, embeddings = (look() for look in looks)
+        assert texts == 2
+        assert adapters == embeddings == 1
+        run([Control(adapter, lines(3))], pipe=pipe, prompt="a cat")
+        assert [look() for look in looks] == [0, 1, 0]
+    run(controls, pipe=pipe, prompt="a cat")
+    assert [look() for look in looks] == [1, 1, 1], "nothing is shared outside"
+
+
+def test_other_weights_are_seen(pipe: Any) -> None:
+    adapter = make_adapter()
+    controls = [Control(adapter, lines(1))]
+    with pipe.sharing():
+        before = run(controls, pipe=pipe)
+        for net in (pipe.text_encoder, adapter):
+            next(net.parameters()).mul_(3)
+            after = run(controls, pipe=pipe)
+            assert not torch.equal(after, before)
+            before = after
+    assert torch.equal(run(controls, pipe=pipe), before)
+
+
+def test_the_last_answers_are_kept_up_to_a_size() -> None:
+    ran: list[float] = []
+
+    class Double:
+        executed = ()
+
+        def __call__(self, x: torch.Tensor) -> torch.Tensor:
+            ran.append(x[0].item())
+            return 2 * x
+
+    own = Double()
+    ask = Remembered(Answers(limit=3 * 400)).network(own)
+    for value in (1.0, 2.0, 3.0, 1.0, 4.0, 1.0, 2.0):
+        assert torch.equal(ask(torch.full((100,), value)), torch.full((100,), 2 * value))
+    assert ran == [1.0, 2.0, 3.0, 4.0, 2.0], "1 was asked again before 4 came, 2 was the oldest then"
