@@ -14,7 +14,8 @@ from test_step import small
 from diffusion_kit import SDXLPipeline
 from diffusion_kit.pipelines import quantised
 
-pytest.importorskip("torchao", reason="the extra quantised is not installed")
+pytestmark = pytest.mark.heavy
+pytest.importorskip("torchao", reason="the extra quantised is not installed: scripts/verify heavy installs it")
 ERRORS = {"int8": 0.03, "int8_dynamic": 0.06}  # relative in the 2-norm, of random weights
 
 
