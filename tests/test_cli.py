@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
 import resource
 import shutil
 import struct
@@ -739,7 +740,9 @@ def test_doctor_fails_where_a_package_is_too_old(monkeypatch: pytest.MonkeyPatch
 
 def test_models(model: Path, work: Path, capsys: Any) -> None:
     assert main(["models"]) == 0
-    assert "canny" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    for name, kind in (("canny", "T2IAdapter"), ("canny_controlnet", "ControlNetModel"), ("regions", "Control-LoRA")):
+        assert re.search(rf"^  control {name} +{kind},", told, re.MULTILINE)
     assert main(["models", str(model)]) == 0
     text = capsys.readouterr().out
     for part in ("SDXLPipeline", "UNet2DConditionModel", "T2IAdapter", "white on black", "M parameters", "sha256:"):

@@ -68,6 +68,17 @@ def test_the_detector_may_look_at_another_resolution(photos: Path, tmp_path: Pat
     assert (maps[0] != maps[1]).any()
 
 
+def test_an_engine_gives_the_same_figures_and_is_named(photos: Path, tmp_path: Path, capsys: Any) -> None:
+    lines = []
+    for name, more in (("plain", []), ("packed", ["--optimize", "exact", "--engine", "packed"])):
+        given = ["--conditions", photos, "--photos", *QUICK, *more, "--out", tmp_path / name]
+        assert evaluate(*given) == 0
+        report = json.loads((tmp_path / name / "report.json").read_text())
+        lines.append([(line["own"]["value"], line["shuffled"]["value"]) for line in report["lines"]])
+    assert np.allclose(*lines, atol=0.02), "pixels at an edge's threshold may differ by rounding"
+    assert (report["about"]["optimize"], report["about"]["engine"]) == ("exact", "packed")
+
+
 def test_a_report_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
     class Broken:
         def page(self, folder: Path) -> None:
@@ -90,6 +101,9 @@ def test_a_report_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
         (["--out", "."], "--out . is there already: give another name"),
         (["--out", "no/where"], "there is no folder no"),
         (["--conditions", "nothing"], "--conditions nothing: no such folder or file"),
+        (["--optimize", "exakt"], "--optimize is 'exakt'; it must be one of exact, half, fast"),
+        (["--optimize", "half", "--dtype", "float32"], "computes in half precision: leave out --dtype"),
+        (["--engine", "packd"], "no engine 'packd'; there are eager, packed"),
         (["--seeds", "0"], "seeds is 0; it must be 1 or more"),
         (["--seed", "99999999999999999999"], "it must be 0 or more, and below 2^63"),
     ],

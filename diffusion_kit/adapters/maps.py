@@ -59,6 +59,7 @@ KNOWN: tuple[tuple[str, ControlMap], ...] = (
     (r"recolou?r|gr[ae]y", ControlMap("greyscale", None, "the picture in grey")),
     (r"shuffle", ControlMap("shuffle", None, "the picture's colours, warped")),
     (r"colou?r|palette", ControlMap("palette", None, "coarse colours")),
+    (r"(?<![a-z])regions?", ControlMap("regions", None, "flat areas of few colours")),
     (r"seg", ControlMap("none", None, "classes in the colours of ADE20K")),
 )
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .detect import images_of, parse_options
-from .generate import DTYPES
+from .execution import add_execution, level_of
 from .outputs import writable
 from .plan import Settings
 
@@ -52,8 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--lpips", metavar="FILE", help="torchvision's AlexNet, for LPIPS")
     add("--out", default="evaluation", metavar="FOLDER", help="of the page and the report; it must not be there yet")
     add("--json", action="store_true", help="print JSON in place of the table")
-    add("--device", help="cpu, cuda, cuda:1, mps; by default cuda where there is one")
-    add("--dtype", choices=DTYPES, default="float32", help="by default float32")
+    add_execution(parser)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -65,7 +64,7 @@ def run(options: argparse.Namespace) -> None:
     if not 0 <= options.seed <= 2**63 - 1:
         raise ValueError(f"--seed is {options.seed}; it must be 0 or more, and below 2^63")
     name, _, path = options.control.partition("=")
-    cases = read_conditions(Path(options.conditions), photos=options.photos)
+    cases, loading = read_conditions(Path(options.conditions), photos=options.photos), _settings(options)
 
     from transformers.utils import logging
 
@@ -75,8 +74,9 @@ def run(options: argparse.Namespace) -> None:
     from diffusion_kit.evaluation import Condition, evaluate, quality_measures
     from diffusion_kit.evaluation.measures import measures_of
 
-    from .pictures import load_pipeline
+    from .pictures import check_execution, load_pipeline
 
+    check_execution(loading)
     kind = options.detector or detector_of(name) or name
     measures_of(kind)
     settings = parse_options(detector(kind), kind, options.option) | ({"invert": True} if options.invert else {})
@@ -84,7 +84,7 @@ def run(options: argparse.Namespace) -> None:
     if not options.debug:
         logging.disable_progress_bar()
     quality = quality_measures(inception=options.inception, clip=options.clip, lpips=options.lpips)
-    pipe = load_pipeline(_settings(options), debug=options.debug)
+    pipe = load_pipeline(loading, debug=options.debug)
     pipe.set_progress_bar_config(disable=True)
     net = pipe.load_control(str(Path(path).absolute()) if path and Path(path).exists() else path or name)
     report = evaluate(
@@ -103,7 +103,9 @@ def run(options: argparse.Namespace) -> None:
         control_guidance=options.control_guidance,
         quality=quality,
     )
-    report = replace(report, about={"model": options.model, "control": options.control, **report.about})
+    about = {"model": options.model, "control": options.control}
+    about |= {"optimize": loading.optimize, "engine": pipe.engine.name} if loading.optimize else {}
+    report = replace(report, about={**about, **report.about})
     write(report, out)
     print(report.to_json().rstrip() if options.json else f"{report.table()}\n\n{out / 'index.html'}")
 
@@ -187,5 +189,6 @@ def _text(file: Path) -> str:
 def _settings(options: argparse.Namespace) -> Settings:
     """What loading a model needs to know."""
     given = dict.fromkeys(("negative_prompt", "guidance_scale", "size", "strength", "scheduler", "old"))
-    same = {"model": options.model, "device": options.device, "dtype": options.dtype, "seed": options.seed}
+    same = {"model": options.model, "device": options.device, "dtype": options.dtype or "float32", "seed": options.seed}
+    same |= {"optimize": level_of(options), "engine": options.engine, "low_memory": options.low_memory}
     return Settings(**given, **same, steps=1, fit="cover", other_model=True)  # type: ignore[arg-type]

@@ -8,12 +8,11 @@ from functools import cache
 from diffusion_kit.recipes import ForeignRecipe, Recipe, check, read, save
 
 from .console import note
+from .execution import add_execution
 from .job_file import in_line, is_made
 from .jobs import OPTIONS
 from .outputs import output_files
 from .plan import files_read, plan_of_call, plan_of_file
-
-DTYPES = ("float32", "float16", "bfloat16")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,17 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--grid", metavar="FILE", help="all pictures side by side in one file too")
     add("--embed-controls", action="store_true", help="keep the pictures given in the recipe, not only their hashes")
     add("--scheduler", metavar="CLASS", help="a diffusers scheduler, for example EulerAncestralDiscreteScheduler")
-    add("--device", help="cpu, cuda, cuda:1, mps; by default cuda where there is one")
-    add("--dtype", choices=DTYPES, help="by default float32")
-    add(
-        "--optimize",
-        metavar="LEVEL",
-        help="exact: the same picture faster; half: in half precision; fast: half and approximations",
-    )
-    add(
-        "--engine", metavar="NAME", help="what executes the networks; by default what a short measurement finds fastest"
-    )
-    add("--low-memory", action="store_true", help="networks are in memory while they run only, as far as that goes")
+    add_execution(parser)
 
 
 def run(options: argparse.Namespace) -> None:

@@ -38,7 +38,7 @@ def run(options: argparse.Namespace) -> None:
         if k:
             print()
         for label, text in describe(name):
-            print(f"{label:24}{text}")
+            print(f"{label:28}{text}")
 
 
 def inspect(source: str) -> str:
@@ -102,10 +102,18 @@ def _pipeline(folder: Path) -> Rows:
     for part, entry in index.items():
         if isinstance(entry, list) and entry[0] is not None:
             yield f"  {part}", f"{entry[1]}{_weights_in(folder / part)}"
-    for config in sorted(folder.glob("controls/*/config.json")):
-        name = config.parent.name
-        class_name = read_json(config, "control").get("_class_name")
-        yield f"  control {name}", f"{class_name}{_weights_in(config.parent)}{_expects(name)}"
+    for control in sorted(folder.glob("controls/*/")):
+        yield f"  control {control.name}", f"{_control_in(control)}{_weights_in(control)}{_expects(control.name)}"
+
+
+def _control_in(folder: Path) -> str:
+    from diffusion_kit.models.formats import LABELS, identify
+    from diffusion_kit.models.sources import read_json
+
+    files = sorted(folder.glob("*.safetensors"))
+    if files and not (folder / "config.json").is_file():
+        return LABELS[identify(files[0]).kind].removeprefix("a ")
+    return str(read_json(folder / "config.json", "control").get("_class_name"))
 
 
 def _network(folder: Path) -> Rows:

@@ -25,7 +25,7 @@ from diffusion_kit.pipelines.optimize import LEVELS, name_of
 from diffusion_kit.recipes import ControlRecipe, FileRef, Recipe
 
 from .console import note
-from .generate import DTYPES
+from .execution import DTYPES
 from .jobs import AUTO, Job, without_auto
 from .plan import Settings
 
@@ -48,9 +48,14 @@ def check(job: Job, settings: Settings, seed: int) -> None:
         raise ValueError(f"--fit is {settings.fit!r}; it must be one of {', '.join(FITS)}")
     if settings.strength is not None and not 0 <= settings.strength <= 1:
         raise ValueError(f"--strength is {settings.strength}; it must be between 0 and 1")
+    _check_job(job, settings.old)
+    check_execution(settings)
+
+
+def check_execution(settings: Settings) -> None:
+    """The device, the level of --optimize, and whether the engine can execute there."""
     if settings.optimize not in (None, *LEVELS):
         raise ValueError(f"--optimize is {settings.optimize!r}; it must be one of {', '.join(LEVELS)}")
-    _check_job(job, settings.old)
     device = torch.device(device_of(settings))
     asked = settings.engine if settings.engine != getattr(settings.old, "engine", None) else None
     if asked is not None and (why := missing(asked, device, getattr(torch, settings.dtype))) is not None:

@@ -10,11 +10,10 @@ from typing import Any
 
 from diffusion_kit.recipes import FileRef, ForeignRecipe, Recipe
 
+from .execution import HALVED, level_of
 from .job_file import in_line, read_lines
 from .jobs import Job, make_jobs
 from .outputs import free_files, output_files, output_folder, writable
-
-HALVED = ("half", "fast")  # levels of --optimize that say the number type themselves
 
 
 @dataclass(frozen=True)
@@ -116,9 +115,7 @@ def settle(options: argparse.Namespace, old: Recipe | ForeignRecipe | None) -> S
     size = parse_size(options.size) if options.size else None
     if size is None and old is not None and old.width and old.height:
         size = old.width, old.height
-    level = first(options.optimize, "optimize", "exact" if options.engine or options.low_memory else None)
-    if level in HALVED and options.dtype is not None:
-        raise ValueError(f"--optimize {level} computes in half precision: leave out --dtype, or give --optimize exact")
+    level = level_of(options, getattr(old, "optimize", None))
     was_halved = own is not None and own.optimize in HALVED  # its number type was the level's choice, not the user's
     return Settings(
         model=options.model or (own.model if own else "default"),
