@@ -47,8 +47,10 @@ MEMORY = {"eager": 1.02, "packed": 1.1, "openvino": 1.1}  # times diffusers'
 
 
 def ratio(results: dict[Case, dict[str, Any]], case: Case, name: str, other: str = "diffusers") -> float:
-    """How many times as fast a contender is as another."""
+    """How many times as fast a contender is as another; 0 where one of them did not run."""
     own = results[case]["contenders"]
+    if any(own[key]["absent"] for key in (name, other)):
+        return 0.0
     rows = [Row(key, seconds=own[key]["seconds"]) for key in (name, other)]
     return compared(*rows)[0]
 

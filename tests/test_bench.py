@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from diffusion_kit.benchmark import interleaved, report
 from diffusion_kit.benchmark.cases import Case
-from diffusion_kit.benchmark.interleaved import Row
+from diffusion_kit.benchmark.interleaved import Row, counted
 from diffusion_kit.benchmark.report import compared, lines_of, summary
 from diffusion_kit.cli import main
 
@@ -32,6 +35,59 @@ def test_a_table_has_every_contender() -> None:
     assert "| openvino alone | the UNet alone, without controls |" in text
 
 
+def test_the_share_of_the_peak_is_of_the_work_of_the_own_level() -> None:
+    """Fast does less than half."""
+    rows = [Row("half eager", [1.0], flops=8), Row("fast eager", [1.0], flops=2), Row("fast packed", [0.5])]
+    found = summary(Case(dtype="bfloat16"), rows, 8.0)["contenders"]
+    assert [own["share"] for own in found.values()] == [1.0, 0.25, 0.5]
+
+
+def test_attention_is_counted() -> None:
+    q = torch.randn(1, 2, 256, 32)
+    found = counted(lambda: torch.nn.functional.scaled_dot_product_attention(q, q, q), "exact eager")
+    assert found["flops"] == 2 * 2 * 2 * 256 * 256 * 32
+
+
+def test_a_contender_that_dies_is_out_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    class Fake:
+        """Its second run ends the process of one of them."""
+
+        def __init__(self, name: str, *_: Any) -> None:
+            self.name, self.runs = name, 0
+
+        def ask(self, what: str) -> dict[str, Any]:
+            if what == "load":
+                return {"latents": torch.ones(2), "ready": 0.1, "peak": 5}
+            self.runs += 1
+            return {"absent": "its process ended with -9"} if self.name == "a" and self.runs == 2 else {"seconds": 1.0}
+
+        def stop(self) -> None:
+            pass
+
+    monkeypatch.setattr(interleaved, "Subject", Fake)
+    monkeypatch.setattr(interleaved, "absent", lambda name, case: None)
+    first, second, third = interleaved.compare(Case(), ["diffusers", "a", "b openvino"], tmp_path, 3)
+    assert first.seconds == third.seconds == [1.0] * 3
+    assert (second.absent, second.error) == ("its process ended with -9", None)
+    assert (first.converting, third.converting, third.error) == (None, 5, 0.0)
+
+
+def test_results_are_used_again_for_the_same_question_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[Any] = []
+    monkeypatch.setenv("DIFFUSION_KIT_CACHE", "")
+    monkeypatch.setattr(report, "model_folder", lambda *_: tmp_path)
+    monkeypatch.setattr(report, "machine_peak", lambda *_: 1.0)
+    monkeypatch.setattr(
+        report, "compare", lambda case, names, *_: (asked.append(names), [Row(n, [1.0]) for n in names])[1]
+    )
+    out = tmp_path / "results.json"
+    for names, rounds, runs in ((["a"], 7, 1), (["a"], 7, 1), (["a", "b"], 7, 2), (["a", "b"], 3, 3)):
+        (found,) = report.measured([Case()], names, out, rounds)
+        assert list(found["contenders"]) == names
+        assert len(asked) == runs
+    assert len(report.kept(out)) == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -39,9 +95,19 @@ def test_a_table_has_every_contender() -> None:
         (["--controls", "plain", "--controls", "cany"], "--controls has 'cany'; there are plain, "),
         (["--dtype", "float8"], "--dtype is 'float8'; it must be one of float32, bfloat16"),
         (["--rounds", "0"], "--rounds is 0; it must be 1 or more"),
+        (["--threads", "1", "--threads", "0"], "--threads is 0; it must be 1 or more"),
+        (["--only", "pakced"], "--only is 'pakced'; there are diffusers, "),
+        (["--out", "no/where.json"], "there is no folder no"),
+        (["--out", "."], "--out . is a folder"),
+        (["--out", "damaged.json"], "damaged.json holds no results of `diffusion-kit bench`"),
     ],
 )
-def test_errors_are_one_line(arguments: list[str], message: str, capsys: Any) -> None:
+def test_errors_are_one_line(
+    arguments: list[str], message: str, capsys: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DIFFUSION_KIT_CACHE", "")
+    (tmp_path / "damaged.json").write_text('{"a": ')
     assert main(["bench", *arguments]) == 2
     error = capsys.readouterr().err
     assert message in error

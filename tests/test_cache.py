@@ -27,12 +27,14 @@ from conftest import (
     seeds,
     unet,
 )
-from kandinsky_models import WIDTH, decoder22_components
+from kandinsky_models import WIDTH, decoder22_components, unet22_hint
+from test_ip_adapter import make_ip
 from test_schedulers import make
 from test_step import CREATIONS, SYNCS, Backend, Count, small
 
 from diffusion_kit import Control, Kandinsky22Pipeline, SD15Pipeline, SDXLPipeline
-from diffusion_kit.sampling.cache import StepCache
+from diffusion_kit.models.attention import Tokens
+from diffusion_kit.sampling.cache import Kept, StepCache
 from diffusion_kit.sampling.doors import Answer
 from diffusion_kit.sampling.engines import Compiled
 
@@ -103,6 +105,39 @@ def test_other_bases(base: str) -> None:
         results.append(pipe(**call, generator=seeds(1)).images)
     assert torch.equal(results[0], results[1])
     assert distance(results[2], results[0]) > 1e-2
+
+
+@pytest.mark.parametrize("kind", ["instruct", "ip_adapter", "hint"])
+def test_one_branch_sees_its_own_half_of_tokens_and_channels(kind: str) -> None:
+    """With nothing of the UNet kept, a step in between is the conditional branch of a full one."""
+    call: dict[str, Any] = {"num_inference_steps": 6, "guidance_scale": 3.0, "output_type": "latent"}
+    if kind == "hint":
+        pipe = Kandinsky22Pipeline(**{**decoder22_components(), "unet": unet22_hint()})
+        call |= {name: torch.randn(1, WIDTH, generator=seeds(9)) for name in ("image_embeds", "negative_image_embeds")}
+        call |= {"height": 64, "width": 64, "controls": [Control("hint", picture())]}
+    else:
+        pipe = sd_pipeline(SD15Pipeline, unet=make_sd_unet(8 if kind == "instruct" else 4))
+        model = "instruct" if kind == "instruct" else make_ip(family="sd15")
+        call |= {"prompt": "a fox", "controls": [Control(model, picture(5))]}
+    pipe.set_progress_bar_config(disable=True)
+    plain = pipe(**call, generator=seeds(1)).images
+    results = {}
+    for guidance in ("reuse", "recompute"):
+        pipe.cache_steps(2, guidance=guidance)
+        results[guidance] = pipe(**call, generator=seeds(1)).images
+    assert distance(results["reuse"], plain) < 0.5
+    assert distance(*results.values()) < 0.5
+
+
+def test_the_conditional_half_of_what_is_kept() -> None:
+    rows = torch.arange(4.0)[:, None]  # two branches of two pictures
+    tokens = {"a": (Tokens(rows, rows, None, torch.ones(1, 1)),)}
+    kept = Kept(rows, Answer((rows,), (rows,), None, tokens, rows)).last(2)
+    for value in (kept.deep, kept.answer.intra[0], kept.answer.skips[0], kept.answer.channels):
+        assert value.flatten().tolist() == [2, 3]
+    own = kept.answer.tokens["a"][0]
+    assert own.key.flatten().tolist() == own.value.flatten().tolist() == [2, 3]
+    assert own.weight.shape == (1, 1)
 
 
 class Cached(torch.nn.Module):
@@ -340,6 +375,7 @@ def test_full_and_reusing_steps_are_two_graphs(mode: str, backend: Any) -> None:
     results = [run(p, controls, num_inference_steps=4) for p in (pipe, plain)]
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
     assert len(pipe.engine.graphs) == 2
+    assert not pipe.engine.notes
 
 
 def test_no_host_read_and_no_new_tensor_in_a_step(controls: list[Control]) -> None:

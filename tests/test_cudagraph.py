@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import components, distance, half_mask, lines, make_adapter, make_controlnet, picture, pipeline
+from peft import LoraConfig
 from test_mixtures import KINDS, TASKS, run
 from test_schedulers import make
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -16,6 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from diffusion_kit import Control, SDXLPipeline
 from diffusion_kit.sampling.engines import CudaGraphs
 from diffusion_kit.sampling.engines.exported import leaves
+from diffusion_kit.sampling.engines.recent import Recent
+from diffusion_kit.sampling.engines.weights import content, state
 
 
 class Tape(TorchDispatchMode):
@@ -121,6 +124,68 @@ def test_weights_are_read_where_they_lie() -> None:
     pipe.unet.conv_out.weight = torch.nn.Parameter(2 * pipe.unet.conv_out.weight.detach())
     assert distance(run(pipe=pipe), first) < 1e-5
     assert pipe.engine.capture.captures == 2, "a weight lies elsewhere"
+
+
+CHANGES: dict[str, tuple[Any, Any]] = {  # what is set on the UNet, and how a call changes it
+    "lora": (
+        lambda unet: unet.add_adapter(LoraConfig(r=2, init_lora_weights=False, target_modules=["to_q", "to_k"])),
+        lambda pipe: run(pipe=pipe, cross_attention_kwargs={"scale": 0.3}),
+    ),
+    "free u": (
+        lambda unet: None,
+        lambda pipe: (pipe.enable_freeu(s1=0.6, s2=0.4, b1=1.1, b2=1.2), run(pipe=pipe))[1],
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_numbers_that_are_set_on_modules_are_another_graph(change: str) -> None:
+    """A graph has them as constants."""
+    prepare, changed = CHANGES[change]
+    unet = copy.deepcopy(components()["unet"])
+    torch.manual_seed(0)
+    prepare(unet)
+    plain, pipe = pipeline(SDXLPipeline, unet=copy.deepcopy(unet)), captured(unet=unet)
+    first, kept = run(pipe=pipe), (state([unet]), content([unet]))
+    other = changed(pipe)
+    assert torch.equal(other, changed(plain))
+    assert distance(other, first) > 1e-2
+    assert pipe.engine.capture.captures == 2
+    if change == "free u":
+        assert kept[0] != state([unet])
+        assert kept[1] != content([unet])
+    else:
+        assert torch.equal(run(pipe=pipe), first)
+        assert torch.equal(changed(pipe), other)
+        assert pipe.engine.capture.captures == 2, "both graphs are kept"
+
+
+def test_a_network_with_a_forward_of_its_own_is_not_captured() -> None:
+    pipe = captured(unet=copy.deepcopy(components()["unet"]))
+    pipe.unet.forward = pipe.unet.forward
+    first = run(pipe=pipe)
+    pipe.unet.conv_out.weight = torch.nn.Parameter(0.5 * pipe.unet.conv_out.weight.detach())
+    assert distance(run(pipe=pipe), first) > 1e-2
+    assert pipe.engine.capture.captures == 0
+    assert "own forward as they are" in pipe.engine.notes[0]
+
+
+def test_what_cannot_be_captured_runs_as_it_is_and_says_so() -> None:
+    def refuse(function: Any) -> Any:
+        raise RuntimeError("out of memory")
+
+    pipe = pipeline(SDXLPipeline)
+    plain = run(pipe=pipe)
+    pipe.engine = CudaGraphs(refuse)
+    assert torch.equal(run(pipe=pipe), plain)
+    assert pipe.engine.notes == ["a step runs as it is, cudagraph cannot: out of memory"]
+
+
+def test_the_last_graphs_are_kept() -> None:
+    recent: Recent[int] = Recent(2)
+    for key in ("a", "b", "a", "c"):
+        recent.get(key, lambda key=key: ord(key))
+    assert list(recent.values) == ["a", "c"]
 
 
 def test_the_engine_is_for_cuda() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,13 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import components, distance, make_vae, pipeline
+from conftest import components, distance, make_sd_unet, make_vae, pipeline
+from kandinsky_models import kandinsky3_components
 from test_loaders import save_lora
 from test_mixtures import KINDS, TASKS, run
 from test_step import small
 from torch import nn
 
-from diffusion_kit import SDXLPipeline
+from diffusion_kit import Kandinsky3Pipeline, SDXLPipeline
 from diffusion_kit.pipelines import engines
 from diffusion_kit.sampling.engines import Engine
 from diffusion_kit.sampling.engines.files import whole_folder
@@ -243,6 +245,47 @@ def test_the_fastest_engine_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     engine, seconds = engines.fastest(components()["unet"])
     assert engine.name == "quick"
     assert seconds.keys() == {"slow", "quick"}
+
+
+def test_an_engine_that_could_not_is_not_the_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Failing(Engine):
+        name = "failing"
+
+        def network(self, network: Any) -> Any:
+            self.note("runs as it is")
+            return network
+
+    monkeypatch.setattr(engines, "QUICK", ("eager", "failing"))
+    monkeypatch.setitem(engines.ENGINES, "failing", Failing)
+    engine, seconds = engines.fastest(components()["unet"])
+    assert (engine.name, list(seconds)) == ("eager", ["eager"])
+
+
+def test_the_block_that_is_measured_has_attention() -> None:
+    """The deepest of a Stable Diffusion 1.x has none; blocks of Kandinsky 3 are of another kind."""
+    probe, inputs = engines.make_probe(make_sd_unet())
+    assert probe.transformer is not None
+    assert probe(*inputs).shape[0] == 2
+    pipe = Kandinsky3Pipeline(**copy.deepcopy(kandinsky3_components()))
+    assert "eager: this network has no blocks to measure" in pipe.optimize()
+
+
+@pytest.mark.parametrize("more", [{"engine": "cudagraph"}, {"quantised": "int3"}])
+def test_what_is_refused_changes_nothing(more: dict[str, Any]) -> None:
+    pipe = pipeline(SDXLPipeline, **copy.deepcopy(components()))
+    with pytest.raises(ValueError, match="cudagraph is for CUDA|quantised is 'int3'"):
+        pipe.optimize("half", **more)
+    assert pipe.unet.dtype == torch.float32
+
+
+def test_a_folder_that_nobody_fills_any_more_goes(tmp_path: Path) -> None:
+    left, young = tmp_path / ".openvino-a-x", tmp_path / ".openvino-b-x"
+    for folder in (left, young):
+        folder.mkdir()
+    os.utime(left, (0, 0))
+    with whole_folder(tmp_path / "openvino-c"):
+        assert not left.exists()
+        assert young.exists()
 
 
 @pytest.fixture

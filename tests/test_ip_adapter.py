@@ -355,6 +355,7 @@ def test_a_step_reads_nothing_on_the_host_and_is_one_graph() -> None:
     assert distance(run(controls, pipe), run(controls, plain)) < 1e-4
     run([Control(ip, picture(6), mask=half_mask(), scale=0.3), *others], pipe)
     assert len(pipe.engine.graphs) == 1, "picture and scale are tensors"
+    assert not pipe.engine.notes
 
 
 @pytest.mark.parametrize("place", ["file", "folder", "subfolder"])

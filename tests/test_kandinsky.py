@@ -354,6 +354,7 @@ def test_networks_are_as_before_and_a_step_is_one_graph(name: str) -> None:
     assert len(engine.graphs) == 1
     run(pipe, **{**call, "guidance_scale": 2.5}, output_type="latent")
     assert len(engine.graphs) == 1
+    assert not engine.notes
     assert {key: id(value) for key, value in pipe.unet.attn_processors.items()} == before
 
 

@@ -265,6 +265,14 @@ def test_a_whole_step_compiles() -> None:
     compiled = pipe.engine = Compiled(backend="eager")
     agree(call(pipe), expected)
     assert len(compiled.graphs) == 1
+    assert not compiled.notes
+
+
+def test_the_prior_is_optimised_too() -> None:
+    pipe = make("KandinskyV22PriorPipeline", **copy.deepcopy(prior_components()))
+    before = call(pipe)
+    pipe.optimize(engine="eager")
+    agree(call(pipe), before)
 
 
 # Schedulers

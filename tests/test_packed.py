@@ -23,8 +23,9 @@ import diffusion_kit
 from diffusion_kit import Control, SDXLPipeline
 from diffusion_kit.models import onednn, packed
 from diffusion_kit.models import tiled_attention as attention_by_tiles
-from diffusion_kit.models.packed import Packed, pack_layer, unpack
+from diffusion_kit.models.packed import Packed, pack_all, pack_layer, unpack
 from diffusion_kit.models.tiled_attention import tiled_attention
+from diffusion_kit.sampling.engines.weights import park
 
 WHY = onednn.obstacle(torch.float32) or onednn.obstacle(torch.bfloat16)
 pytestmark = pytest.mark.skipif(WHY is not None, reason=str(WHY))
@@ -342,6 +343,17 @@ def test_a_network_with_a_forward_of_its_own_is_not_said_to_be_packed() -> None:
     assert "engine     packed" not in pipe.explain()
     run(pipe=pipe)
     assert not count(pipe.unet)
+
+
+def test_layers_whose_weights_lie_in_a_file_are_packed(tmp_path: Path) -> None:
+    net = nn.Sequential(*(nn.Linear(64, 64) for _ in range(3)))
+    x = torch.randn(4, 64)
+    with torch.no_grad():
+        plain = net(x)
+        park([net], tmp_path)
+        pack_all(net)
+        assert count(net) == 3
+        assert distance(net(x), plain) < 1e-5
 
 
 def test_another_engine_finds_plain_layers() -> None:

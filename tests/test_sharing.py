@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import components, lines, make_adapter, make_controlnet, pipeline
+from conftest import components, distance, lines, make_adapter, make_controlnet, pipeline
 from test_mixtures import run
 from torch import nn
 
 from diffusion_kit import Control, SDXLPipeline
+from diffusion_kit.models.packed import Packed, Packing
 from diffusion_kit.sampling.engines import Answers, Remembered
 
 
@@ -49,6 +50,25 @@ def test_shared_prompts_and_pictures_are_encoded_once(pipe: Any) -> None:
         assert [look() for look in looks] == [0, 1, 0]
     run(controls, pipe=pipe, prompt="a cat")
     assert [look() for look in looks] == [1, 1, 1], "nothing is shared outside"
+
+
+def test_packed_networks_are_asked_once_and_stay_packed(pipe: Any) -> None:
+    """To see whether weights have changed must not unpack them."""
+    net = make_controlnet()
+    controls = [Control(net, lines(2))]
+    plain = run(controls, pipe=pipe)
+    pipe.engine = Packing()
+    looks = [counting(part) for part in (pipe.text_encoder, net.controlnet_cond_embedding)]
+    with pipe.sharing():
+        for _ in range(4):
+            assert distance(run(controls, pipe=pipe), plain) < 1e-5
+        texts, embeddings = (look() for look in looks)
+        assert texts == 1
+        assert embeddings <= 2, "the first time before its network is packed"
+        assert any(isinstance(part, Packed) for part in pipe.text_encoder.modules())
+        pipe.text_encoder.encoder.layers[0].mlp.fc1.weight.data.mul_(2)
+        run(controls, pipe=pipe)
+        assert looks[0]() == 1, "other weights"
 
 
 def test_other_weights_are_seen(pipe: Any) -> None:

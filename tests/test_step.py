@@ -210,6 +210,7 @@ def test_one_graph_for_each_signature() -> None:
     assert backend.graphs == 4, "another shape"
     run(pipe, "a red fox", own)
     assert backend.graphs == 4
+    assert not pipe.engine.notes
 
 
 @pytest.mark.parametrize(
@@ -231,6 +232,22 @@ def test_a_whole_step_compiles_without_a_break(name: str) -> None:
     results = [p("a red fox", generator=seeds(1), **call).images for p in (pipe, plain)]
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
     assert len(pipe.engine.graphs) == 1
+    assert not pipe.engine.notes
+
+
+def test_a_step_that_cannot_be_compiled_runs_as_it_is_and_says_so() -> None:
+    def broken(graph: Any, example: Any) -> Any:
+        raise RuntimeError("no compiler here\nand a long story")
+
+    _, net = small()
+    pipe = pipeline(SDXLPipeline, unet=net)
+    call = {"prompt": "a red fox", "num_inference_steps": 2, "output_type": "latent"}
+    plain = pipe(**call, generator=seeds(1)).images
+    pipe.engine = Compiled(backend=broken)
+    assert torch.equal(pipe(**call, generator=seeds(1)).images, plain)
+    assert len(pipe.engine.notes) == 1
+    assert "a step runs as it is, inductor cannot: " in pipe.engine.notes[0]
+    assert "\n" not in pipe.engine.notes[0]
 
 
 class Exporting(Engine):

@@ -75,6 +75,11 @@ class RunControlNet:
         """The control image as arguments of the network's own forward."""
         return {"controlnet_cond": image}
 
+    @property
+    def embedding(self) -> tuple[Net, ...]:
+        """What `embed` runs."""
+        return (self.net.controlnet_cond_embedding,)
+
     def embed(self, image: Tensor) -> Tensor:
         """What the executor adds after the network's first convolution, (N, C, h, w), of control images (N, ...)."""
         return embed(self.net, image)
@@ -92,7 +97,7 @@ class Embedding:
 
     @property
     def executed(self) -> tuple[Net, ...]:
-        return self.run.executed
+        return self.run.embedding
 
     def __call__(self, pixels: Tensor) -> Tensor:
         return self.run.embed(pixels)

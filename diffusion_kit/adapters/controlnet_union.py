@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from diffusion_kit.models.sources import tensor_shapes
+from diffusion_kit.models.unet import Net
 from diffusion_kit.sampling.doors import Conditioning, Tree, spread
 
 from .control import Control, EncodedControl, Site
@@ -49,6 +50,10 @@ class RunUnion(RunControlNet):
     scales: tuple[float, ...]
 
     @torch.no_grad()
+    @property
+    def embedding(self) -> tuple[Net, ...]:
+        return (self.net,)
+
     def embed(self, image: Tensor) -> Tensor:
         """Sum over the types k of s_k (e_k + P T(s_k (mean(e_k) + t_k))), (N, C, h, w).
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -55,10 +54,6 @@ def kit(case: Case, folder: Path, *, level: str = "exact", engine: str = "eager"
     from diffusion_kit import Control, SDXLPipeline
 
     dtype = getattr(torch, case.dtype)
-    if level == "exact" and dtype != torch.float32:
-        raise Absent("exact is float32")
-    if level != "exact" and dtype == torch.float32:
-        raise Absent(f"{level} is of half precision")
     pipe = SDXLPipeline.from_pretrained(folder, torch_dtype=dtype, add_watermarker=False)
     nets = load_controls(case, folder)
     pipe.optimize(level, engine=engine)
@@ -211,6 +206,7 @@ CONTENDERS: dict[str, Contender] = {
     },
 }
 SLOW = ("compiled", "inductor", "aoti")  # how names end of those that compile for minutes
+CONVERTING = (" openvino", " aoti")  # and of those that keep on disk what they made of networks
 NEEDS = {"openvino": "openvino", "onnxruntime": "onnxruntime"}  # a word of a contender's name: the package it needs
 
 
@@ -225,9 +221,3 @@ def absent(name: str, case: Case) -> str | None:
         if word in name and importlib.util.find_spec(package) is None:
             return f"{package} is not installed"
     return None
-
-
-def settled(case: Case) -> None:
-    """Threads of this process."""
-    os.environ["OMP_NUM_THREADS"] = str(case.threads)
-    torch.set_num_threads(case.threads)

@@ -17,10 +17,10 @@ import psutil
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from .cases import Case
-from .contenders import CONTENDERS, absent, settled
+from .contenders import CONTENDERS, CONVERTING, absent
 
 REFERENCE = "diffusers"  # what others are compared with
 WATCH = 0.005  # seconds between looks at the memory
@@ -33,7 +33,8 @@ class Row:
     Attributes:
         seconds: of each timed run, in the order of the rounds.
         flops, operations: of one run, as torch dispatches them; None where another runtime does the work.
-        peak, anonymous: bytes of the process from its loading to its end, with and without pages of files.
+        peak, anonymous: bytes of the process from loading to the end of its first run, with and without pages of files.
+        converting: the peak where networks were converted, too, before they were on disk; None where nothing is.
         error: relative difference of its latents from the reference's, in the 2-norm.
         absent: why there is nothing else.
     """
@@ -45,6 +46,7 @@ class Row:
     operations: int | None = None
     peak: int = 0
     anonymous: int = 0
+    converting: int | None = None
     error: float | None = None
     absent: str | None = None
 
@@ -58,20 +60,32 @@ def compare(case: Case, names: Sequence[str], folder: Path, rounds: int) -> list
     subjects = {name: Subject(name, case, folder) for name, row in rows.items() if row.absent is None}
     latents: dict[str, Tensor] = {}
     try:
-        for name, subject in list(subjects.items()):
-            answer = subject.ask("load")
+
+        def ask(name: str, what: str) -> dict[str, Any]:
+            """An answer that is of use; without one the contender is out."""
+            answer = subjects[name].ask(what)
             if "absent" in answer:
                 rows[name].absent = answer["absent"]
+                latents.pop(name, None)
                 subjects.pop(name).stop()
-                continue
-            latents[name] = answer.pop("latents")
-            vars(rows[name]).update(answer)
+            return answer
+
+        for name in list(subjects):
+            if name.endswith(CONVERTING):
+                rows[name].converting = ask(name, "load").get("peak")
+                if name not in subjects:
+                    continue
+                subjects[name].stop()
+                subjects[name] = Subject(name, case, folder)
+            answer = ask(name, "load")
+            if name in subjects:
+                latents[name] = answer.pop("latents")
+                vars(rows[name]).update(answer)
         for number in range(rounds):
-            order = list(subjects.items())
-            for name, subject in order if number % 2 == 0 else reversed(order):
-                rows[name].seconds.append(subject.ask("run")["seconds"])
-        for name, subject in subjects.items():
-            vars(rows[name]).update(subject.ask("end"))
+            order = list(subjects)
+            for name in order if number % 2 == 0 else reversed(order):
+                answer = ask(name, "run")
+                rows[name].seconds += [answer["seconds"]] if "seconds" in answer else []
     finally:
         for subject in subjects.values():
             subject.stop()
@@ -124,38 +138,43 @@ def threads_of(case: Case) -> Iterator[None]:
 
 
 def serve(line: Connection, name: str, case: Case, folder: Path) -> None:
-    """Answers "load", "run" and "end" until nobody asks."""
-    settled(case)
-    memory = Memory()
+    """Answers "load" and "run" until nobody asks."""
+    torch.set_num_threads(case.threads)
     run: Any = None
-    with memory:
-        while True:
-            try:
-                what = line.recv()
-            except EOFError:
-                return
+    while True:
+        try:
+            what = line.recv()
+        except EOFError:
+            return
+        try:
             if what == "load":
-                try:
-                    start = time.perf_counter()
+                start = time.perf_counter()
+                with Memory() as memory:
                     run = CONTENDERS[name](case, folder)
                     latents = run()
-                    answer = {"latents": latents, "ready": time.perf_counter() - start, **memory.peaks()}
-                    line.send(answer | counted(run, name))
-                except Exception as error:
-                    line.send({"absent": " ".join(f"{type(error).__name__}: {error}".split())[:300]})
-            elif what == "run":
+                ready = time.perf_counter() - start
+                line.send({"latents": latents, "ready": ready, **memory.peaks(), **counted(run, name)})
+            else:
                 start = time.perf_counter()
                 run()
                 line.send({"seconds": time.perf_counter() - start})
-            else:
-                line.send({})
+        except Exception as error:
+            line.send({"absent": " ".join(f"{type(error).__name__}: {error}".split())[:300]})
+
+
+def attention_flops(query: Any, key: Any, value: Any, *more: Any, out_shape: Any = None, **options: Any) -> int:
+    """Of shapes; torch's table lacks its kernel for a CPU."""
+    return sdpa_flop_count(query, key, value)
+
+
+ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops}
 
 
 def counted(run: Any, name: str) -> dict[str, int | None]:
     """Operations and floating-point operations of a run, where torch dispatches them."""
     if not name.endswith(("diffusers", "eager")):
         return {"flops": None, "operations": None}
-    with FlopCounterMode(display=False) as flops, Operations() as operations:
+    with FlopCounterMode(display=False, custom_mapping=ATTENTION) as flops, Operations() as operations:
         run()
     return {"flops": flops.get_total_flops(), "operations": operations.number}
 

@@ -24,7 +24,8 @@ LEGEND = """\
 Every contender runs in a process of its own, in turn with the others; "times diffusers" is the median, with quartiles, of
 the ratios of the rounds. A run is a pipeline's call without decoding, on random weights of SDXL's architecture, with
 guidance. GFLOP and operations are those that torch dispatches in a step; the share is of the fastest product of 2048 x 2048
-matrices measured beside. Peak memory is of the whole process from loading on, "anonymous" what is no page of a file. The
+matrices measured beside. Peak memory is of the whole process from loading to the end of a first run, "anonymous" what is no
+page of a file; "converting" is the peak of the first use, in which networks are converted that later lie on disk. The
 error is the relative difference of the latents from diffusers' in the 2-norm. Other runtimes have the UNet alone, with
 diffusers' scheduler in a plain loop."""
 RUNTIMES = ("openvino", "onnxruntime")
@@ -42,13 +43,15 @@ def summary(case: Case, rows: Sequence[Row], peak: float) -> dict[str, Any]:
     """What is kept of a case; times are seconds of a step, `share` is of the machine's peak."""
     by_name = {row.name: row for row in rows}
     reference = by_name.get(REFERENCE)
-    eager = next((row for row in rows if row.name.endswith(" eager") and row.flops), None)
     contenders = {}
     for row in rows:
         own = asdict(row)
         if row.seconds:
             own["step"] = float(np.median(row.seconds)) / case.steps
-            same = reference if row.name.startswith((REFERENCE, *RUNTIMES)) else eager  # who does the same work
+            level = row.name.split()[0]
+            same = (
+                reference if level in (REFERENCE, *RUNTIMES) else by_name.get(f"{level} eager")
+            )  # who does the same work
             work = row.flops or (same.flops if same else None)
             own["share"] = work / float(np.median(row.seconds)) / peak if work else None
         if row.seconds and reference is not None and reference.seconds:
@@ -85,40 +88,65 @@ def lines_of(result: dict[str, Any]) -> list[str]:
     lines = [
         f"**{case.name}** (peak measured {result['peak'] / 1e9:.0f} GFLOP/s)",
         "",
-        f"| | times {REFERENCE} | ms a step | GFLOP | operations | share of peak | peak MB | anonymous MB | error |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        f"| | times {REFERENCE} | ms a step | GFLOP | operations | share of peak | peak MB | anonymous MB "
+        "| converting MB | error |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, own in result["contenders"].items():
         if own.get("absent"):
-            lines.append(f"| {name} | {own['absent'].replace('|', '/')} | | | | | | | |")
+            lines.append(f"| {name} | {own['absent'].replace('|', '/')} | | | | | | | | |")
             continue
         middle, low, high = own.get("ratio") or (float("nan"),) * 3
         flops = "" if own["flops"] is None else f"{own['flops'] / case.steps / 1e9:,.0f}"
         operations = "" if own["operations"] is None else f"{own['operations'] / case.steps:,.0f}"
         share = "" if own.get("share") is None else f"{100 * own['share']:.0f} %"
+        converting = "" if own["converting"] is None else f"{own['converting'] / 1e6:,.0f}"
         error = "" if own["error"] is None else f"{own['error']:.0e}"
         lines.append(
             f"| {name} | {middle:.2f} [{low:.2f}, {high:.2f}] | {1e3 * own['step']:,.0f} | {flops} | {operations} "
-            f"| {share} | {own['peak'] / 1e6:,.0f} | {own['anonymous'] / 1e6:,.0f} | {error} |"
+            f"| {share} | {own['peak'] / 1e6:,.0f} | {own['anonymous'] / 1e6:,.0f} | {converting} | {error} |"
         )
     return lines
 
 
 def measured(cases: Sequence[Case], names: Sequence[str], out: Path, rounds: int) -> list[dict[str, Any]]:
-    """Results of the cases, printed and kept in `out` after each; one that is there is not run again."""
-    results: list[dict[str, Any]] = json.loads(out.read_text()) if out.is_file() else []
-    found = []
+    """Results of the cases, printed and kept in `out` after each; one that is there, of the same contenders, rounds and
+    machine, is not run again.
+
+    Raises:
+        ValueError: `out` is there and holds something else.
+    """
+    results, found = kept(out), []
+    about = {"names": list(names), "rounds": rounds, "machine": machine()}
     with tempfile.TemporaryDirectory() as root:
+        os.environ["DIFFUSION_KIT_CACHE"] = str(Path(root) / "converted")  # nobody wants random networks to stay
         for case in cases:
-            known = next((own for own in results if own["case"] == case.to_json()), None)
+            wanted = {"case": case.to_json(), "about": about}
+            known = next((own for own in results if wanted.items() <= own.items()), None)
             if known is None:
                 rows = compare(case, names, model_folder(case.width, Path(root)), rounds)
-                known = summary(case, rows, machine_peak(getattr(torch, case.dtype), case.threads))
-                results.append(known)
+                known = summary(case, rows, machine_peak(getattr(torch, case.dtype), case.threads)) | {"about": about}
+                results = [own for own in results if own["case"] != wanted["case"]] + [known]
                 out.write_text(json.dumps(results, indent=1) + "\n")
             found.append(known)
             print("\n".join([*lines_of(known), ""]), flush=True)
     return found
+
+
+def kept(out: Path) -> list[dict[str, Any]]:
+    """
+    Raises:
+        ValueError: the file is there and holds something else.
+    """
+    if not out.is_file():
+        return []
+    try:
+        results = json.loads(out.read_text())
+        if all({"case", "about", "peak", "contenders"} <= own.keys() for own in results):
+            return list(results)
+    except (ValueError, AttributeError, TypeError):
+        pass
+    raise ValueError(f"{out} holds no results of `diffusion-kit bench`: give another name")
 
 
 def page(head: dict[str, str], results: Sequence[dict[str, Any]], command: str) -> str:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from diffusion_kit.benchmark.cases import CONTROLS, DTYPES, WIDTHS, Case
 
+from .outputs import writable
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
@@ -31,23 +33,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="repeatable: a contender, or a word of its name; by default the quick",
     )
     add("--out", metavar="FILE", default="benchmark.json", help="results; cases that are in it are not run again")
-    add("--page", metavar="FILE", help="a Markdown page of all results in --out")
+    add("--page", metavar="FILE", help="a Markdown page of all results in --out that are of this machine")
 
 
 def run(options: argparse.Namespace) -> None:
+    for name in ("steps", "rounds", "threads", "batch", "side"):
+        given = getattr(options, name)
+        for number in given if isinstance(given, list) else [given]:
+            if number is not None and number < 1:
+                raise ValueError(f"--{name} is {number}; it must be 1 or more")
     cases = cases_of(options)
-    for name in ("steps", "rounds"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"--{name} is {getattr(options, name)}; it must be 1 or more")
+    files = [Path(file) for file in (options.out, options.page) if file]
+    writable(files)
     from diffusion_kit.benchmark.contenders import CONTENDERS, SLOW
     from diffusion_kit.benchmark.interleaved import REFERENCE
-    from diffusion_kit.benchmark.report import machine, measured, page
+    from diffusion_kit.benchmark.report import kept, machine, measured, page
 
     words = options.only or [name for name in CONTENDERS if not name.endswith(SLOW)]
+    for word in words:
+        if not any(word in name for name in CONTENDERS):
+            raise ValueError(f"--only is {word!r}; there are {', '.join(CONTENDERS)}")
     names = [name for name in CONTENDERS if name == REFERENCE or any(word in name for word in words)]
-    results = measured(cases, names, Path(options.out), options.rounds)
+    measured(cases, names, files[0], options.rounds)
     if options.page:
-        Path(options.page).write_text(page(machine(), results, "diffusion-kit bench"))
+        results = [own for own in kept(files[0]) if own["about"]["machine"] == machine()]
+        files[1].write_text(page(machine(), results, "diffusion-kit bench"))
         print(options.page)
 
 

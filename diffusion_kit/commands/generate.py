@@ -88,14 +88,15 @@ def run(options: argparse.Namespace) -> None:
             recipe = pictures.complete(pipe, each.job, each.settings, each.seed, hash_of)
             check(each.file, recipe)
             if each.line is None or not is_made(each.file, recipe):
-                recipes[each.file] = recipe
+                recipes[each.file] = each.line, recipe
     if len(recipes) < len(plan):
         note(f"{len(plan) - len(recipes)} of {len(plan)} pictures are there")
     made = []
     with pipe.sharing():
-        for file, recipe in recipes.items():
-            picture = pictures.make_picture(pipe, recipe)
-            save(picture, file, recipe)
+        for file, (line, recipe) in recipes.items():
+            with in_line(options.jobs, line):
+                picture = pictures.make_picture(pipe, recipe)
+                save(picture, file, recipe)
             print(f"{file}  {recipe.width} x {recipe.height}, seed {recipe.seed}")
             made += [picture] if grid else []
     for file in grid:

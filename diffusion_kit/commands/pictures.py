@@ -21,11 +21,11 @@ from diffusion_kit.models.card import settled
 from diffusion_kit.pipelines.auto import AutoPipelineForText2Image
 from diffusion_kit.pipelines.canvas import rounded
 from diffusion_kit.pipelines.engines import missing
-from diffusion_kit.pipelines.optimize import LEVELS, name_of
+from diffusion_kit.pipelines.optimize import LEVELS, half_of, name_of
 from diffusion_kit.recipes import ControlRecipe, FileRef, Recipe
 
 from .console import note
-from .execution import DTYPES
+from .execution import DTYPES, HALVED
 from .jobs import AUTO, Job, without_auto
 from .plan import Settings
 
@@ -58,7 +58,7 @@ def check_execution(settings: Settings) -> None:
         raise ValueError(f"--optimize is {settings.optimize!r}; it must be one of {', '.join(LEVELS)}")
     device = torch.device(device_of(settings))
     asked = settings.engine if settings.engine != getattr(settings.old, "engine", None) else None
-    if asked is not None and (why := missing(asked, device, getattr(torch, settings.dtype))) is not None:
+    if asked is not None and (why := missing(asked, device, dtype_of(settings))) is not None:
         raise ValueError(f"--engine {asked}: {why}")
 
 
@@ -87,6 +87,13 @@ def device_of(settings: Settings) -> str:
     return device
 
 
+def dtype_of(settings: Settings) -> torch.dtype:
+    """The number type in which a model is loaded: that of the level of --optimize, else as asked for."""
+    if settings.optimize in HALVED:
+        return half_of(torch.device(device_of(settings)))
+    return getattr(torch, settings.dtype)
+
+
 def load_pipeline(settings: Settings, *, debug: bool) -> Any:
     """The model on its device, quiet but for its progress bar."""
     if not debug:
@@ -100,11 +107,14 @@ def load_pipeline(settings: Settings, *, debug: bool) -> Any:
     scheduler = None if name is None else _scheduler(name)
     commit = (old.model_hash or "").partition("commit:")[2] if old else ""
     more = {"revision": commit} if commit else {}  # what was compared is what is loaded
-    dtype = getattr(torch, settings.dtype)
-    pipe = AutoPipelineForText2Image.from_pretrained(settings.model, torch_dtype=dtype, **more)
+    pipe = AutoPipelineForText2Image.from_pretrained(settings.model, torch_dtype=dtype_of(settings), **more)
     if scheduler is not None:
         pipe.scheduler = scheduler.from_config(old.scheduler_config if old else pipe.scheduler.config)
-    pipe = pipe.to(device_of(settings))
+    device = device_of(settings)
+    if settings.low_memory and device != "cpu":  # the whole may be more than there is
+        pipe.enable_model_cpu_offload(device=device)
+    else:
+        pipe = pipe.to(device)
     if settings.optimize is not None:
         _optimize(pipe, settings)
     return pipe
@@ -120,6 +130,7 @@ def _optimize(pipe: Any, settings: Settings) -> None:
     pipe.optimize(settings.optimize, engine=name, low_memory=settings.low_memory)
     for line in pipe.notes:
         note(line)
+    pipe.engine.listener = note
 
 
 def _same_model(settings: Settings) -> bool:
@@ -199,7 +210,7 @@ def complete(pipe: Any, job: Job, settings: Settings, seed: int, hash_of: Callab
         controls=controls,
         fit=settings.fit,
         dtype=name_of(pipe.unet.dtype),
-        device=str(pipe.device),
+        device=str(pipe._execution_device),
         optimize=settings.optimize,
         engine=None if settings.optimize is None else pipe.engine.name,
         versions=versions(),

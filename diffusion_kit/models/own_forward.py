@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -16,6 +17,7 @@ class OwnForward:
     """What such denoisers share: nothing is made before the loop, and no attention is replaced."""
 
     net: Net
+    own_forward: ClassVar[bool] = True
 
     @property
     def executed(self) -> tuple[Net, ...]:

@@ -14,6 +14,7 @@ import copy
 import sys
 from collections.abc import Iterable
 from functools import cache
+from itertools import count
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from diffusion_kit.sampling.doors import Tree
 from diffusion_kit.sampling.engines import Engine, StepFunction
+from diffusion_kit.sampling.engines.weights import is_parked
 from diffusion_kit.sampling.step import Step
 
 from . import onednn
@@ -28,10 +30,11 @@ from .tiled_attention import tiled_attention
 
 
 class Weight(NamedTuple):
-    """A weight in oneDNN's layout, and whether it requires a gradient."""
+    """A weight in oneDNN's layout, whether it requires a gradient, and a number that no other has."""
 
     tensor: Tensor
     trained: bool
+    number: int
 
     def fits(self, x: Tensor) -> bool:
         """Whether the packed operation may stand for the plain one: it knows no gradients and no autocast."""
@@ -80,6 +83,7 @@ class PackedConv2d(Packed, nn.Conv2d):  # type: ignore[override]
         return onednn.convolution(input, self, own.tensor)
 
 
+NUMBERS = count()
 CLASSES: dict[type[nn.Module], type[Packed]] = {nn.Linear: PackedLinear, nn.Conv2d: PackedConv2d}
 
 
@@ -125,7 +129,7 @@ def pack_layer(layer: Any) -> bool:
         return False
     weight, others = layer._parameters["weight"], {n: p for n, p in layer._parameters.items() if n != "weight"}
     with torch.inference_mode(False):
-        packed = Weight(onednn.laid_out(layer, weight.detach()), weight.requires_grad)
+        packed = Weight(onednn.laid_out(layer, weight.detach()), weight.requires_grad, next(NUMBERS))
     # The weight goes last: an interrupt leaves a whole layer.
     layer.__dict__["_packed"] = packed
     layer.__class__ = CLASSES[type(layer)]
@@ -159,7 +163,7 @@ def can_be_packed(layer: Any) -> bool:
         type(weight) is nn.Parameter
         and weight.device.type == "cpu"
         and onednn.obstacle(weight.dtype) is None
-        and not (weight.is_inference() or weight.is_shared() or weight.grad is not None)
+        and not (weight.is_inference() or weight.grad is not None or (weight.is_shared() and not is_parked(weight)))
         and not {"forward", "_conv_forward"} & vars(layer).keys()
         and getattr(layer, "padding_mode", "zeros") == "zeros"
         and not isinstance(getattr(layer, "padding", None), str)
@@ -167,10 +171,12 @@ def can_be_packed(layer: Any) -> bool:
 
 
 def references(layer: Any) -> tuple[int, int, int]:
-    """How many hold a layer's weight: in Python, in torch, and its storage (a detached copy, a state dict)."""
+    """How many hold a layer's weight: in Python, in torch, and its storage (a detached copy, a state dict), but for that of
+    a file in which others lie, too."""
     weight = layer._parameters["weight"]
     storage = weight.untyped_storage()
-    return sys.getrefcount(weight), weight._use_count(), torch._C._storage_Use_Count(storage._cdata)
+    own = alone()[2] if is_parked(weight) else torch._C._storage_Use_Count(storage._cdata)
+    return sys.getrefcount(weight), weight._use_count(), own
 
 
 @cache

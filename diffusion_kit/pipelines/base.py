@@ -324,7 +324,6 @@ class ControlledPipeline(DiffusionPipeline):
         unique = list({id(net): net for net in nets}.values())
         if not isinstance(run.engine, Packing):
             unpack_all([*unique, *(part for part in self.components.values() if isinstance(part, nn.Module))])
-        run.engine.begin(unique)
         scale = (self._cross_attention_kwargs or {}).get("scale")
         bar = self.progress_bar(total=run.schedule.steps)
 
@@ -334,6 +333,7 @@ class ControlledPipeline(DiffusionPipeline):
             return result
 
         with bar, installed(*unique, product=run.engine.attention), loras_scaled(scale, self.unet):
+            run.engine.begin(unique)
             for net in unique:
                 if getattr(net, "_hf_hook", None) is not None:
                     net._hf_hook.pre_forward(net)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from diffusion_kit.models import onednn
 from diffusion_kit.models.packed import Packing, unpack_all
-from diffusion_kit.sampling.engines import AOTI, Compiled, CudaGraphs, Engine, OpenVINO, eager
+from diffusion_kit.sampling.engines import AOTI, Captured, Compiled, CudaGraphs, Engine, OpenVINO, eager
 
 ENGINES: dict[str, Callable[[], Engine]] = {
     "eager": lambda: eager,
@@ -64,10 +64,13 @@ def make_engine(name: str, device: torch.device, dtype: torch.dtype) -> Engine:
 
 
 def fastest(unet: Any) -> tuple[Engine, dict[str, float]]:
-    """The engine that is fastest over a piece of a UNet, and the seconds of each. Those that compile for minutes are left
-    out: they are used where they are asked for."""
+    """The engine that is fastest over a piece of a UNet, and the seconds of each; eager, and none, for a UNet whose pieces
+    are not known. Those that compile for minutes are left out: they are used where they are asked for."""
+    found = make_probe(unet)
+    if found is None:
+        return eager, {}
+    probe, inputs = found
     names = [name for name in QUICK if missing(name, unet.device, unet.dtype) is None]
-    probe, inputs = make_probe(unet)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
         engines = {
@@ -75,14 +78,36 @@ def fastest(unet: Any) -> tuple[Engine, dict[str, float]]:
         }
         for _ in range(ROUNDS):
             for name, engine in engines.items():
-                run = engine.network(probe)
+                run = prepared(engine, probe, inputs)
                 run(*inputs)  # lays weights out, or converts
-                start = time.perf_counter()
-                run(*inputs)
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(timed(lambda run=run: run(*inputs), unet.device))
                 unpack_all(probe.executed)
-    medians = {name: median(own) for name, own in seconds.items()}
-    return ENGINES[min(names, key=medians.__getitem__)](), medians
+    medians = {name: median(own) for name, own in seconds.items() if not engines[name].notes}
+    return ENGINES[min(medians, key=medians.__getitem__)](), medians
+
+
+def prepared(engine: Engine, probe: Probe, inputs: tuple[Tensor, ...]) -> Callable[..., Any]:
+    """The probe as the engine would run it in a step."""
+    if isinstance(engine, CudaGraphs):
+        try:
+            return Captured(probe, inputs, engine.capture)
+        except Exception as error:  # torch raises many kinds
+            engine.cannot(error)
+            return probe
+    return engine.network(probe)
+
+
+def timed(run: Callable[[], Any], device: torch.device) -> float:
+    """Seconds until the device has done it."""
+
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    start = now()
+    run()
+    return now() - start
 
 
 @dataclass(frozen=True)
@@ -103,13 +128,17 @@ class Probe:
         return self.transformer(h.flatten(2).transpose(1, 2), encoder_hidden_states=states)
 
 
-def make_probe(unet: Any) -> tuple[Probe, tuple[Tensor, ...]]:
-    """Of the deepest down block, with random inputs of the sizes that it sees, but no more than `SIDE` latents a side."""
-    block = unet.down_blocks[-1]
+def make_probe(unet: Any) -> tuple[Probe, tuple[Tensor, ...]] | None:
+    """Of the deepest down block that has attention, or else of the deepest, with random inputs of the sizes that it sees,
+    but no more than `SIDE` latents a side."""
+    blocks = list(enumerate(unet.down_blocks))
+    level, block = next((own for own in reversed(blocks) if hasattr(own[1], "attentions")), blocks[-1])
+    if not hasattr(block, "resnets"):
+        return None
     resnet = block.resnets[-1]
     transformers = getattr(next(iter(getattr(block, "attentions", ())), None), "transformer_blocks", (None,))
     size = unet.config.sample_size or SIDE
-    side = max(1, min(SIDE, *(size if isinstance(size, (list, tuple)) else (size,))) >> (len(unet.down_blocks) - 1))
+    side = max(1, min(SIDE, *(size if isinstance(size, (list, tuple)) else (size,))) >> level)
     like = {"device": unet.device, "dtype": unet.dtype}
     x = torch.randn(2, resnet.in_channels, side, side, **like)
     emb = torch.randn(2, resnet.time_emb_proj.in_features, **like)

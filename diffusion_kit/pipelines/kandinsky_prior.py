@@ -143,7 +143,7 @@ class PriorPipeline(ControlledPipeline):
             guidance_scale=self.guidance_weight,
             guidance_interval=call.guidance_interval,
             generator=batch.generator,
-            engine=self.encoding(self.engine),
+            engine=self.engine,
             dtype=batch.dtype,
         )
         callbacks = Callbacks(self, call, run)

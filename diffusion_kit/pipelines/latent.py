@@ -162,6 +162,7 @@ class LatentPipeline(ControlledPipeline):
             engine=self.engine,
             dtype=self.unet.dtype,
         )
+        rest(self)  # of those that controls have used
         latents = self.denoise(run, start.latents, Callbacks(self, call, run)).to(self.unet.dtype)
         images = self.decode(latents, call.output_type, **self._beside(canvas, batch))
         if canvas.crop is not None:

@@ -11,33 +11,38 @@ from diffusion_kit.sampling.engines.weights import park
 
 from .engines import cache_folder
 
-RESTING = (
-    "text_encoder",
-    "image_encoder",
-    "prior_",
-)  # how the names of networks begin that are done before the first step
+# How the names of networks begin that are done before the first step.
+RESTING = ("text_encoder", "image_encoder", "prior_")
 
 
 def set_low_memory(pipe: Any, low: bool) -> None:
-    """On a CPU encoders lie in a file and leave memory after they ran; elsewhere every network is on the device while it
-    runs only. Large pictures go through the autoencoder in tiles, several pictures one by one."""
+    """On a CPU encoders lie in a file and leave memory after they ran; elsewhere every network of the pipeline is on the
+    device while it runs only. Large pictures go through the autoencoder in tiles, several pictures one by one."""
+    device, before = pipe._execution_device, pipe.low_memory
     pipe.low_memory = low
-    vae = pipe.vae
-    for name in ("tiling", "slicing"):
+    set_pieces(pipe, low)
+    if device.type != "cpu":
+        if low:
+            pipe.enable_model_cpu_offload(device=device)
+        elif before:
+            pipe.remove_all_hooks()
+            pipe.to(device)
+    elif low:
+        folder = cache_folder()
+        folder.mkdir(parents=True, exist_ok=True)
+        park(resting(pipe), folder)
+        rest(pipe)
+
+
+def set_pieces(pipe: Any, low: bool) -> None:
+    """Whether the autoencoder works in pieces."""
+    vae = getattr(pipe, "vae", None)
+    for name in () if vae is None else ("tiling", "slicing"):
         change = getattr(vae, f"{'enable' if low else 'disable'}_{name}", None)
         if change is not None:
             change()
         elif low:
             pipe.notes.append(f"{type(vae).__name__} has no {name}")
-    if not low:
-        return
-    if pipe._execution_device.type != "cpu":
-        pipe.enable_model_cpu_offload(device=pipe._execution_device)
-        return
-    folder = cache_folder()
-    folder.mkdir(parents=True, exist_ok=True)
-    park(resting(pipe), folder)
-    rest(pipe)
 
 
 def rest(pipe: Any) -> None:

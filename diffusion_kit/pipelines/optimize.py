@@ -16,11 +16,11 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
-from diffusion_kit.sampling.engines import Engine
+from diffusion_kit.sampling.engines import Engine, eager
 
 from .engines import fastest, make_engine
 from .memory import set_low_memory
-from .quantised import quantise
+from .quantised import check_quantised, quantise
 
 Level = Literal["exact", "half", "fast"]
 LEVELS = get_args(Level)
@@ -36,11 +36,14 @@ def optimize(pipe: Any, level: str, engine: str | Engine | None, low_memory: boo
     """
     if level not in LEVELS:
         raise ValueError(f"level is {level!r}; it must be {', '.join(LEVELS)}")
+    device, dtype = pipe._execution_device, pipe.unet.dtype if level == "exact" else half_of(pipe._execution_device)
+    named = make_engine(engine, device, dtype) if isinstance(engine, str) else engine
+    if quantised is not None:
+        check_quantised(quantised)
     pipe.notes = []
-    half = torch.bfloat16 if pipe._execution_device.type == "cpu" else torch.float16
     if level != "exact":
         with without_empty_warnings():
-            pipe.to(half)
+            pipe.to(dtype)
     elif pipe.unet.dtype != torch.float32:
         pipe.notes.append(f"weights are in {name_of(pipe.unet.dtype)}: for float32 load the pipeline again")
     if quantised is not None:
@@ -51,8 +54,14 @@ def optimize(pipe: Any, level: str, engine: str | Engine | None, low_memory: boo
             pipe.cache_steps(**FAST)
         except ValueError as error:
             pipe.notes.append(str(error))
+    # An engine is measured before networks leave the device or memory.
+    pipe.engine = named or _fastest(pipe, low_memory)
     set_low_memory(pipe, low_memory)
-    pipe.engine = engine if isinstance(engine, Engine) else _engine(pipe, engine)
+
+
+def half_of(device: torch.device) -> torch.dtype:
+    """The number type of the levels of half precision."""
+    return torch.bfloat16 if device.type == "cpu" else torch.float16
 
 
 @contextmanager
@@ -70,15 +79,18 @@ def without_empty_warnings() -> Iterator[None]:
         logger.removeFilter(tells)
 
 
-def _engine(pipe: Any, name: str | None) -> Engine:
-    if name is not None:
-        return make_engine(name, pipe.unet.device, pipe.unet.dtype)
+def _fastest(pipe: Any, low_memory: bool) -> Engine:
+    device = pipe._execution_device
     if (why := pipe.obstacle) is not None:
         pipe.notes.append(f"eager: the network runs through its own forward, {why}")
-        return make_engine("eager", pipe.unet.device, pipe.unet.dtype)
+        return eager
+    if pipe.unet.device != device or (low_memory and device.type != "cpu"):
+        pipe.notes.append("eager: networks are on the device while they run only, and lie elsewhere in each call")
+        return eager
     engine, seconds = fastest(pipe.unet)
     times = ", ".join(f"{name} {1e3 * own:.1f} ms" for name, own in sorted(seconds.items(), key=lambda pair: pair[1]))
-    pipe.notes.append(f"{engine.name} was the fastest over a block of the UNet: {times}")
+    said = f"was the fastest over a block of the UNet: {times}" if seconds else "this network has no blocks to measure"
+    pipe.notes.append(f"{engine.name}{' ' if seconds else ': '}{said}")
     return engine
 
 

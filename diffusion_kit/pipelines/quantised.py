@@ -11,10 +11,8 @@ SCHEMES = {  # what a layer computes with: weights of 8 bits, spread out first; 
 }
 
 
-def quantise(pipe: Any, scheme: str) -> None:
-    """The linear layers of the network that is denoised with, and of controls that are loaded with it, where they are not
-    yet quantised.
-
+def check_quantised(scheme: str) -> None:
+    """
     Raises:
         ValueError: no such scheme, or torchao is not installed.
     """
@@ -22,6 +20,11 @@ def quantise(pipe: Any, scheme: str) -> None:
         raise ValueError(f"quantised is {scheme!r}; it must be {' or '.join(SCHEMES)}")
     if importlib.util.find_spec("torchao") is None:
         raise ValueError("quantised needs torchao: pip install 'diffusion_kit[quantised]'")
+
+
+def quantise(pipe: Any, scheme: str) -> None:
+    """The linear layers of the network that is denoised with, and of controls that are loaded with it, where they are not
+    yet quantised."""
     from torchao import quantization
     from torchao.utils import TorchAOBaseTensor
 

@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 from torch import Tensor
 
 from .doors import Answer, Tree
+from .engines.exported import filled, leaves
 
 FORECAST = (
     0.75  # of the change between two full steps that is expected of the next; 1 overshoots, see docs/step-cache.md
@@ -41,7 +42,12 @@ class Kept(NamedTuple):
 
     def last(self, rows: int) -> Kept:
         """Of the conditional branch alone."""
-        return Kept(self.deep[-rows:], _each(lambda value: value[-rows:], self.answer), self.offset)
+
+        def conditional(value: Tensor) -> Tensor:
+            return value[-rows:] if value.ndim and len(value) > rows else value
+
+        answer = filled(self.answer, map(conditional, leaves(self.answer)))
+        return Kept(self.deep[-rows:], answer, self.offset)
 
 
 @dataclass

@@ -53,6 +53,11 @@ class Step:
         parts: tuple[Any, ...] = (self.denoiser, *self.injections)
         return tuple(net for part in parts for net in part.executed)
 
+    @property
+    def own_forward(self) -> bool:
+        """Whether a network runs through its own forward: it is not among the executed ones."""
+        return any(getattr(part, "own_forward", False) for part in (self.denoiser, *self.injections))
+
     def __call__(self, state: Tensor, call: Tensor, tensors: Tree) -> tuple[Tensor, Tensor, *tuple[Tree, ...]]:
         """Args:
             state: (R, B, C, H, W); the latents are row 0.

@@ -27,6 +27,10 @@ class AOTI(Converting):
         with torch._inductor.config.patch(freezing=on_cpu):
             torch._inductor.aoti_compile_and_package(exported, package_path=str(new / "model.pt2"))
 
+    def machine(self) -> str:
+        """Its loops are made for so many threads and these instructions."""
+        return f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+
     def load(self, folder: Path, network: Any, inputs: Tree) -> Any:
         return Package(torch._inductor.aoti_load_package(str(folder / "model.pt2")), outputs_of(network, inputs))
 

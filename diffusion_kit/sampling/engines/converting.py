@@ -52,6 +52,10 @@ class Converting(Engine):
         """A function of trees of tensors, as the network is one."""
         raise TypeError(f"{type(self).__name__} converts nothing")
 
+    def machine(self) -> str:
+        """What of the machine is in a converted network."""
+        return ""
+
     def renew(self) -> None:
         self.used = set()
         self.made = {key: own for key, own in self.made.items() if own.bits == sampled(key[0].executed)}
@@ -90,7 +94,7 @@ class Converting(Engine):
     def _converted(self, network: Any, inputs: Tree) -> Path:
         """The folder of the converted network, made where it is not there."""
         versions = [importlib.metadata.version(name) for name in self.packages]
-        about = f"{versions}{network}{shapes(inputs)}{content(network.executed)}"
+        about = f"{versions}{self.machine()}{network}{shapes(inputs)}{content(network.executed)}"
         folder = self.folder / f"{self.name}-{hashlib.sha256(about.encode()).hexdigest()[:32]}"
         with whole_folder(folder) as new:
             if new is not None:

@@ -8,16 +8,18 @@ weight has moved the graphs are captured again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from diffusion_kit.sampling.doors import Tree, shapes
+from diffusion_kit.sampling.doors import Tree
 from diffusion_kit.sampling.step import Step
 
-from .engine import Engine, StepFunction
+from .compiled import Graphs
+from .engine import StepFunction
 from .exported import filled, leaves, version
 from .weights import places
 
@@ -30,10 +32,10 @@ class Capture(Protocol):
 
 
 class OnCuda:
-    """Captures on the current device, all graphs in one pool of memory."""
+    """Captures on the current device, all graphs of a device in one pool of memory."""
 
     def __init__(self) -> None:
-        self.pool: Any = None
+        self.pools: dict[int, Any] = {}
 
     def __call__(self, function: Callable[[], Tree]) -> tuple[Tree, Callable[[], None]]:
         stream = torch.cuda.Stream()
@@ -43,46 +45,58 @@ class OnCuda:
                 function()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
+        device = torch.cuda.current_device()
+        with torch.cuda.graph(graph, pool=self.pools.get(device)):
             outputs = function()
-        self.pool = graph.pool()
+        self.pools[device] = graph.pool()
         return outputs, graph.replay
 
 
-class CudaGraphs(Engine):
+class CudaGraphs(Graphs):
     name = "cudagraph"
 
     def __init__(self, capture: Capture | None = None) -> None:
         super().__init__()
         self.capture = capture or OnCuda()
-        self.graphs: dict[Hashable, tuple[Hashable, Captured]] = {}
 
-    def __call__(self, step: Step, state: Tensor, tensors: Tree) -> StepFunction:
-        signature = (step, shapes(state), shapes(tensors))
-        if signature not in self.graphs:
-            call = torch.zeros(1, dtype=torch.long, device=state.device)
-            self.graphs[signature] = places(step.executed), Captured(step, (state, call, tensors), self.capture)
-        return self.graphs[signature][1]
+    def make(self, step: Step, state: Tensor, tensors: Tree) -> StepFunction:
+        call = torch.zeros(1, dtype=torch.long, device=state.device)
+        try:
+            return Captured(step, (state, call, tensors), self.capture)
+        except Exception as error:  # out of memory, or an operation that cannot be captured
+            self.cannot(error)
+            return step
 
     def renew(self) -> None:
-        self.graphs = {key: own for key, own in self.graphs.items() if own[0] == places(key[0].executed)}  # type: ignore[index]
+        """Forgets graphs that read weights where they are no more, and steps that could not be captured."""
+        for key, graph in list(self.graphs.values.items()):
+            if not isinstance(graph, Captured) or graph.places != places(graph.function.executed):
+                del self.graphs.values[key]
 
 
 class Captured:
-    """One graph and its buffers."""
+    """One graph of a function, and its buffers."""
 
-    def __init__(self, step: Step, inputs: tuple[Tree, ...], capture: Capture) -> None:
+    def __init__(self, function: Any, inputs: tuple[Tree, ...], capture: Capture) -> None:
+        self.function, self.places = function, places(function.executed)
         self.given = leaves(inputs)
+        self.device = self.given[0].device
         self.versions = [version(value) for value in self.given]
         self.buffers = [value.clone(memory_format=torch.preserve_format) for value in self.given]
         own = filled(inputs, self.buffers)
-        self.outputs, self.replay = capture(lambda: step(*own))
+        with self.on_device():
+            self.outputs, self.replay = capture(lambda: function(*own))
 
     def __call__(self, *inputs: Tree) -> Any:
-        for k, value in enumerate(leaves(inputs)):
-            now = version(value)
-            if value is not self.given[k] or now != self.versions[k]:
-                self.buffers[k].copy_(value)
-                self.given[k], self.versions[k] = value, now
-        self.replay()
-        return filled(self.outputs, [value.clone() for value in leaves(self.outputs)])
+        with self.on_device():
+            for k, value in enumerate(leaves(inputs)):
+                now = version(value)
+                if value is not self.given[k] or now != self.versions[k]:
+                    self.buffers[k].copy_(value)
+                    self.given[k], self.versions[k] = value, now
+            self.replay()
+            return filled(self.outputs, [value.clone() for value in leaves(self.outputs)])
+
+    def on_device(self) -> AbstractContextManager[Any]:
+        """A graph is captured and replayed on a stream of the current device."""
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()

@@ -32,7 +32,7 @@ class Engine:
 
     Attributes:
         name: what `explain()` and the command line call it.
-        notes: what it did otherwise than it was asked, a line each.
+        notes: what it did otherwise than it was asked, a line each; a `listener` is told of each at once.
         attention: of the signature of torch's scaled_dot_product_attention.
         copies: it has a copy of the weights for every set of inputs, so that a network should have the same in every step.
     """
@@ -43,12 +43,13 @@ class Engine:
 
     def __init__(self) -> None:
         self.notes: list[str] = []
+        self.listener: Callable[[str], None] | None = None
 
     def renew(self) -> None:
         """Before a pipeline's call: forgets what was made of weights that have changed since the last one."""
 
     def begin(self, nets: Iterable[nn.Module]) -> None:
-        """Before a run of the loop that executes these modules."""
+        """Before a run of the loop that executes these modules, set as they are in it."""
 
     def __call__(self, step: Step, state: Tensor, tensors: Tree) -> StepFunction:
         """What runs in place of a step."""
@@ -61,6 +62,8 @@ class Engine:
     def note(self, line: str) -> None:
         if line not in self.notes:
             self.notes.append(line)
+            if self.listener is not None:
+                self.listener(line)
 
 
 eager = Engine()

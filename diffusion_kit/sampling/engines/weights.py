@@ -14,25 +14,28 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-ADAPTER = ("scaling", "active_adapters", "merged_adapters", "disable_adapters")  # what a LoRA layer of peft goes by
+SET = (  # on a module, beside its tensors: by peft on a LoRA layer, by FreeU on a block
+    *("scaling", "_active_adapter", "merged_adapters", "_disable_adapters"),
+    *("s1", "s2", "b1", "b2"),
+)
 SAMPLES = 8  # of a weight
 ALIGNED = 64  # bytes, to which tensors lie in a file
 
 
 def state(nets: Iterable[nn.Module]) -> Hashable:
     """Differs where anybody has put other weights into a module, edited them in place, or changed what is added to them."""
-    return tuple(
-        (type(module).__qualname__, module.training, *map(_version, _own(module)), *_adapter(module))
-        for net in nets
-        for module in net.modules()
-    )
+    modules = [module for net in nets for module in net.modules()]
+    return tuple((type(own).__qualname__, own.training, *_versions(own), *_set_on(own)) for own in modules)
 
 
 def places(nets: Iterable[nn.Module]) -> Hashable:
-    """Differs where a weight lies elsewhere in memory than before, or something else is added to it."""
-    return tuple(
-        (*(value.data_ptr() for value in _own(module)), *_adapter(module)) for net in nets for module in net.modules()
-    )
+    """Differs where a weight lies elsewhere in memory than before."""
+    return tuple(value.data_ptr() for net in nets for module in net.modules() for value in _own(module))
+
+
+def settings(net: nn.Module) -> Hashable:
+    """What somebody has set on a network, which is no tensor: a graph of it has it as a constant."""
+    return tuple((own.training, *_set_on(own)) for own in net.modules())
 
 
 @torch.no_grad()
@@ -60,13 +63,20 @@ def _plain(value: Any) -> Iterator[Tensor]:
         yield from _plain(getattr(value, name))
 
 
-def _version(value: Tensor) -> Hashable:
-    return value.data_ptr(), None if value.is_inference() else value._version, value.dtype, value.device
+def _versions(module: nn.Module) -> Iterator[Hashable]:
+    """Of each tensor; of a weight in a layout of its own the number of that layout (see `models.packed`), since to look at
+    the weight would end it."""
+    held = vars(module)
+    for value in (*held["_parameters"].values(), *held["_buffers"].values()):
+        for part in () if value is None else _plain(value):
+            yield part.data_ptr(), None if part.is_inference() else part._version, part.dtype, part.device
+    if "_packed" in held:
+        yield held["_packed"].number
 
 
-def _adapter(module: nn.Module) -> list[str]:
-    found = (getattr(module, name, None) for name in ADAPTER)
-    return [repr(value) for value in found if value is not None and not callable(value)]
+def _set_on(module: nn.Module) -> list[str]:
+    held = vars(module)
+    return [f"{name}={held[name]}" for name in SET if name in held]
 
 
 def content(nets: Iterable[nn.Module]) -> str:
@@ -75,7 +85,7 @@ def content(nets: Iterable[nn.Module]) -> str:
     for net in nets:
         digest.update(f"{net}{_settings(net)}".encode())
         for name, module in net.named_modules():
-            digest.update(f"{name}{module.training}{_adapter(module)}".encode())
+            digest.update(f"{name}{module.training}{_set_on(module)}".encode())
             for value in _own(module):
                 digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
                 digest.update(content_of(value))
@@ -108,12 +118,18 @@ def park(nets: Iterable[nn.Module], folder: Path) -> None:
     for parameter, size in zip(parameters, sizes, strict=True):
         raw = whole[start : start + parameter.nbytes]
         parameter.data = raw.view(parameter.dtype).view(parameter.shape)
+        vars(parameter)["_parked_at"] = whole.data_ptr()
         start += size
 
 
+def is_parked(parameter: Any) -> bool:
+    """Whether it lies in a file, in a storage with others."""
+    return getattr(parameter, "_parked_at", None) == parameter.untyped_storage().data_ptr()
+
+
 def content_of(value: Tensor) -> Any:
-    """Its memory, not a copy."""
-    return value.detach().contiguous().view(-1).view(torch.uint8).numpy().data
+    """Its memory, of a CPU not a copy."""
+    return value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def _alone(parameter: Any) -> bool:
