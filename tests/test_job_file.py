@@ -14,7 +14,9 @@ from test_cli import assert_one_line, outcome, pixels
 
 from diffusion_kit.cli import main
 from diffusion_kit.commands import pictures
+from diffusion_kit.pipelines import engines
 from diffusion_kit.recipes import Recipe, read, save
+from diffusion_kit.sampling.engines import Engine
 
 pytestmark = pytest.mark.usefixtures("work")
 
@@ -169,3 +171,32 @@ def test_an_engine_of_a_recipe_that_is_not_here_is_told(
     assert main(["generate", "--again", "b.png", "--out", "c.png"]) == 0
     assert "made by the engine cudagraph, and cudagraph is for CUDA" in capsys.readouterr().err
     assert np.abs(pixels("c.png") - pixels("a.png")).max() <= 1
+
+
+def test_what_fails_while_it_is_made_has_its_line(model: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = pictures.make_picture
+
+    def make(pipe: Any, recipe: Any) -> Any:
+        if recipe.prompt == "a bad one":
+            raise ValueError("cannot be made")
+        return real(pipe, recipe)
+
+    monkeypatch.setattr(pictures, "make_picture", make)
+    jobs = written({"prompt": "a red fox"}, {"prompt": "a bad one"})
+    assert run(model, "--jobs", jobs, "--out", "made") == 2
+    assert "diffusion-kit: jobs.jsonl, line 2: cannot be made\n" in capsys.readouterr().err
+    assert names() == ["1.png"]
+
+
+def test_what_an_engine_could_not_do_is_told(model: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Refusing(Engine):
+        name = "packed"
+
+        def network(self, network: Any) -> Any:
+            self.note("a network runs as it is")
+            return network
+
+    monkeypatch.setitem(engines.ENGINES, "packed", Refusing)
+    monkeypatch.setattr(engines.onednn, "obstacle", lambda dtype: None)
+    assert run(model, "a red fox", "--engine", "packed", "--seed", 1, "--out", "fox.png") == 0
+    assert capsys.readouterr().err.count("a network runs as it is") == 1

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 DEFAULT = "default"
-EMBEDDED = {DEFAULT: "default"}  # name: folder here, of each model that comes with the package
+EMBEDDED = {DEFAULT: "default", "default-kandinsky": "default_kandinsky"}  # name: folder here, of what comes along
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 LIBRARIES = {"diffusers", "transformers"}
 
