@@ -14,18 +14,35 @@ from PIL import Image, ImageDraw
 from diffusion_kit import AutoPipelineForText2Image, Control, detect
 from diffusion_kit.cli import main
 from diffusion_kit.evaluation.measures import measures_of
-from diffusion_kit.models.sources import embedded
+from diffusion_kit.models.sources import EMBEDDED, embedded
 from diffusion_kit.models.vae import encode_picture
 
 COLOURS = {"red": (220, 40, 40), "green": (50, 160, 60), "blue": (40, 80, 220), "yellow": (250, 210, 50)}
 EXAMPLE = Path(__file__).parents[1] / "examples" / "horse.png"
 
 
-@pytest.fixture(scope="module")
-def pipe() -> Any:
-    pipe = AutoPipelineForText2Image.from_pretrained("default")
+LARGEST = {"default": 60e6, "default-kandinsky": 30e6}  # bytes
+
+
+def load(name: str) -> Any:
+    pipe = AutoPipelineForText2Image.from_pretrained(name)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Any:
+    return load("default")
+
+
+@pytest.fixture(scope="module")
+def kandinsky() -> Any:
+    return load("default-kandinsky")
+
+
+@pytest.fixture(scope="module", params=LARGEST)
+def each(request: pytest.FixtureRequest) -> Any:
+    return request.getfixturevalue({"default": "pipe", "default-kandinsky": "kandinsky"}[request.param])
 
 
 def make(pipe: Any, prompts: list[str], **more: Any) -> list[np.ndarray]:
@@ -34,25 +51,29 @@ def make(pipe: Any, prompts: list[str], **more: Any) -> list[np.ndarray]:
     return [np.asarray(image) for image in pipe(prompts, **{**call, **more}).images]
 
 
-def test_files() -> None:
-    files = [file for file in embedded().rglob("*") if file.is_file()]
-    assert sum(file.stat().st_size for file in files) < 60e6
+@pytest.mark.parametrize("name", LARGEST)
+def test_files(name: str) -> None:
+    assert EMBEDDED.keys() == LARGEST.keys()
+    files = [file for file in embedded(name).rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) < LARGEST[name]
     assert not [file for file in files if file.suffix in (".bin", ".pt", ".ckpt", ".pkl")]
+
+
+def test_the_embedded_controls() -> None:
     assert (embedded() / "controls" / "canny" / "config.json").is_file()
 
 
-def test_it_is_loaded_in_float32(pipe: Any) -> None:
+def test_it_is_loaded_in_float32(each: Any) -> None:
     """Its files are in half precision, in which a CPU is slow."""
-    nets = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
-    assert {weight.dtype for net in (*nets, pipe.load_control("canny")) for weight in net.parameters()} == {
-        torch.float32
-    }
+    nets = [part for part in each.components.values() if isinstance(part, torch.nn.Module)]
+    nets += [each.load_control("canny")] if "canny" in each.control_names else []
+    assert {weight.dtype for net in nets for weight in net.parameters()} == {torch.float32}
 
 
-def test_backgrounds_have_the_colour_of_the_caption(pipe: Any) -> None:
+def test_backgrounds_have_the_colour_of_the_caption(each: Any) -> None:
     prompts = [f"3d emoji of {thing} on a {colour} background" for colour in COLOURS for thing in ("apple", "house")]
     right = 0
-    for prompt, image in zip(prompts, make(pipe, prompts), strict=True):
+    for prompt, image in zip(prompts, make(each, prompts), strict=True):
         border = np.concatenate([image[:3].reshape(-1, 3), image[-3:].reshape(-1, 3), image[:, :3].reshape(-1, 3)])
         mean = np.median(border, 0)
         nearest = min(COLOURS, key=lambda name: float(np.abs(mean - COLOURS[name]).sum()))
@@ -78,6 +99,10 @@ def shapes() -> list[Image.Image]:
 
 @pytest.mark.parametrize("name", ["canny", "canny_controlnet", "sketch", "palette", "regions"])
 def test_a_control_is_followed(pipe: Any, name: str) -> None:
+    follows(pipe, name)
+
+
+def follows(pipe: Any, name: str) -> None:
     """Closer to its own condition than without it, and than to another's."""
     detector = name.removesuffix("_controlnet")
     measure, found = measures_of(detector)[0], [detect(detector, picture) for picture in shapes()]
@@ -108,10 +133,16 @@ def test_guidance_over_the_image_follows_lines_closer(pipe: Any) -> None:
     assert fidelity(2) > fidelity(None) + 0.03
 
 
-@pytest.mark.parametrize("control", [f"canny={EXAMPLE},guidance=2", f"regions={EXAMPLE}"])
-def test_the_commands_picture(control: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("model", "control"),
+    [
+        ("default", f"canny={EXAMPLE},guidance=2"),
+        ("default", f"regions={EXAMPLE}"),
+    ],
+)
+def test_the_commands_picture(model: str, control: str, tmp_path: Path) -> None:
     out = tmp_path / "horse.png"
-    common = ["generate", "a brown horse on a blue background", "--steps", "12", "--seed", "2"]
+    common = ["generate", "a brown horse on a blue background", "--model", model, "--steps", "12", "--seed", "2"]
     assert main([*common, "--control", control, "--out", str(out)]) == 0
     image = np.asarray(Image.open(out)).astype(int)
     assert min(image.shape[:2]) >= 48

@@ -20,7 +20,11 @@ MAP, CAPTION, PHOTO = "image", "caption", "photo"  # columns of a JSONL file
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--model", default="default", help="'default' (embedded), a folder, a .safetensors file or a hub id")
+    add(
+        "--model",
+        default="default",
+        help="'default' or 'default-kandinsky' (embedded), a folder, a .safetensors file or a hub id",
+    )
     add(
         "--control",
         required=True,

@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a JSON object a line, with the options of its pictures; goes on where it was stopped",
     )
     add("--again", metavar="PICTURE", help="make this picture again; every option that is given changes its recipe")
-    add("--model", help="'default' (embedded), a folder, a .safetensors file or a hub id")
+    add("--model", help="'default' or 'default-kandinsky' (embedded), a folder, a .safetensors file or a hub id")
     add("--negative-prompt", metavar="TEXT", help="what the picture should not be")
     add(
         "--control",

@@ -1,40 +1,28 @@
 """Lays what is finished where the trainings that follow look for it, so that a lost `runs/` loses nothing.
 
-`python scripts/make_default/restore.py` writes the parts of the embedded model, and the copies under `safety/`, into
-`runs/make_default/`. `restore.py keep kandinsky/movq ...` makes such a copy of a training's result, in fp16.
+`python scripts/make_default/restore.py` writes the parts of the embedded models into `runs/make_default/`.
 """
 
 from __future__ import annotations
 
 import shutil
-import sys
 
-from assemble import LEFT_OUT, halved, tidied
-from new_base import ROOT, WORK
+import torch
+from diffusers import KandinskyV22CombinedPipeline
+from new_base import WORK
 
 from diffusion_kit.models.sources import embedded
-
-SAFETY = ROOT / "scripts/make_default/safety"
 
 
 def main() -> None:
     controls = (embedded() / "controls").iterdir()
     parts = {"wide": embedded(), "autoencoder": embedded() / "vae"} | {part.name: part for part in controls}
-    parts |= {copy.relative_to(SAFETY).as_posix(): copy for copy in SAFETY.glob("kandinsky/*")}
     for name, part in parts.items():
         shutil.copytree(part, WORK / name / "result", dirs_exist_ok=True, ignore=shutil.ignore_patterns("controls"))
-
-
-def keep(name: str) -> None:
-    shutil.rmtree(SAFETY / name, ignore_errors=True)
-    shutil.copytree(WORK / name / "result", SAFETY / name, ignore=LEFT_OUT)
-    halved(SAFETY / name)
-    tidied(SAFETY / name)
+    both = KandinskyV22CombinedPipeline.from_pretrained(embedded("default-kandinsky"), torch_dtype=torch.float32)
+    both.decoder_pipe.save_pretrained(WORK / "kandinsky/wide/result")
+    both.prior_pipe.save_pretrained(WORK / "kandinsky/prior/result")
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["keep"]:
-        for training in sys.argv[2:]:
-            keep(training)
-    else:
-        main()
+    main()
