@@ -11,11 +11,12 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from conftest import components, make_vae, pipeline
+from conftest import components, make_vae, pipeline, seeds
 from test_mixtures import run
 from torch import nn
 
-from diffusion_kit import SDXLPipeline
+from diffusion_kit import AutoPipelineForText2Image, SDXLPipeline
+from diffusion_kit.models.packed import Packed
 from diffusion_kit.models.vae import cut
 from diffusion_kit.sampling.engines.pages import page_out, without_pages_of
 from diffusion_kit.sampling.engines.weights import park
@@ -71,6 +72,19 @@ def test_the_same_picture(small: Any) -> None:
     next(small.text_encoder.parameters()).mul_(2)
     assert not torch.equal(run(pipe=small), before)
     assert "encoders leave" not in small.optimize(engine="eager")
+
+
+def test_a_kandinsky_whose_autoencoder_has_no_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DIFFUSION_KIT_CACHE", str(tmp_path))
+    pipe = AutoPipelineForText2Image.from_pretrained("default-kandinsky")
+    pipe.set_progress_bar_config(disable=True)
+    call = {"prompt": "a red apple", "num_inference_steps": 2, "prior_num_inference_steps": 2, "output_type": "pt"}
+    before = pipe(**call, generator=seeds(1)).images
+    told = pipe.optimize(engine="packed", low_memory=True)
+    assert "note       VQModel has no tiling" in told
+    assert "prior_prior by eager: PriorTransformer" in told
+    assert torch.allclose(pipe(**call, generator=seeds(1)).images, before, atol=1e-4)
+    assert not any(isinstance(part, Packed) for part in pipe.prior_prior.modules())
 
 
 def test_only_what_is_large_is_decoded_in_pieces(small: Any) -> None:

@@ -25,6 +25,7 @@ from diffusion_kit.models import onednn, packed
 from diffusion_kit.models import tiled_attention as attention_by_tiles
 from diffusion_kit.models.packed import Packed, pack_all, pack_layer, unpack
 from diffusion_kit.models.tiled_attention import tiled_attention
+from diffusion_kit.pipelines.optimize import sizes_of
 from diffusion_kit.sampling.engines.weights import park
 
 WHY = onednn.obstacle(torch.float32) or onednn.obstacle(torch.bfloat16)
@@ -354,6 +355,20 @@ def test_layers_whose_weights_lie_in_a_file_are_packed(tmp_path: Path) -> None:
         pack_all(net)
         assert count(net) == 3
         assert distance(net(x), plain) < 1e-5
+
+
+def test_explained_without_a_look_at_packed_weights() -> None:
+    pipe = packing()
+    net, unet = components()["unet"], sum(p.nbytes for p in pipe.unet.parameters())
+    run(pipe=pipe)
+    packed = count(pipe.unet)
+    assert packed > 9
+    told = pipe.explain()
+    assert count(pipe.unet) == packed
+    assert f"unet by packed: UNet2DConditionModel, float32, {unet / 1e6:,.0f} MB" in told
+    assert "text_encoder by packed" in told
+    assert "of weights in all" in told
+    assert sizes_of(pipe.unet) == {torch.float32: unet} == sizes_of(net)
 
 
 def test_another_engine_finds_plain_layers() -> None:

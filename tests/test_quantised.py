@@ -11,7 +11,7 @@ from conftest import components, pipeline
 from test_mixtures import run
 from test_step import small
 
-from diffusion_kit import SDXLPipeline
+from diffusion_kit import AutoPipelineForText2Image, SDXLPipeline
 from diffusion_kit.pipelines import quantised
 
 pytestmark = pytest.mark.heavy
@@ -43,6 +43,13 @@ def test_other_weights_are_seen(pipe: Any, tmp_path: Any, monkeypatch: pytest.Mo
     for own in (pipe, plain):
         own.unet.conv_out.weight.mul_(0.5)
     torch.testing.assert_close(run(pipe=pipe), run(pipe=plain), rtol=1e-3, atol=1e-3)
+
+
+def test_a_control_lora_that_is_loaded_stays_as_it_is() -> None:
+    pipe = AutoPipelineForText2Image.from_pretrained("default")
+    pipe.load_control("regions")
+    told = pipe.optimize(engine="eager", quantised="int8")
+    assert "int8" in next(line for line in told.splitlines() if "unet by eager" in line)
 
 
 def test_errors_are_one_line(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:

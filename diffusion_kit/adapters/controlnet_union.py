@@ -49,11 +49,11 @@ class RunUnion(RunControlNet):
     types: tuple[int, ...]
     scales: tuple[float, ...]
 
-    @torch.no_grad()
     @property
     def embedding(self) -> tuple[Net, ...]:
         return (self.net,)
 
+    @torch.no_grad()
     def embed(self, image: Tensor) -> Tensor:
         """Sum over the types k of s_k (e_k + P T(s_k (mean(e_k) + t_k))), (N, C, h, w).
 

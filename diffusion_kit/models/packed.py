@@ -110,6 +110,13 @@ class Packing(Engine):
         return network
 
 
+def held_by(module: nn.Module) -> list[Tensor]:
+    """A module's own parameters, of a packed layer as they lie: to look at them otherwise would unpack it."""
+    own: Weight | None = vars(module).get("_packed")
+    plain = [value for value in vars(module)["_parameters"].values() if value is not None]
+    return plain if own is None else [*plain, own.tensor]
+
+
 def layers_of(nets: Iterable[nn.Module]) -> list[nn.Module]:
     kinds = (*CLASSES, *CLASSES.values())
     return [layer for net in nets for layer in net.modules() if type(layer) in kinds]

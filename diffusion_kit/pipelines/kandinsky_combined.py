@@ -14,6 +14,7 @@ from huggingface_hub import ModelCard, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from diffusion_kit.models.sources import locate, read_json
+from diffusion_kit.sampling.engines import eager
 
 from .call import LatentCall
 from .kandinsky import Kandinsky2Call, Kandinsky2Pipeline, Kandinsky21Pipeline, Kandinsky22Pipeline
@@ -79,7 +80,8 @@ class WithPrior(Kandinsky2Pipeline):
     def optimize(self, level: Level = "exact", **options: Any) -> str:
         told = super().optimize(level, **options)
         self.prior_pipe.low_memory = self.low_memory
-        self.prior_pipe.engine = self.engine  # guidance and steps of the prior stay whole: they cost next to nothing
+        # Guidance and steps of the prior stay whole: they cost next to nothing. Copies of its weights would not rest.
+        self.prior_pipe.engine = eager if self.low_memory else self.engine
         return told
 
     def generate(self, call: Any) -> Any:

@@ -38,9 +38,8 @@ def set_pieces(pipe: Any, low: bool) -> None:
     """Whether the autoencoder works in pieces."""
     vae = getattr(pipe, "vae", None)
     for name in () if vae is None else ("tiling", "slicing"):
-        change = getattr(vae, f"{'enable' if low else 'disable'}_{name}", None)
-        if change is not None:
-            change()
+        if hasattr(vae, f"use_{name}"):  # the methods are there without it, too, and raise
+            getattr(vae, f"{'enable' if low else 'disable'}_{name}")()
         elif low:
             pipe.notes.append(f"{type(vae).__name__} has no {name}")
 

@@ -9,14 +9,20 @@ little: docs/optimize.md says how much.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
 import torch
+from diffusers import ControlNetModel
 from torch import nn
 
+from diffusion_kit.adapters.control_lora import ControlLoRA
+from diffusion_kit.models.packed import held_by
+from diffusion_kit.models.unet import obstacle
 from diffusion_kit.sampling.engines import Engine, eager
+from diffusion_kit.sampling.engines.weights import plain_parts
 
 from .engines import fastest, make_engine
 from .memory import set_low_memory
@@ -108,14 +114,46 @@ def explain(pipe: Any) -> Iterator[tuple[str, str]]:
     yield "scheduler", type(pipe.scheduler).__name__
     if pipe.low_memory:
         yield "memory", "low: encoders leave memory after they ran, large pictures are decoded in pieces"
-    for name, net in {**pipe.components, **pipe.__dict__.get("_base_controls", {})}.items():
-        if isinstance(net, nn.Module):
-            weights = list(net.parameters())
-            size = sum(weight.nbytes for weight in weights) / 1e6
-            kinds = " and ".join(sorted({name_of(weight.dtype) for weight in weights}))
-            yield "memory", f"{size:,.0f} MB of weights: {name}, {type(net).__name__}, {kinds}"
+    total = 0
+    for name, net in networks(pipe).items():
+        sizes = sizes_of(net)
+        total += sum(sizes.values())
+        kinds, size = " and ".join(sorted(map(name_of, sizes))), sum(sizes.values()) / 1e6
+        yield "runs", f"{name} {executor_of(pipe, name, net)}: {type(net).__name__}, {kinds}, {size:,.0f} MB"
+    yield "memory", f"{total / 1e6:,.0f} MB of weights in all"
     for note in (*pipe.notes, *pipe.engine.notes):
         yield "note", note
+
+
+def networks(pipe: Any) -> dict[str, Any]:
+    """The pipeline's networks and the controls that came with the model and are loaded, by name."""
+    parts = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+    return {**parts, **pipe.__dict__.get("_base_controls", {})}
+
+
+def executor_of(pipe: Any, name: str, net: Any) -> str:
+    """What runs one of the networks."""
+    if net is pipe.unet or isinstance(net, ControlNetModel):
+        return f"by {pipe.engine.name}" if obstacle(net) is None else "through its own forward"
+    if isinstance(net, ControlLoRA):
+        return "as what the UNet becomes with it"
+    if "text_encoder" in name or name == "prior_prior":
+        return "by eager" if pipe.low_memory else f"by {pipe.engine.name}"
+    if name in ("vae", "movq"):
+        return f"by {pipe.engine.name}, its encoder as it is"
+    return "as it is, before the first step"
+
+
+def sizes_of(net: Any) -> Counter[torch.dtype]:
+    """Bytes of a network's weights by their type. Layers that are packed stay so."""
+    sizes: Counter[torch.dtype] = Counter()
+    if isinstance(net, ControlLoRA):
+        weights = [part for pair in net.pairs.values() for part in pair] + list(net.whole.values())
+    else:
+        weights = list({id(own): own for module in net.modules() for own in held_by(module)}.values())
+    for part in (part for weight in weights for part in plain_parts(weight)):
+        sizes[part.dtype] += part.numel() * part.element_size()
+    return sizes
 
 
 def name_of(dtype: torch.dtype) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 from typing import Any
 
+from torch import nn
+
 SCHEMES = {  # what a layer computes with: weights of 8 bits, spread out first; or inputs of 8 bits as well
     "int8": "Int8WeightOnlyConfig",
     "int8_dynamic": "Int8DynamicActivationInt8WeightConfig",
@@ -30,5 +32,5 @@ def quantise(pipe: Any, scheme: str) -> None:
 
     config = getattr(quantization, SCHEMES[scheme])()
     for net in (pipe.unet, *pipe.__dict__.get("_base_controls", {}).values()):
-        if not any(isinstance(weight, TorchAOBaseTensor) for weight in net.parameters()):
+        if isinstance(net, nn.Module) and not any(isinstance(weight, TorchAOBaseTensor) for weight in net.parameters()):
             quantization.quantize_(net, config)

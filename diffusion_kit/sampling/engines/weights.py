@@ -51,16 +51,16 @@ def _some_bits(value: Tensor) -> int:
 
 def _own(module: nn.Module) -> Iterator[Tensor]:
     held = (*module._parameters.values(), *module._buffers.values())
-    return (part for value in held if value is not None for part in _plain(value))
+    return (part for value in held if value is not None for part in plain_parts(value))
 
 
-def _plain(value: Any) -> Iterator[Tensor]:
+def plain_parts(value: Any) -> Iterator[Tensor]:
     """The tensors that a tensor is made of: one, or of a quantised one its numbers and scales."""
     if not is_traceable_wrapper_subclass(value):
         yield value
         return
     for name in value.__tensor_flatten__()[0]:
-        yield from _plain(getattr(value, name))
+        yield from plain_parts(getattr(value, name))
 
 
 def _versions(module: nn.Module) -> Iterator[Hashable]:
@@ -68,7 +68,7 @@ def _versions(module: nn.Module) -> Iterator[Hashable]:
     the weight would end it."""
     held = vars(module)
     for value in (*held["_parameters"].values(), *held["_buffers"].values()):
-        for part in () if value is None else _plain(value):
+        for part in () if value is None else plain_parts(value):
             yield part.data_ptr(), None if part.is_inference() else part._version, part.dtype, part.device
     if "_packed" in held:
         yield held["_packed"].number
@@ -76,7 +76,7 @@ def _versions(module: nn.Module) -> Iterator[Hashable]:
 
 def _set_on(module: nn.Module) -> list[str]:
     held = vars(module)
-    return [f"{name}={held[name]}" for name in SET if name in held]
+    return [f"{name}={held[name]}" for name in SET if held.get(name) is not None]
 
 
 def content(nets: Iterable[nn.Module]) -> str:
