@@ -117,7 +117,7 @@ def bounds(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         own = {row["run"]: row for row in rows if row["controls"] == control}
         fast = own["fast"]
         equal = [r for name, r in own.items() if name.startswith("half, ") and r["seconds"] <= WITHIN * fast["seconds"]]
-        nearest = max(row["psnr"] for row in equal)
+        nearest = max((row["psnr"] for row in equal), default=0.0)  # of none that is as fast
         for what, value, least in (
             (f"{control}: speed of fast beside half", fast["speed"], 2.5),
             (f"{control}: PSNR of fast beside half with fewer steps in no more time", fast["psnr"] - nearest, 0.0),

@@ -38,6 +38,27 @@ def test_wilson_interval() -> None:
         assert classifier.wilson(right, of) == pytest.approx(ends, abs=1e-4)
 
 
+def test_intervals_are_over_concepts() -> None:
+    """Ten pictures of a concept that are all right, or all wrong, are one."""
+    slugs = [f"{k}" for k in range(20) for _ in range(10)]
+    right = np.repeat(np.arange(20) < 15, 10)
+    own = classifier.accuracy(right, slugs)
+    assert (own["value"], own["of"], own["concepts"]) == (0.75, 200, 20)
+    assert own["interval"][0] < 0.6
+    assert own["interval"][1] >= 0.9
+    alone = classifier.accuracy(right[::10], slugs[::10])
+    assert alone["interval"] == pytest.approx(classifier.wilson(15, 20), abs=1e-4)
+    assert classifier.accuracy(np.ones(200, bool), slugs)["interval"][0] == pytest.approx(20 / (20 + 1.96**2), abs=1e-3)
+
+
+@pytest.mark.parametrize("new", [True, False])
+def test_neighbours_are_looked_for_of_both_kinds_of_pairs(new: bool) -> None:
+    asked, chosen = conditions.measured(), measure.samples(new=new)
+    assert len(set(chosen)) == 32
+    assert {asked[k].new for k in chosen} == {new}
+    assert len({asked[k].slug for k in chosen}) == 32
+
+
 def test_conditions_are_of_concepts_in_no_training_set(monkeypatch: pytest.MonkeyPatch) -> None:
     trained: set[str] = set()
 

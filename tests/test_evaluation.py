@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 from conftest import components, distance, lines, make_adapter, picture, pipeline, randomise, tokenizer
 from PIL import Image, ImageOps
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from diffusion_kit import Control, StableDiffusionXLPipeline, detect
 from diffusion_kit.adapters.detectors.pose import COLOURS, draw
@@ -24,6 +25,7 @@ from diffusion_kit.evaluation.intervals import bootstrap, mean
 from diffusion_kit.evaluation.mse import Mse
 from diffusion_kit.evaluation.palette import colour_difference
 from diffusion_kit.evaluation.pose import joints, pck
+from diffusion_kit.evaluation.protocol import noise_of
 from diffusion_kit.evaluation.quality import fid, kid
 from diffusion_kit.evaluation.regions import mean_iou, region_iou
 from diffusion_kit.evaluation.structure import ssim
@@ -159,6 +161,8 @@ def test_regions() -> None:
     assert region_iou(near[made], colours[wanted]) == mean_iou(made, wanted)
     with pytest.raises(ValueError, match=r"a map of regions has \d+ colours; at most 256"):
         region_iou(near[made], np.asarray(picture()))
+    with pytest.raises(ValueError, match="one colour: there is nothing to follow"):
+        region_iou(near[made], colours[np.zeros_like(wanted)])
 
 
 def skeleton(shift: float = 0.0, scale: float = 1.0) -> np.ndarray:
@@ -182,6 +186,13 @@ def test_pck() -> None:
     assert pck(np.zeros_like(wanted), wanted) == 0
     with pytest.raises(ValueError, match="a pose shows no joint"):
         pck(wanted, np.zeros_like(wanted))
+
+
+def test_a_person_whose_neck_is_not_seen_is_one() -> None:
+    """What was drawn without it falls apart; each part alone would have a small box."""
+    person = np.where(np.arange(18)[:, None] == 1, np.nan, skeleton())  # joint 1 is the neck
+    wanted = np.asarray(draw([person], (256, 256)))
+    assert pck(np.asarray(draw([person + 20], (256, 256))), wanted) == 1
 
 
 def test_pck_measures_each_person_by_their_own_size() -> None:
@@ -324,13 +335,20 @@ def test_a_card_that_says_nothing_is_named(pipe: Any, adapter: Any, tmp_path: Pa
         run(saved, adapter, conditions(1), steps=None)
 
 
+def test_no_two_pictures_have_the_same_noise() -> None:
+    asked = [(seed, k, s) for seed in range(3) for k in range(5) for s in range(4)]
+    first = {noise_of(*own).initial_seed() for own in asked}
+    assert len(first) == len(asked)
+    assert first == {noise_of(*own).initial_seed() for own in asked}
+
+
 def test_pictures_are_those_of_single_calls_and_the_figures_theirs(pipe: Any, adapter: Any) -> None:
     cases = conditions(2)
     report = run(pipe, adapter, cases, seed=7, batch=3)
     own, shuffled = [], []
     for k, case in enumerate(cases):
         for s in range(2):
-            generator = torch.Generator().manual_seed(7 + 2 * k + s)
+            generator = noise_of(7, k, s)
             call = {"num_inference_steps": 2, "guidance_scale": 3.0, "generator": generator}
             made = pipe(case.prompt, controls=[Control(adapter, case.image)], **call).images[0]
             if s == 0:
@@ -514,6 +532,22 @@ def test_clip_score_is_the_cosine_of_the_embeddings(weights: dict[str, Path]) ->
     assert max(found) > 1
 
 
+def part_of(folder: Path, place: Path) -> Path:
+    """A CLIP model without the weights of its vision."""
+    shutil.copytree(folder, place)
+    file = place / "model.safetensors"
+    save_file({name: value for name, value in load_file(file).items() if "vision_model" not in name}, file)
+    return place
+
+
+def typed(folder: Path, place: Path) -> Path:
+    """The same, whose configuration says that it is a text encoder."""
+    shutil.copytree(folder, place)
+    said = json.loads((place / "config.json").read_text())
+    (place / "config.json").write_text(json.dumps({**said, "model_type": "clip_text_model"}))
+    return place
+
+
 def test_weights_of_another_network_and_pickles_are_one_line(weights: dict[str, Path], tmp_path: Path) -> None:
     pickle = tmp_path / "inception.pth"
     pickle.write_bytes(b"")
@@ -522,6 +556,8 @@ def test_weights_of_another_network_and_pickles_are_one_line(weights: dict[str, 
         ({"lpips": weights["inception"]}, "does not fit AlexNet"),
         ({"inception": pickle}, "is a pickle"),
         ({"clip": tmp_path}, "is no CLIP model: it has no config.json"),
+        ({"clip": part_of(weights["clip"], tmp_path / "part")}, "is no whole CLIP model: it has no vision_model"),
+        ({"clip": typed(weights["clip"], tmp_path / "text")}, "is no CLIP model: its config.json says clip_text_model"),
         ({"lpips": tmp_path}, "is no .safetensors file of an AlexNet"),
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:

@@ -84,7 +84,7 @@ def run(options: argparse.Namespace) -> None:
     kind = options.detector or detector_of(name) or name
     measures_of(kind)
     settings = parse_options(detector(kind), kind, options.option) | ({"invert": True} if options.invert else {})
-    settings |= {"detect_resolution": options.detect_resolution} if options.detect_resolution else {}
+    settings |= {} if options.detect_resolution is None else {"detect_resolution": options.detect_resolution}
     if not options.debug:
         logging.disable_progress_bar()
     quality = quality_measures(inception=options.inception, clip=options.clip, lpips=options.lpips)
@@ -110,8 +110,10 @@ def run(options: argparse.Namespace) -> None:
     about = {"model": options.model, "control": options.control}
     about |= {"optimize": loading.optimize, "engine": pipe.engine.name} if loading.optimize else {}
     report = replace(report, about={**about, **report.about})
+    print(report.to_json().rstrip() if options.json else f"{report.table()}\n", flush=True)
     write(report, out)
-    print(report.to_json().rstrip() if options.json else f"{report.table()}\n\n{out / 'index.html'}")
+    if not options.json:
+        print(out / "index.html")
 
 
 def parse_scales(text: str) -> list[float]:
@@ -159,8 +161,8 @@ def write(report: Any, out: Path) -> None:
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir()
     try:
-        report.page(beside)
         (beside / "report.json").write_text(report.to_json(), encoding="utf-8")
+        report.page(beside)
         beside.rename(out)
     finally:
         shutil.rmtree(beside, ignore_errors=True)

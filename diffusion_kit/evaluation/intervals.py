@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 RESAMPLES = 1000
-LEVEL = 0.95
+ENDS = 0.025, 0.975
 
 
 def mean(rows: np.ndarray) -> float:
@@ -19,15 +19,14 @@ def bootstrap(
     figure: Callable[[np.ndarray], float] = mean,
     *,
     resamples: int = RESAMPLES,
-    level: float = LEVEL,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Ends of the interval of a figure of rows (conditions, seeds, ...).
+    """Ends of the 95 % interval of a figure of rows (conditions, seeds, ...).
 
     Whole conditions are drawn, with all their seeds: pictures of one condition are not independent of each other.
     """
     random = np.random.default_rng(seed)
     picks = random.integers(len(rows), size=(resamples, len(rows)))
     figures = [figure(rows[pick]) for pick in picks]
-    low, high = np.quantile(figures, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(figures, ENDS)
     return float(low), float(high)

@@ -36,7 +36,7 @@ def write(report: Report, folder: Path) -> Path:
             )
         parts.append("</section>\n")
     index = folder / "index.html"
-    index.write_text("".join(parts) + "</html>\n", encoding="utf-8")
+    index.write_text("".join(parts) + "</html>\n", encoding="utf-8", errors="backslashreplace")
     return index
 
 

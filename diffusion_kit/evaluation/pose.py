@@ -1,7 +1,8 @@
 """PCK, the share of correct keypoints (Yang and Ramanan, 2013, section 6), of drawn skeletons.
 
 Joints are read from the drawing by their colours. A wanted joint is correct where a made one of its kind lies within 0.2
-of the longer side of its person's box; a person is what hangs together in the drawing.
+of the longer side of its person's box; a person is what hangs together in the drawing, or all of it where no joint is there
+twice (one whose neck is not seen falls apart).
 """
 
 from __future__ import annotations
@@ -22,10 +23,12 @@ def pck(made: np.ndarray, wanted: np.ndarray) -> float:
     Raises:
         ValueError: `wanted` shows no joint.
     """
-    people, _ = label(wanted.any(2), AROUND)
+    kinds = joints(wanted)
+    drawn = wanted.any(2)
+    people = drawn.astype(int) if all(len(own) < 2 for own in kinds) else label(drawn, AROUND)[0]
     sides = [0, *(max(part.stop - part.start for part in box) for box in find_objects(people))]
     there, right = 0, 0
-    for ours, theirs in zip(joints(made), joints(wanted), strict=True):
+    for ours, theirs in zip(joints(made), kinds, strict=True):
         for joint in theirs:
             person = people[tuple(joint.round().astype(int))]
             reach = ALPHA * sides[person]

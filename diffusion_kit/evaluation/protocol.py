@@ -129,7 +129,7 @@ def evaluate(
         conditions: pictures of another size than those that are made are brought to it (fit "cover").
         detector: its name, see `measures.MEASURES`; where it lacks its weights, its measures are "not measured".
         settings: the detector's options, those with which the conditions were made.
-        seeds: pictures for each condition and arm; `seed` is the first one's.
+        seeds: pictures for each condition and arm; their noise is drawn from `seed`, see `noise_of`.
         steps, guidance: by default as the model's card says, see `models.card`.
         size: (width, height) of the pictures in pixels; by default the model's own.
         batch: pictures made in one call.
@@ -285,7 +285,7 @@ def make(plan: Plan, arm: Arm, batch: Sequence[tuple[int, int]]) -> list[Image.I
     if arm.neutral:
         ground = "white" if plan.settings.get("invert") else "black"
         images = [Image.new("RGB", image.size, ground) for image in images]
-    noise = [torch.Generator().manual_seed(plan.seed + k * plan.seeds + s) for k, s in batch]
+    noise = [noise_of(plan.seed, k, s) for k, s in batch]
     prompts = [condition.prompt for condition in conditions]
     controls = plan.make_controls(images, arm.scale)
     if arm.guidance is not None:
@@ -295,13 +295,21 @@ def make(plan: Plan, arm: Arm, batch: Sequence[tuple[int, int]]) -> list[Image.I
     return list(made.images)
 
 
+def noise_of(seed: int, condition: int, number: int) -> torch.Generator:
+    """Of a condition's picture of that number: no other seed, condition or number has the same."""
+    (own,) = np.random.SeedSequence((seed, condition, number)).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(own))
+
+
 def observe(plan: Plan, found: Found, k: int, picture: Image.Image) -> Image.Image | None:
-    """Compares a picture with condition k and with the next one, by every measure that there is.
+    """Compares a picture with condition k and with another, by every measure that there is. The other is half of them away:
+    neighbours in a folder are often alike.
 
     Returns:
         What was extracted from it.
     """
-    condition, other = plan.conditions[k], plan.conditions[(k + 1) % len(plan.conditions)]
+    several = len(plan.conditions)
+    condition, other = plan.conditions[k], plan.conditions[(k + max(1, several // 2)) % several]
     fidelity = [measure for measure in plan.fidelity if measure.reason is None]
     extracted: Any = detect(plan.detector, picture, **plan.settings) if fidelity else None
     for measure in fidelity:

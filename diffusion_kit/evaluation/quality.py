@@ -107,13 +107,18 @@ def _clip(source: str | Path) -> Callable[[Image.Image, Any], float]:
     place = locate(source)
     if not isinstance(place, Path) or not place.is_dir():
         raise FileNotFoundError(f"{source} is no folder of a CLIP model")
-    read_json(place / "config.json", "CLIP model")
+    said = read_json(place / "config.json", "CLIP model").get("model_type")
+    if said != "clip":
+        raise ValueError(f"{place} is no CLIP model: its config.json says {said}")
     if not any(
         (place / name).is_file() for name in ("tokenizer.json", "vocab.json")
     ):  # transformers makes up an empty one
         raise FileNotFoundError(f"{place} is no CLIP model: it has no tokenizer.json and no vocab.json")
     with one_line(source, "CLIP model"):
-        net = CLIPModel.from_pretrained(place, use_safetensors=True).eval()
+        net, loading = CLIPModel.from_pretrained(place, use_safetensors=True, output_loading_info=True)
+        if lost := sorted(loading["missing_keys"]):
+            raise ValueError(f"{place} is no whole CLIP model: it has no {lost[0]}")
+        net = net.eval()
         processor = CLIPProcessor.from_pretrained(place)
 
     @torch.no_grad()

@@ -20,9 +20,11 @@ def region_iou(made: np.ndarray, wanted: np.ndarray) -> float:
     """Mean IoU of two colour maps (H, W, 3) of bytes; a made colour is the region whose colour is nearest in CIE Lab.
 
     Raises:
-        ValueError: too many wanted colours for regions.
+        ValueError: too many wanted colours for regions, or one, which any picture has.
     """
     colours, labels = np.unique(wanted.reshape(-1, 3), axis=0, return_inverse=True)
+    if len(colours) < 2:
+        raise ValueError("a map of regions has one colour: there is nothing to follow")
     if len(colours) > MOST:
         raise ValueError(
             f"a map of regions has {len(colours)} colours; at most {MOST} are regions: was it resized, or saved as JPEG?"

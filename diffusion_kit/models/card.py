@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from huggingface_hub import metadata_load
+from huggingface_hub import metadata_load, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from yaml import YAMLError
 
 Numbers = tuple[int | None, float | None]  # steps and guidance
@@ -23,11 +24,22 @@ def settled(folder: str | Path, given: Numbers, otherwise: tuple[int, float]) ->
     )
 
 
-def recommended(folder: str | Path) -> Numbers:
-    """`num_inference_steps` and `guidance_scale` in the head of README.md, None for what it does not say; a hub id or a
-    single file, which are no absolute path of a folder, say nothing."""
+def _card(folder: str | Path) -> Path | None:
     file = Path(folder) / "README.md"
-    if not (file.is_absolute() and file.is_file()):
+    if file.is_absolute():
+        return file if file.is_file() else None
+    try:
+        found = try_to_load_from_cache(str(folder), "README.md")
+    except HFValidationError:
+        return None
+    return Path(found) if isinstance(found, str) else None
+
+
+def recommended(folder: str | Path) -> Numbers:
+    """`num_inference_steps` and `guidance_scale` in the head of README.md, None for what it does not say. The card of a hub
+    id is read where it is in the hub's cache; a single file has none."""
+    file = _card(folder)
+    if file is None:
         return None, None
     try:
         says = metadata_load(file) or {}

@@ -2,7 +2,7 @@
 
 It learns from the drawings of the three styles, laid anew on backgrounds each time and disturbed, and never sees a
 generated picture. `python scripts/make_default/classifier.py` trains it, once, and says how well it names pictures that
-no model made: how far below 1 its verdict on a perfect generator would be.
+no model made: of its own training drawings newly composed, and of a style that it never saw.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from conditions import Asked
 from pictures import COLOURS, SIZE
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from diffusion_kit.evaluation.intervals import bootstrap
 
 FILE = drawings.HERE.parents[1] / "runs/make_default/classifier.safetensors"
 STEPS, BATCH, RATE = 4000, 64, 3e-3
@@ -159,10 +161,14 @@ def wilson(right: int, of: int, z: float = 1.959964) -> tuple[float, float]:
     return middle - reach, middle + reach
 
 
-def accuracy(right: np.ndarray) -> dict[str, object]:
-    """A share with its interval, of (n,) booleans."""
-    low, high = wilson(int(right.sum()), right.size)
-    return {"value": round(float(right.mean()), 4), "interval": [round(low, 4), round(high, 4)], "of": right.size}
+def accuracy(right: np.ndarray, slugs: Sequence[str]) -> dict[str, object]:
+    """A share with its interval, of (n,) booleans, of each concept as many: a bootstrap over concepts, whose pictures are
+    not independent; Wilson's over as many draws as there are concepts where each has one, or all are alike."""
+    rows = np.stack([right[np.array(slugs) == slug] for slug in dict.fromkeys(slugs)])
+    alone = rows.shape[1] == 1 or rows.all() or not rows.any()
+    low, high = wilson(round(rows.mean() * len(rows)), len(rows)) if alone else bootstrap(rows.astype(float))
+    ends = [round(low, 4), round(high, 4)]
+    return {"value": round(float(right.mean()), 4), "interval": ends, "of": right.size, "concepts": len(rows)}
 
 
 def measured_words() -> list[str]:
@@ -173,15 +179,16 @@ def verdict(net: nn.Module, made: np.ndarray, asked: Sequence[Asked]) -> dict[st
     """How many of the pictures (n, 64, 64, 3) uint8 show the word and the background that were asked for."""
     wanted = [own.word for own in asked]
     grounds = np.array([background_colour(own) for own in made]) == np.array([own.background for own in asked])
+    slugs = [own.slug for own in asked]
     return {
-        "word, of all 324": accuracy(named(net, made, wanted)),
-        "word, of the 100 measured": accuracy(named(net, made, wanted, measured_words())),
-        "background": accuracy(grounds),
+        "word, of all 324": accuracy(named(net, made, wanted), slugs),
+        "word, of the 100 measured": accuracy(named(net, made, wanted, measured_words()), slugs),
+        "background": accuracy(grounds, slugs),
     }
 
 
 def known(style: str) -> list[Asked]:
-    """The measured concepts as one style draws them, newly composed."""
+    """The measured concepts as one style draws them, newly composed: drawings that it was trained on."""
     asked = []
     for drawing in conditions.pool():
         if drawing.style == style and drawing.slug in drawings.measured():

@@ -32,7 +32,6 @@ from diffusion_kit import AutoPipelineForText2Image, Control, detect
 from diffusion_kit.cli import main as command
 from diffusion_kit.commands.fingerprint import fingerprint
 from diffusion_kit.evaluation.edges import edge_f1
-from diffusion_kit.evaluation.intervals import bootstrap
 from diffusion_kit.evaluation.measures import measures_of
 from diffusion_kit.models.sources import embedded
 from diffusion_kit.models.vae import decode_latents
@@ -70,7 +69,9 @@ class Model:
         file = self.file(name, "json", control)
         if not file.exists():
             print(f"{file.stem} ...", flush=True)
-            file.write_text(json.dumps(work(), indent=2) + "\n")
+            beside = file.with_name(f".{file.name}.part")
+            beside.write_text(json.dumps(work(), indent=2) + "\n")
+            beside.rename(file)
         return json.loads(file.read_text())
 
     def file(self, name: str, kind: str, control: str | None = None) -> Path:
@@ -84,9 +85,10 @@ def protocol_hash() -> str:
     """Of all that figures depend on beside the weights: who measures, what is asked for, and how it is compared."""
     own, kit = drawings.HERE, ROOT / "diffusion_kit"
     files = [file for file in own.glob("*.py") if file.name not in ("sheets.py", "restore.py")]
-    files += [*own.glob("*.txt"), *(kit / "evaluation").glob("*.py")]
-    files += [*(kit / "adapters").rglob("*.py"), *(kit / "sampling").glob("*.py")]
-    files += (ROOT / "configs/default").glob("*.yaml")
+    files += [*own.glob("*.txt"), *(own / "drawings").iterdir(), *(ROOT / "configs/default").glob("*.yaml")]
+    for room in ("adapters", "evaluation", "models", "pipelines", "sampling"):
+        files += (kit / room).rglob("*.py")
+    files += [kit / "commands/evaluate.py", kit / "training/bases.py", conditions.VENDOR]
     files += [classifier.FILE] if classifier.FILE.exists() else []
     return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(files))).hexdigest()[:8]
 
@@ -179,7 +181,6 @@ def captions(model: Model) -> dict[str, Any]:
     made = asked_of(model.pipe, asked)
     np.save(model.file("captions", "npy"), made)
     right = classifier.named(net, made, [own.word for own in asked]).reshape(len(drawings.measured()), -1)
-    low, high = bootstrap(right.astype(float))
     shares = dict(zip(classifier.measured_words(), right.mean(1).tolist(), strict=True))
 
     def of(chosen: Callable[[Asked], bool]) -> dict[str, Any]:
@@ -188,7 +189,6 @@ def captions(model: Model) -> dict[str, Any]:
 
     return {
         "all": verdict(net, made, asked),
-        "interval over concepts": [rounded(low), rounded(high)],
         "pairs never trained": of(lambda own: own.new),
         "pairs trained": of(lambda own: not own.new),
         **{style: of(lambda own, style=style: own.style == style) for style in conditions.STYLES},
@@ -197,34 +197,42 @@ def captions(model: Model) -> dict[str, Any]:
 
 
 def nearest(model: Model) -> dict[str, Any]:
-    """How far 32 generated pictures, and as many that no training saw, are from the nearest training picture."""
-    made = np.load(model.file("captions", "npy"))[samples()]
-    unseen = np.stack([own.pixels for own in conditions.held_out()])[::2]
-    result: dict[str, Any] = {}
-    for name, own in (("generated", made), ("held out", unseen)):
-        files, distances = neighbours(own)
+    """How far generated pictures, 32 of pairs of concept and background that were trained and 32 of others, and as many
+    that no training saw, are from the nearest training picture."""
+    made = np.load(model.file("captions", "npy"))
+    sets = {"pairs trained": made[samples(new=False)], "pairs never trained": made[samples(new=True)]}
+    sets["held out"] = np.stack([own.pixels for own in conditions.held_out()])[::2]
+    result: dict[str, Any] = {"training pictures": len(trained())}
+    for name, own in sets.items():
+        _, distances = neighbours(own)
         result[name] = {"median": rounded(np.median(distances)), "least": rounded(distances.min())}
-        result |= {"neighbours": files} if name == "generated" else {}
     return result
 
 
-def samples() -> list[int]:
-    """Which 32 of the measured pictures: of every third concept the first seed, styles by turns."""
-    each = len(conditions.STYLES) * conditions.SEEDS
-    return [3 * k * each + k % 2 * conditions.SEEDS for k in range(32)]
+def samples(*, new: bool) -> list[int]:
+    """Which 32 of the measured pictures: of every third concept, styles by turns, on a background that was never trained
+    with it or on one that was."""
+    asked, each = conditions.measured(), len(conditions.STYLES) * conditions.SEEDS
+    firsts = [3 * k * each + k % 2 * conditions.SEEDS for k in range(32)]
+    return [next(first + s for s in range(conditions.SEEDS) if asked[first + s].new == new) for first in firsts]
 
 
-def neighbours(made: np.ndarray) -> tuple[list[str], np.ndarray]:
+def trained() -> list[Path]:
+    """The pictures that the base saw."""
+    return sorted(file for part in ("base", "controls") for file in (pictures.DATA / part / "images").iterdir())
+
+
+def neighbours(made: np.ndarray) -> tuple[list[Path], np.ndarray]:
     """For pictures (n, 64, 64, 3) uint8 the nearest training picture, and the root mean square between them, both halved to
     32 px, in [0, 1]."""
-    files = sorted((pictures.DATA / "base/images").iterdir())
+    files = trained()
     wanted, best, nearest = small(made), np.full(len(made), np.inf), np.zeros(len(made), int)
     for start in range(0, len(files), 2048):
         known = small(np.stack([np.asarray(Image.open(file)) for file in files[start : start + 2048]]))
         squares = (wanted**2).sum(1)[:, None] + (known**2).sum(1) - 2 * wanted @ known.T
         nearest = np.where(squares.min(1) < best, start + squares.argmin(1), nearest)
         best = np.minimum(best, squares.min(1))
-    return [files[k].name for k in nearest], np.sqrt(best.clip(0) / wanted.shape[1])
+    return [files[k] for k in nearest], np.sqrt(best.clip(0) / wanted.shape[1])
 
 
 def small(many: np.ndarray) -> np.ndarray:
@@ -308,7 +316,8 @@ def figures_of(model: Model) -> dict[str, Any]:
 
 
 def bounds(figures: dict[str, Any], wanted: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """What was to be reached, and whether it was; a control of `wanted` that is not there is a miss."""
+    """What was to be reached, and whether it was; a control of `wanted` that is not there is a miss. Guidance over the
+    image is held to the bounds of the plain control, too, which was not said beforehand."""
     rows: list[dict[str, Any]] = []
 
     def row(what: str, value: float, bound: float, *, most: bool = False) -> None:

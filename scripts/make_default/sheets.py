@@ -86,12 +86,15 @@ def lines(model: Model, rows: Sequence[tuple[str, str, Image.Image]], photos: bo
 
 
 def nearest(model: Model) -> tuple[list[Tile], int]:
-    """Generated pictures of the measured concepts, and the nearest training picture right of each."""
-    made, asked = np.load(model.file("captions", "npy"))[samples()], conditions.measured()
+    """Generated pictures of the measured concepts, and the nearest training picture right of each.
+
+    Of pairs of concept and background that were trained, where something learned by heart would show.
+    """
+    chosen, asked = samples(new=False), conditions.measured()
+    made = np.load(model.file("captions", "npy"))[chosen]
     tiles: list[Tile] = []
-    for k, picture, file, distance in zip(samples(), made, *neighbours(made), strict=True):
-        near = np.asarray(Image.open(pictures.DATA / "base/images" / file))
-        tiles += [(picture, asked[k].prompt), (near, f"{file.removesuffix('.png')} at {distance:.3f}")]
+    for k, picture, file, distance in zip(chosen, made, *neighbours(made), strict=True):
+        tiles += [(picture, asked[k].prompt), (np.asarray(Image.open(file)), f"{file.stem} at {distance:.3f}")]
     return tiles, 8
 
 
