@@ -81,6 +81,9 @@ def test_an_engine_gives_the_same_figures_and_is_named(photos: Path, tmp_path: P
 
 def test_a_report_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
     class Broken:
+        def to_json(self) -> str:
+            return "{}"
+
         def page(self, folder: Path) -> None:
             (folder / "000-00.png").write_bytes(b"half")
             raise OSError("no space")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from diffusion_kit.models import onednn
 from diffusion_kit.models.packed import Packing, unpack_all
-from diffusion_kit.sampling.engines import AOTI, Captured, Compiled, CudaGraphs, Engine, OpenVINO, eager
+from diffusion_kit.sampling.engines import AOTI, Compiled, CudaGraphs, Engine, OpenVINO, eager
 
 ENGINES: dict[str, Callable[[], Engine]] = {
     "eager": lambda: eager,
@@ -78,23 +78,16 @@ def fastest(unet: Any) -> tuple[Engine, dict[str, float]]:
         }
         for _ in range(ROUNDS):
             for name, engine in engines.items():
-                run = prepared(engine, probe, inputs)
+                run = (
+                    engine.captured(probe, inputs, "a block")  # it leaves single networks as they are
+                    if isinstance(engine, CudaGraphs)
+                    else engine.network(probe)
+                )
                 run(*inputs)  # lays weights out, or converts
                 seconds[name].append(timed(lambda run=run: run(*inputs), unet.device))
                 unpack_all(probe.executed)
     medians = {name: median(own) for name, own in seconds.items() if not engines[name].notes}
     return ENGINES[min(medians, key=medians.__getitem__)](), medians
-
-
-def prepared(engine: Engine, probe: Probe, inputs: tuple[Tensor, ...]) -> Callable[..., Any]:
-    """The probe as the engine would run it in a step."""
-    if isinstance(engine, CudaGraphs):
-        try:
-            return Captured(probe, inputs, engine.capture)
-        except Exception as error:  # torch raises many kinds
-            engine.cannot(error)
-            return probe
-    return engine.network(probe)
 
 
 def timed(run: Callable[[], Any], device: torch.device) -> float:

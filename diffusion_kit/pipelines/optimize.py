@@ -134,7 +134,8 @@ def networks(pipe: Any) -> dict[str, Any]:
 def executor_of(pipe: Any, name: str, net: Any) -> str:
     """What runs one of the networks."""
     if net is pipe.unet or isinstance(net, ControlNetModel):
-        return f"by {pipe.engine.name}" if obstacle(net) is None else "through its own forward"
+        why = pipe.obstacle if net is pipe.unet else obstacle(net)
+        return f"by {pipe.engine.name}" if why is None else "through its own forward"
     if isinstance(net, ControlLoRA):
         return "as what the UNet becomes with it"
     if "text_encoder" in name or name == "prior_prior":

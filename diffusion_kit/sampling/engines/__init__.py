@@ -1,8 +1,8 @@
 """What executes a step: see `engine`."""
 
 from .aoti import AOTI
-from .compiled import Compiled, Graphs
-from .cudagraph import Captured, CudaGraphs
+from .compiled import Compiled
+from .cudagraph import CudaGraphs
 from .engine import Engine, Network, StepFunction, eager
 from .openvino import OpenVINO
 from .remembered import Answers, Remembered
@@ -10,11 +10,9 @@ from .remembered import Answers, Remembered
 __all__ = [
     "AOTI",
     "Answers",
-    "Captured",
     "Compiled",
     "CudaGraphs",
     "Engine",
-    "Graphs",
     "Network",
     "OpenVINO",
     "Remembered",

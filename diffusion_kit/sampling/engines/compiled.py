@@ -2,48 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
 from itertools import count
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from diffusion_kit.sampling.doors import Tree, shapes
+from diffusion_kit.sampling.doors import Tree
 from diffusion_kit.sampling.step import Step
 
-from .engine import Engine, StepFunction
-from .recent import Recent
-from .weights import settings
-
-GRAPHS = 32  # that are kept
-
-
-class Graphs(Engine):
-    """Engines that have a graph for each signature: the step, the shapes of its tensors, and what is set on its modules,
-    which is a constant of the graph. A subclass gives `make`. What it cannot make runs as it is."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.graphs: Recent[StepFunction] = Recent(GRAPHS)
-        self.settings: dict[nn.Module, Hashable] = {}
-
-    def begin(self, nets: Iterable[nn.Module]) -> None:
-        self.settings = {net: settings(net) for net in nets}
-
-    def __call__(self, step: Step, state: Tensor, tensors: Tree) -> StepFunction:
-        if step.own_forward:
-            self.note(f"eager: {self.name} leaves networks that run through their own forward as they are")
-            return step
-        signature = (step, shapes(state), shapes(tensors), tuple(self.settings.get(net) for net in step.executed))
-        return self.graphs.get(signature, lambda: self.make(step, state, tensors))
-
-    def make(self, step: Step, state: Tensor, tensors: Tree) -> StepFunction:
-        raise TypeError(f"{type(self).__name__} makes nothing")
-
-    def cannot(self, error: Exception) -> None:
-        told = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        self.note(f"a step runs as it is, {self.name} cannot: {told[0].strip()[:200]}")
+from .engine import StepFunction
+from .graphs import Graphs
 
 
 class Compiled(Graphs):
@@ -81,6 +50,6 @@ class CompiledStep:
         except Exception as error:  # a compiler may raise anything
             if self.run is self.step:
                 raise
-            self.engine.cannot(error)
+            self.engine.cannot("a step", error)
             self.run = self.step
         return self.step(state, call, tensors)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+from abc import ABC, abstractmethod
 from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,16 +27,14 @@ from .weights import content, park, sampled, state
 PACKAGES = ("torch", "diffusers", "diffusion_kit")  # on whose versions a conversion depends
 
 
-class Converting(Engine):
-    """A subclass gives `convert` and `load`.
-
+class Converting(Engine, ABC):
+    """
     Args:
         folder: where converted networks are kept.
         parks: weights of converted networks lie in a file meanwhile (see `weights.park`).
     """
 
     copies = True
-    runtime: ClassVar[str]  # what it calls itself in a note
     packages: ClassVar[tuple[str, ...]] = PACKAGES
 
     def __init__(self, folder: Path, *, parks: bool = True) -> None:
@@ -44,13 +43,13 @@ class Converting(Engine):
         self.made: dict[Any, Made] = {}
         self.used: set[Hashable] = set()
 
+    @abstractmethod
     def convert(self, flat: Flat, example: tuple[Tensor, ...], new: Path) -> None:
         """Writes the converted network into the new folder."""
-        raise TypeError(f"{type(self).__name__} converts nothing")
 
+    @abstractmethod
     def load(self, folder: Path, network: Any, inputs: Tree) -> Any:
         """A function of trees of tensors, as the network is one."""
-        raise TypeError(f"{type(self).__name__} converts nothing")
 
     def machine(self) -> str:
         """What of the machine is in a converted network."""
@@ -86,8 +85,7 @@ class Converting(Engine):
                 park(network.executed, self.folder)
             runner = self.load(folder, network, inputs)
         except Exception as error:  # a converter may raise anything
-            told = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-            self.note(f"{type(network).__name__} runs as it is, {self.runtime} cannot: {told[0].strip()[:200]}")
+            self.cannot(type(network).__name__, error)
             return network
         return runner
 

@@ -18,9 +18,9 @@ from torch import Tensor
 from diffusion_kit.sampling.doors import Tree
 from diffusion_kit.sampling.step import Step
 
-from .compiled import Graphs
 from .engine import StepFunction
 from .exported import filled, leaves, version
+from .graphs import Graphs
 from .weights import places
 
 WARM_UP = 3  # runs before a capture, in which libraries choose their kernels and take their workspaces
@@ -61,11 +61,15 @@ class CudaGraphs(Graphs):
 
     def make(self, step: Step, state: Tensor, tensors: Tree) -> StepFunction:
         call = torch.zeros(1, dtype=torch.long, device=state.device)
+        return self.captured(step, (state, call, tensors), "a step")
+
+    def captured(self, function: Any, inputs: tuple[Tree, ...], what: str) -> Any:
+        """A graph of a function of such inputs, or the function where it cannot be captured."""
         try:
-            return Captured(step, (state, call, tensors), self.capture)
-        except Exception as error:  # out of memory, or an operation that cannot be captured
-            self.cannot(error)
-            return step
+            return Captured(function, inputs, self.capture)
+        except Exception as error:  # out of memory, or an operation that no graph holds
+            self.cannot(what, error)
+            return function
 
     def renew(self) -> None:
         """Forgets graphs that read weights where they are no more, and steps that could not be captured."""

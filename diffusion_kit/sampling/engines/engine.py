@@ -34,10 +34,12 @@ class Engine:
         name: what `explain()` and the command line call it.
         notes: what it did otherwise than it was asked, a line each; a `listener` is told of each at once.
         attention: of the signature of torch's scaled_dot_product_attention.
+        runtime: what it calls itself in a note.
         copies: it has a copy of the weights for every set of inputs, so that a network should have the same in every step.
     """
 
     name = "eager"
+    runtime = ""  # its name
     attention: Callable[..., Tensor] = staticmethod(F.scaled_dot_product_attention)
     copies = False
 
@@ -58,6 +60,11 @@ class Engine:
     def network(self, network: Any) -> Any:
         """What runs in place of a `Network`."""
         return network
+
+    def cannot(self, what: str, error: Exception) -> None:
+        """Notes that something runs as it is, and the first line of why."""
+        told = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        self.note(f"{what} runs as it is, {self.runtime or self.name} cannot: {told[0].strip()[:200]}")
 
     def note(self, line: str) -> None:
         if line not in self.notes:

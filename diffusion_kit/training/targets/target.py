@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -28,7 +29,7 @@ class Losses(NamedTuple):
     level: Tensor
 
 
-class Target(nn.Module):
+class Target(nn.Module, ABC):
     """
     Attributes:
         conditioned: whether it sees condition images.
@@ -47,12 +48,12 @@ class Target(nn.Module):
     def executed(self) -> list[Any]:
         return []
 
-    def forward(self, batch: Batch) -> Losses:
-        raise NotImplementedError
+    @abstractmethod
+    def forward(self, batch: Batch) -> Losses: ...
 
+    @abstractmethod
     def save(self, folder: Path) -> None:
         """Writes what diffusers loads."""
-        raise NotImplementedError
 
     @property
     def scale_factor(self) -> int:
@@ -61,8 +62,8 @@ class Target(nn.Module):
 
     @property
     def control(self) -> Any:
-        """What a `Control` takes for its model, if the target is one."""
-        raise NotImplementedError
+        """What a `Control` takes for its model; None where the target is no control."""
+        return None
 
     def pipeline(self) -> Any:
         """Makes pictures with the weights as they are; None where the target alone makes none."""

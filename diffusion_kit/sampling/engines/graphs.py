@@ -1,0 +1,41 @@
+"""Engines that run a whole step as one graph."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Hashable, Iterable
+
+from torch import Tensor, nn
+
+from diffusion_kit.sampling.doors import Tree, shapes
+from diffusion_kit.sampling.step import Step
+
+from .engine import Engine, StepFunction
+from .recent import Recent
+from .weights import settings
+
+GRAPHS = 32  # that are kept
+
+
+class Graphs(Engine, ABC):
+    """Engines that have a graph for each signature: the step, the shapes of its tensors, and what is set on its modules,
+    which is a constant of the graph. A step without a graph runs as it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.graphs: Recent[StepFunction] = Recent(GRAPHS)
+        self.settings: dict[nn.Module, Hashable] = {}
+
+    def begin(self, nets: Iterable[nn.Module]) -> None:
+        self.settings = {net: settings(net) for net in nets}
+
+    def __call__(self, step: Step, state: Tensor, tensors: Tree) -> StepFunction:
+        if step.own_forward:
+            self.note(f"eager: {self.name} leaves networks that run through their own forward as they are")
+            return step
+        signature = (step, shapes(state), shapes(tensors), tuple(self.settings.get(net) for net in step.executed))
+        return self.graphs.get(signature, lambda: self.make(step, state, tensors))
+
+    @abstractmethod
+    def make(self, step: Step, state: Tensor, tensors: Tree) -> StepFunction:
+        """A graph of the step for such tensors, or the step where there can be none."""
