@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import threading
 from collections import Counter
@@ -12,7 +13,7 @@ import pytest
 import torch
 import training_models
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from diffusion_kit.training.data.crops import bucket_sizes, make_crop, nearest_bucket
 from diffusion_kit.training.data.order import Order, share
@@ -173,6 +174,18 @@ def test_a_store_keeps_what_several_writers_put_at_once(tmp_path):
     assert store.get("99") is None
 
 
+def test_of_two_copies_the_same_counts_for_everybody(tmp_path):
+    """Whoever reads the folder later, or wrote first, finds the shard whose name comes first."""
+    stores = [Store(tmp_path) for _ in range(6)]
+    for n, store in enumerate(stores):
+        store.put("a", {"x": torch.tensor([n])})
+        store.flush()
+    for store in (*stores, Store(tmp_path)):
+        store.refresh()
+    first = load_file(min(tmp_path.glob("*.safetensors")))["a/x"]
+    assert {store.get("a")["x"].item() for store in (*stores, Store(tmp_path))} == {first.item()}
+
+
 def test_a_store_goes_on_after_a_kill(tmp_path):
     """A shard that was being written is not there; one that is damaged counts as missing."""
     store = Store(tmp_path)
@@ -180,7 +193,9 @@ def test_a_store_goes_on_after_a_kill(tmp_path):
     store.flush()
     save_file({"b/x": torch.ones(2)}, tmp_path / ".half.part")
     (tmp_path / "damaged.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{")
+    os.utime(tmp_path / ".half.part", (0, 0))
     again = Store(tmp_path)
+    assert not (tmp_path / ".half.part").exists(), "nobody writes it any more"
     assert "a" in again
     assert "b" not in again
 

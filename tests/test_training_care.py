@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import shutil
+import signal
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import conftest
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -19,14 +24,18 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from diffusion_kit import cli
-from diffusion_kit.training import bases, caching, checkpoints, memory, run
+from diffusion_kit.training import bases, caching, checkpoints, memory, run, validation
+from diffusion_kit.training.bases import tell_scheduler
+from diffusion_kit.training.config import ObjectiveConfig
 from diffusion_kit.training.data.cache import open_cache
 from diffusion_kit.training.data.crops import make_crop
 from diffusion_kit.training.data.samples import View, open_pictures, seen
 from diffusion_kit.training.data.sources import open_folder, open_list
 from diffusion_kit.training.keyed import Place
+from diffusion_kit.training.loop import Figures
+from diffusion_kit.training.objective import make_objective
 from diffusion_kit.training.targets import make_target
-from diffusion_kit.training.train import make_accelerator, make_trainer, train, with_batch
+from diffusion_kit.training.train import build_cache, make_accelerator, make_trainer, train, with_batch
 
 CPU = torch.device("cpu")
 EDGES = {"condition": {"detector": "canny"}}
@@ -418,6 +427,73 @@ def test_a_movq_learns_of_each_picture_by_itself(tmp_path: Path) -> None:
     near = (own.forward(batch).loss - errors).abs() < 1e-6
     assert near.any(0).all(), "each is one of the two"
     assert near.any(1).all(), "both occur"
+
+
+def test_a_validation_that_is_broken_off_at_resume_is_made_the_next_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And no step is made of what it may have left."""
+    own = {"every": 2, "pictures": 1, "steps": 1}
+    config = training_models.config("t2i_adapter", tmp_path, data=EDGES, steps=4, validation=own)
+    validate, broken = validation.validate, [True, True, False]
+
+    def signalled(*args: Any) -> Any:
+        if broken.pop(0):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return validate(*args)
+
+    monkeypatch.setattr(validation, "validate", signalled)
+    for _ in range(2):
+        assert train(config, resume=(tmp_path / "checkpoints").exists()) is None
+        assert checkpoints.step_of(checkpoints.whole(tmp_path / "checkpoints")[-1]) == 2
+        assert not run.Run(tmp_path).validations()
+    broken.append(False)
+    assert train(config, resume=True) == tmp_path / "result"
+    assert list(run.Run(tmp_path).validations()) == [2, 4]
+
+
+def test_fewer_steps_than_were_made_end_the_run(tmp_path: Path) -> None:
+    train(training_models.config("t2i_adapter", tmp_path, data=EDGES, steps=2))
+    shutil.rmtree(tmp_path / "result")
+    fewer = training_models.config("t2i_adapter", tmp_path, data=EDGES, steps=1)
+    assert train(fewer, resume=True) == tmp_path / "result"
+
+
+def test_a_scheduler_that_knows_no_zero_snr_gives_way() -> None:
+    """The base would be sampled on another schedule than it learned."""
+    scheduler = diffusers.PNDMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+    pipe = conftest.sd_pipeline(diffusers.StableDiffusionPipeline, scheduler=scheduler)
+    told = ObjectiveConfig(prediction="v_prediction", zero_terminal_snr=True)
+    objective = make_objective(scheduler, told)
+    tell_scheduler(pipe, objective, learns=True)
+    assert pipe.scheduler.alphas_cumprod[-1] == 0
+    torch.testing.assert_close(pipe.scheduler.alphas_cumprod, objective.alphas)
+
+
+def test_what_is_asked_of_a_detector_is_checked_before_the_pictures(tmp_path: Path) -> None:
+    data = {**EDGES, "condition": {"detector": "canny", "options": {"lo": 3}}}
+    config = training_models.config("t2i_adapter", tmp_path, data=data, cache={"folder": str(tmp_path / "cache")})
+    for call in (lambda: train(config), lambda: build_cache(config, (0, 1), print)):
+        with pytest.raises(TypeError, match="detector 'canny' takes no option 'lo'"):
+            call()
+    assert not (tmp_path / "cache").exists()
+
+
+def test_the_line_about_memory_knows_what_was_settled() -> None:
+    config = training_models.config("t2i_adapter", "x", batch=8)
+
+    def short() -> None:
+        with memory.explained(config) as told:
+            told.micro = 2
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(MemoryError, match="2 pictures at once do not fit into memory; try micro_batch=1 "):
+        short()
+    assert "gradient_checkpointing" not in memory.levers(config.model_copy(update={"target": "prior"}), 1)
+
+
+def test_a_step_that_is_left_out_has_no_loss() -> None:
+    assert Figures().line()["loss"] is None
 
 
 def test_a_validation_that_cannot_measure_ends_no_training(

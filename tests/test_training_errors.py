@@ -77,6 +77,13 @@ def data(tmp_path: Path, **columns: list) -> dict:
             "network.channels: a network that starts from init_from is as its weights",
         ),
         ("batch=x", "batch is 'x': it must be 1 or more, or auto"),
+        ("batch=true", "batch is True: it must be 1 or more, or auto"),
+        ("data.caption.separator=''", "data.caption.separator is '': String should have at least 1 character"),
+        ("seed=18446744073709551616", "seed is 18446744073709551616: Input should be less than"),
+        ("optimizer.betas=[1.5, 0.9]", "optimizer.betas.0 is 1.5: Input should be less than 1"),
+        ("optimizer.learning_rate=.inf", "optimizer.learning_rate is inf: Input should be a finite number"),
+        ("output=''", "output is '': String should have at least 1 character"),
+        ("data.condition.detector=cany", "no detector 'cany'; did you mean"),
         ("batch=0", "batch is 0: it must be 1 or more, or auto"),
         ("validation.seed=-1", "validation.seed is -1: Input should be greater than or equal to 0"),
         ("data.crop=random", "data.crop is random among data.crops, and these are 1: say data.crops=8"),
@@ -248,6 +255,10 @@ def test_checkpoints_of_which_none_is_whole(tmp_path, capsys):
         train(more, resume=True)
     assert (tmp_path / "metrics.jsonl").read_text() == logged
     shutil.rmtree(tmp_path / "checkpoints")
+    with pytest.raises(ValueError, match="has a result and no checkpoint: give another folder, or remove it"):
+        train(more, resume=True)
+    assert (tmp_path / "metrics.jsonl").read_text() == logged
+    shutil.rmtree(tmp_path / "result")
     train(more, resume=True)
     assert "there is no checkpoint to go on from: begins at the first step" in capsys.readouterr().out
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, DDIMScheduler
 from torch import Tensor, nn
 from torch.amp.autocast_mode import is_autocast_available
 
@@ -51,6 +52,7 @@ class Base:
     prior: Any = None
     before: str | None = None
     retried: set[str] = field(default_factory=set)
+    _black: Tensor | None = field(default=None, init=False)
 
     @property
     def unet(self) -> Any:
@@ -165,7 +167,7 @@ class Base:
     def conditioning(self, batch: Batch) -> Conditioning:
         """What the UNet sees of the captions and sizes of a batch; of a Kandinsky decoder, of the pictures themselves."""
         if self.prior is not None:
-            return {"image_embeds": embedded(self.prior, batch.samples, self.device, dropped=True)}
+            return {"image_embeds": embedded(self.prior, batch.samples, self.device, self.black())}
         new = [sample for sample in batch.samples if sample.text is None]
         found = self.text([sample.caption for sample in new], [sample.zeros for sample in new]) if new else {}
         if len(new) < len(batch):
@@ -180,6 +182,15 @@ class Base:
             found["add_time_ids"] = batch.time_ids
         return found
 
+    def black(self) -> Tensor:
+        """(D,) a black picture's embedding, which stands for none; made once of an encoder that does not learn."""
+        if self._black is not None:
+            return self._black
+        made = self.prior.get_zero_embed(1, self.device)[0].float()
+        if not any(p.requires_grad for p in self.prior.image_encoder.parameters()):
+            self._black = made
+        return made
+
     def text(self, captions: Sequence[str], zeros: Sequence[bool]) -> Conditioning:
         """`prompt_embeds` (B, tokens, width) and, with a second encoder, `add_text_embeds` (B, P); zeros where `zeros`."""
         texts = [encode_text(captions, tokenizer, encoder, self.layer) for tokenizer, encoder in self.encoders]
@@ -188,13 +199,13 @@ class Base:
         return {name: value * keep.view(-1, *(1,) * (value.ndim - 1)) for name, value in found.items()}
 
 
-def embedded(prior: Any, samples: Sequence[Sample], device: torch.device, *, dropped: bool = False) -> Tensor:
-    """(B, D) image embeddings, from the cache or of the pixels; with `dropped` a black picture's without caption."""
+def embedded(prior: Any, samples: Sequence[Sample], device: torch.device, none: Tensor | None = None) -> Tensor:
+    """(B, D) image embeddings, from the cache or of the pixels; `none` (D,) without caption, if it is given."""
     new = [s.pixels for s in samples if s.embed is None and s.pixels is not None]
     made = iter(embed(prior, torch.stack(new).to(device)) if new else ())
     rows = [next(made) if sample.embed is None else sample.embed.to(device) for sample in samples]
-    none = prior.get_zero_embed(1, device)[0].float() if dropped else None
-    return torch.stack([none if dropped and s.dropped else row for s, row in zip(samples, rows, strict=True)])
+    pairs = zip(samples, rows, strict=True)
+    return torch.stack([row if none is None or not sample.dropped else none for sample, row in pairs])
 
 
 def embed(prior: Any, pixels: Tensor) -> Tensor:
@@ -295,6 +306,8 @@ def check_channels(pipe: Any, name: str) -> None:
         ValueError: a UNet that sees more than noisy latents and a Kandinsky decoder's hint.
     """
     taken, channels = pipe.unet.config.in_channels, pipe.vae.config.latent_channels
+    if pipe.unet.config.get("addition_embed_type") == "text_time" and getattr(pipe, "text_encoder", None) is None:
+        raise ValueError(f"base.model {name} is a refiner, which no target trains: take its base")
     if taken != channels and not takes_hint(pipe.unet):
         raise ValueError(
             f"base.model {name} is for inpainting or editing: its UNet takes {taken} channels; a training starts from one "
@@ -317,7 +330,9 @@ def tell_scheduler(pipe: Any, objective: Objective, *, learns: bool) -> None:
             "objective.prediction and zero_terminal_snr are the base's own where it is frozen: leave them out"
         )
     spacing = {"timestep_spacing": "trailing"} if objective.zero_snr else {}  # begins at pure noise
-    pipe.register_modules(scheduler=own.from_config({**own.config, **told, **spacing}))
+    known = "rescale_betas_zero_snr" in inspect.signature(type(own).__init__).parameters
+    cls = DDIMScheduler if objective.zero_snr and not known else type(own)  # others would sample another schedule
+    pipe.register_modules(scheduler=cls.from_config({**own.config, **told, **spacing}))
 
 
 def load_prior(config: Config, device: torch.device) -> Any:

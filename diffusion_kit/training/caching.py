@@ -172,10 +172,10 @@ def fill_text(base: Base, pictures: Pictures, cache: Cache, dtype: torch.dtype, 
     def captions_of(index: int) -> Sequence[str]:
         return pictures.record(index).captions
 
-    captions = {caption for k in range(part[0], len(pictures), part[1]) for caption in tried(captions_of, k)} | {""}
-    new = [(c, False) for c in sorted(captions) if caption_key(c, False) not in store]
-    if caption_key("", True) not in store:
-        new.append(("", True))
+    captions = {caption for k in range(part[0], len(pictures), part[1]) for caption in tried(captions_of, k)}
+    new = [(c, False) for c in sorted(captions - {""}) if caption_key(c, False) not in store]
+    if part[0] == 0:  # what all shares need is made by one
+        new += [("", zeros) for zeros in (False, True) if caption_key("", zeros) not in store]
     for start in range(0, len(new), CAPTIONS):
         some = new[start : start + CAPTIONS]
         with torch.no_grad():

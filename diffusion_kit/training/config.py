@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import torch
 import yaml
@@ -15,6 +15,7 @@ Target = Literal["t2i_adapter", "controlnet", "control_lora", "unet", "autoencod
 
 
 DTYPES_OF = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Tree(BaseModel):
@@ -83,7 +84,7 @@ class CaptionConfig(Tree):
     """
 
     shuffle_tags: bool = False
-    separator: str = ","
+    separator: str = Field(",", min_length=1)
     keep_tags: int = Field(0, ge=0)
 
 
@@ -167,8 +168,8 @@ class OptimizerConfig(Tree):
     """
 
     name: Literal["adamw", "adamw8bit", "schedule_free"] = "adamw"
-    learning_rate: float = Field(1e-5, gt=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    learning_rate: float = Field(1e-5, gt=0, allow_inf_nan=False)
+    betas: tuple[Share, Share] = (0.9, 0.999)
     weight_decay: float = Field(1e-2, ge=0)
     epsilon: float = Field(1e-8, gt=0)
     schedule: Literal["constant", "linear", "cosine"] = "constant"
@@ -222,7 +223,7 @@ class Config(Tree):
     """
 
     target: Target
-    output: str
+    output: str = Field(min_length=1)
     base: BaseModelConfig = BaseModelConfig()
     network: dict[str, Any] = {}
     init_from: str | None = None
@@ -239,7 +240,7 @@ class Config(Tree):
     precision: Literal["no", "fp16", "bf16"] = "no"
     gradient_checkpointing: bool = False
     ema: float | None = Field(None, gt=0, lt=1)
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     threads: int | None = Field(None, ge=1)
     license: str | None = None
     log_every: int = Field(10, ge=1)
@@ -247,7 +248,7 @@ class Config(Tree):
     @field_validator("batch", mode="before")
     @classmethod
     def _number_or_auto(cls, value: Any) -> Any:
-        if value != "auto" and not (isinstance(value, int) and value >= 1):
+        if value != "auto" and not (type(value) is int and value >= 1):
             raise ValueError("it must be 1 or more, or auto")
         return value
 
@@ -330,7 +331,7 @@ def _put(tree: dict[str, Any], override: str) -> None:
 
 def _number(entries: list[Any], text: str, key: str) -> int:
     """Of an entry of a list."""
-    if not text.isdigit() or int(text) >= len(entries):
+    if not text.isdecimal() or int(text) >= len(entries):
         raise ValueError(f"{key}: {text!r} is no entry of a list of {len(entries)}; they are counted from 0")
     return int(text)
 

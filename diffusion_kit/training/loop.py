@@ -75,7 +75,7 @@ class Figures:
     def line(self) -> dict[str, Any]:
         """Means since the last line, which are forgotten."""
         bands = [total / n if n else None for total, n in zip(self.band_sums, self.band_counts, strict=True)]
-        loss = sum(self.losses) / max(1, len(self.losses))
+        loss = sum(self.losses) / len(self.losses) if self.losses else None  # every step was left out
         self.losses, self.band_sums, self.band_counts = [], [0.0] * BANDS, [0] * BANDS
         return {"loss": loss, "loss_by_noise": bands, "bad_samples": len(self.bad)}
 
@@ -102,8 +102,6 @@ class Trainer:
         named = [(name, p) for name, p in self.target.named_parameters() if p.requires_grad]
         self.names = [name for name, _ in named]
         self.weights = [p for _, p in named]
-        if config.gradient_checkpointing:
-            self.target.checkpoint_gradients()
         self.optimizer: Any = make_optimizer(config.optimizer, self.weights)
         if hasattr(self.optimizer, "train"):
             self.optimizer.train()
@@ -278,9 +276,9 @@ class Trainer:
         """The target wears its averaged weights inside the block, if there are any."""
         free = hasattr(self.optimizer, "eval")  # a schedule-free optimizer keeps an average of its own
         before = [weight.detach().clone() for weight in self.weights] if free else []
-        if free:
-            self.optimizer.eval()
         try:
+            if free:
+                self.optimizer.eval()
             with self.average.worn() if self.average is not None else nullcontext():
                 yield
         finally:

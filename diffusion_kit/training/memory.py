@@ -116,12 +116,21 @@ def limit(device: torch.device) -> int:
     return min([*own, int(available.split()[1]) * 1024])
 
 
+@dataclass
+class Told:
+    """Of which training it is told that memory is short; `micro` pictures go through the network at once."""
+
+    config: Config
+    micro: int
+
+
 def levers(config: Config, micro: int) -> str:
     """What would make a run need less memory, and is not done yet."""
     found = [f"micro_batch={max(1, micro // 2)} (batch stays)"] if micro > 1 else []
-    found += ["gradient_checkpointing=true"] if not config.gradient_checkpointing else []
+    found += ["gradient_checkpointing=true"] if not (config.gradient_checkpointing or config.target == "prior") else []
     found += ["precision=bf16"] if config.precision == "no" else []
-    found += ["cache.folder=FOLDER"] if config.cache.folder is None else []
+    caches = config.target not in ("prior", "autoencoder")  # which have none
+    found += ["cache.folder=FOLDER"] if caches and config.cache.folder is None else []
     found += ["optimizer.name=adamw8bit"] if config.optimizer.name == "adamw" else []
     return ", ".join(found) or f"data.resolution={config.data.resolution // 2}"
 
@@ -132,16 +141,17 @@ def is_short(error: BaseException) -> bool:
 
 
 @contextmanager
-def explained(config: Config) -> Iterator[None]:
-    """Turns running out of memory into one line with levers.
+def explained(config: Config) -> Iterator[Told]:
+    """Turns running out of memory into one line with levers; what is not known before the training is loaded may be set.
 
     Raises:
         MemoryError: with that line.
     """
+    told = Told(config, config.micro_batch or (config.batch if config.batch != "auto" else 1))
     try:
-        yield
+        yield told
     except RuntimeError as error:  # of which torch.OutOfMemoryError is one
         if not is_short(error):
             raise
-        micro = config.micro_batch or (config.batch if config.batch != "auto" else 1)
-        raise MemoryError(f"{micro} pictures at once do not fit into memory; try {levers(config, micro)}") from None
+        few = levers(told.config, told.micro)
+        raise MemoryError(f"{told.micro} pictures at once do not fit into memory; try {few}") from None

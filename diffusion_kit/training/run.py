@@ -29,12 +29,15 @@ import yaml
 from tqdm import tqdm
 
 from . import checkpoints
-from .config import Config, parse
+from .config import Config, parse, read
 
 LOGS = ("metrics", "timing")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 # What a run may change without being another: places, and how long it lasts and what it keeps.
-FREE = {"output", "steps", "checkpoints", "validation", "log_every", "license", "cache", "data.workers", "threads"}
+FREE = {
+    *("output", "steps", "checkpoints", "validation", "log_every", "license", "data.workers", "threads"),
+    *("cache.folder", "cache.latents", "cache.text", "cache.conditions"),
+}
 FIXED = {"target", "optimizer.name"}  # what no run can change
 
 
@@ -132,8 +135,12 @@ def begin(config: Config, resume: bool, allow: Sequence[str]) -> checkpoints.Che
         raise ValueError(f"{file} was written by no run, and would be replaced: give another output")
     if resume and found and not file.is_file():
         raise ValueError(f"output {folder} has checkpoints and no config.yaml, which says of what run: give it back")
+    if resume and not found and (folder / "result").exists():
+        raise ValueError(
+            f"output {folder} has a result and no checkpoint: give another folder, or remove it to begin anew"
+        )
     if resume and file.is_file():
-        check_same(parse(yaml.safe_load(file.read_text()), str(file)), config, allow, found[-1] if found else None)
+        check_same(read(file), config, allow, found[-1] if found else None)
     elif found or (folder / "result").exists():
         raise ValueError(f"output {folder} holds a run already: add --resume to go on with it, or give another folder")
     beside = file.with_suffix(".part")
@@ -156,7 +163,7 @@ def settled(config: Config, resume: bool) -> Config:
     file = Path(config.output) / "config.yaml"
     if not (resume and config.batch == "auto" and file.is_file()):
         return config
-    old = parse(yaml.safe_load(file.read_text()), str(file))
+    old = read(file)
     return config.model_copy(update={"batch": old.batch, "micro_batch": old.micro_batch})
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -15,7 +15,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from diffusion_kit.adapters.control import granularity
-from diffusion_kit.adapters.detectors import missing
+from diffusion_kit.adapters.detectors import check_options, detector, missing
 from diffusion_kit.evaluation.measures import measures_of
 
 from . import caching, card, checkpoints, memory, run, trial
@@ -25,6 +25,7 @@ from .data.cache import open_cache
 from .data.samples import Batch, Pictures, open_pictures
 from .loader import MicroBatches, Part, batches
 from .loop import Trainer
+from .optimizers import make_optimizer
 from .targets import make_target
 from .targets.target import Target
 from .watch import Watch
@@ -53,18 +54,19 @@ def train(
     with (
         run.locked(folder) if accelerator.is_main_process else nullcontext(),
         run.Signals(accelerator.print) as signals,
-        memory.explained(config),
+        memory.explained(config) as told,
     ):
         try:
             trainer, own = begin(config, accelerator, resume, allow)
+            told.config, told.micro = trainer.config, trainer.part.micro
             signals.stepping = True
         except run.Stopped:
             accelerator.print(f"stopped before the first step; go on with: {again}")
             return None
         try:
             with Watch(trainer, own, signals) as watch:
-                watch.begin(trainer)
-                trainer.run(watch)
+                if not watch.validate(trainer):  # that was due when the run ended
+                    trainer.run(watch)
             if not watch.ended(trainer):
                 own.say(f"stopped at step {trainer.step} of {trainer.config.steps}; go on with: {again}")
                 return None
@@ -132,7 +134,9 @@ def check(config: Config, say: Callable[[str], None]) -> bool:
         config = with_batch(config.model_copy(update={"cache": CacheConfig()}), make_accelerator(config), say)
         folder = Path(config.output)
         folder.mkdir(parents=True, exist_ok=True)
-        return trial.check(make_trainer(config, make_accelerator(config), say), folder / "check.png", say)
+        trainer = make_trainer(config, make_accelerator(config), say)
+        trainer.target.begin(lambda: first_batches(trainer))
+        return trial.check(trainer, folder / "check.png", say)
 
 
 def with_batch(config: Config, accelerator: Accelerator, say: Callable[[str], None]) -> Config:
@@ -148,14 +152,11 @@ def with_batch(config: Config, accelerator: Accelerator, say: Callable[[str], No
 
 
 def make_trainer(config: Config, accelerator: Accelerator, say: Callable[[str], None]) -> Trainer:
-    if config.validation.measure is not None:
-        measures_of(config.validation.measure)
-        if lack := missing(config.validation.measure):  # said now, not at the first validation
-            raise ValueError(f"validation.measure: {lack}")
+    check_soon(config, accelerator.num_processes)
     torch.manual_seed(config.seed)  # of weights that begin at random
-    target = make_target(config, accelerator.device)
-    pictures = open_pictures(config, target.conditioned)
-    check_sizes(target, pictures)
+    target, pictures = prepare(config, accelerator.device, say)
+    if config.gradient_checkpointing:
+        target.checkpoint_gradients()
     fill_cache(config, target.base, pictures, (accelerator.process_index, accelerator.num_processes), say)
     accelerator.wait_for_everyone()
     for store in pictures.cache.stores:
@@ -163,6 +164,41 @@ def make_trainer(config: Config, accelerator: Accelerator, say: Callable[[str], 
     if target.base is not None:
         target.base.put_away(pictures.cache)
     return Trainer(config, accelerator, target, pictures, say)
+
+
+def prepare(config: Config, device: torch.device, say: Callable[[str], None]) -> tuple[Target, Pictures]:
+    """The target and its data.
+
+    Raises:
+        FileNotFoundError, ValueError: they cannot be used, or do not fit each other, in one line.
+    """
+    target = make_target(config, device)
+    own = config.data.condition
+    if target.conditioned and own.detector is not None:
+        check_options(own.detector, detector(own.detector), own.options)
+        if lack := missing(own.detector, own.options.get("model")):
+            raise ValueError(f"data.condition.detector: {lack}")
+    if target.base is None and config.cache.folder is not None:
+        say(f"cache.folder: a target {config.target} has nothing to keep there")
+    pictures = open_pictures(config, target.conditioned)
+    check_sizes(target, pictures)
+    return target, pictures
+
+
+def check_soon(config: Config, processes: int) -> None:
+    """What can be wrong before anything is loaded.
+
+    Raises:
+        ValueError, ImportError: in one line.
+    """
+    if config.batch != "auto" and config.batch % processes:
+        told = f"batch is {config.batch}, which {processes} processes cannot share"
+        raise ValueError(f"{told}: make it a multiple of their number")
+    make_optimizer(config.optimizer, [torch.nn.Parameter(torch.zeros(1))])
+    if config.validation.measure is not None:
+        measures_of(config.validation.measure)
+        if lack := missing(config.validation.measure):  # said now, not at the first validation
+            raise ValueError(f"validation.measure: {lack}")
 
 
 def check_sizes(target: Target, pictures: Pictures) -> None:
@@ -184,8 +220,10 @@ def build_cache(config: Config, part: tuple[int, int], say: Callable[[str], None
     """
     with run.Signals(), memory.explained(config):
         try:
-            target = make_target(config, make_accelerator(config).device)
-            fill_cache(config, target.base, open_pictures(config, target.conditioned), part, say)
+            if config.threads:
+                torch.set_num_threads(config.threads)
+            target, pictures = prepare(config, make_accelerator(config).device, say)
+            fill_cache(config, target.base, pictures, part, say)
         except run.Stopped:
             raise InterruptedError("stopped; what was made is kept, the same command goes on") from None
 
@@ -226,7 +264,7 @@ def last_validation(own: run.Run) -> tuple[dict[str, float] | None, Path | None]
     return (None, None) if last is None else (found[last], own.folder / "validation" / f"step-{last:08d}")
 
 
-def first_batches(trainer: Trainer) -> list[Batch]:
-    """Some batches as they came first, the same in every process."""
+def first_batches(trainer: Trainer) -> Iterator[Batch]:
+    """Some batches as they came first, the same in every process, one after the other."""
     plan = MicroBatches(trainer.order, Part(0, 1, trainer.part.micro), 0, min(FINISH, trainer.config.steps))
-    return [batch for step in batches(trainer.pictures, plan, 0) for batch in step]
+    return (batch for step in batches(trainer.pictures, plan, 0) for batch in step)

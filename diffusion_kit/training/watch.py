@@ -39,31 +39,29 @@ class Watch:
         if stop or late or due or last or step % config.checkpoints.every == 0:
             self.save(trainer)
         if due and not stop:  # who asks a run to end may not wait for it: it is made when the run goes on
-            self.validate(trainer)
-            stop, _ = self.agreed(trainer)
+            stop = self.validate(trainer)
         return stop
 
-    def begin(self, trainer: Trainer) -> None:
-        """Makes the validation that was due when the run ended."""
-        if self.run.main and self.due(trainer) and trainer.step not in self.run.validations():
+    def validate(self, trainer: Trainer) -> bool:
+        """Makes the validation that is due, if it was not made yet; whether the run is to stop. What a signal breaks off
+        may have left the networks half changed: no step may follow, and the checkpoint was written before."""
+        if self.lacks(trainer):
             with self.signals.breaking_off():
                 self._validate(trainer)
         trainer.accelerator.wait_for_everyone()
+        return self.agreed(trainer)[0]
+
+    def lacks(self, trainer: Trainer) -> bool:
+        return self.run.main and self.due(trainer) and trainer.step not in self.run.validations()
 
     def due(self, trainer: Trainer) -> bool:
         every, step = trainer.config.validation.every, trainer.step
         return bool(every and step) and (step % every == 0 or step == trainer.config.steps)
 
-    def validate(self, trainer: Trainer) -> None:
-        if self.run.main:
-            with self.signals.breaking_off():
-                self._validate(trainer)
-        trainer.accelerator.wait_for_everyone()
-
     def ended(self, trainer: Trainer) -> bool:
         """Whether nothing is left to do but to write the result."""
-        lacks = self.run.main and self.due(trainer) and trainer.step not in self.run.validations()
-        flag = torch.tensor([trainer.step == trainer.config.steps and not lacks], device=trainer.accelerator.device)
+        done = trainer.step >= trainer.config.steps and not self.lacks(trainer)
+        flag = torch.tensor([done], device=trainer.accelerator.device)
         return bool(trainer.accelerator.gather(flag.int()).amin())
 
     def _validate(self, trainer: Trainer) -> None:
@@ -106,7 +104,8 @@ class Watch:
         timing = self.clock.row(trainer.step)
         self.run.log("metrics", line)
         self.run.log("timing", {"step": trainer.step, **timing})
-        found = f"loss {line['loss']:.4f}  {timing['images_per_second']:.1f} images/s"
+        loss = "none" if line["loss"] is None else f"{line['loss']:.4f}"
+        found = f"loss {loss}  {timing['images_per_second']:.1f} images/s"
         self.bar.set_postfix_str(found, refresh=False)
         if self.bar.disable:
             left = timedelta(seconds=round(timing["seconds_left"]))

@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from diffusion_kit import __version__
 from diffusion_kit.training.config import Config
 
 from .crops import Crop
@@ -68,7 +69,7 @@ def open_cache(config: Config, pictured: Sequence[Maker], encoders: Sequence[Mak
         cache.text = Store(root / f"text-{digest([*map(made_by, encoders), own.dtype])}")
     detector = config.data.condition
     if own.conditions and conditioned and detector.detector is not None:
-        settings = [detector.detector, sorted(detector.options.items()), detector.channels]
+        settings = [detector.detector, sorted(detector.options.items()), detector.channels, __version__]
         settings += [
             (file.stat().st_size, file.stat().st_mtime_ns) for file in weight_files(detector.options.get("model"))
         ]
@@ -93,8 +94,11 @@ def made_by(maker: Maker) -> list[Any]:
 
 
 def fingerprint(net: nn.Module) -> str:
-    """Changes with any weight of a network, and with its type."""
-    found = hashlib.sha256()
+    """Changes with any weight of a network, with its type and its configuration."""
+    config: Any = getattr(net, "config", {})
+    said = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+    own = {name: value for name, value in said.items() if name[0] != "_" and "version" not in name}
+    found = hashlib.sha256(f"{type(net).__name__}{json.dumps(own, sort_keys=True, default=str)}".encode())
     for name, value in net.state_dict().items():
         found.update(name.encode())
         found.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().data)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from diffusion_kit.training.config import SourceConfig
 
@@ -94,10 +95,16 @@ def open_list(file: Path, settings: SourceConfig) -> list[Record]:
         texts = isinstance(captions, (list, tuple)) and all(isinstance(caption, str) for caption in captions)
         if not isinstance(image, str) or not isinstance(condition, (str, type(None))) or not texts:
             raise ValueError(f"{where}: image and condition must be the paths of files, the caption a text or several")
-        size = (row["width"], row["height"]) if {"width", "height"} <= row.keys() else None
+        size = size_of(row)
         control = None if condition is None else file.parent / condition
         records.append(Record(image, file.parent / image, control, tuple(captions) or ("",), size))
     return _some(records, file)
+
+
+def size_of(row: Mapping[str, Any]) -> tuple[int, int] | None:
+    """(width, height) in pixels, where both are told."""
+    width, height = row.get("width"), row.get("height")
+    return (width, height) if isinstance(width, int) and isinstance(height, int) else None
 
 
 def open_folder(folder: Path, settings: SourceConfig) -> list[Record]:

@@ -1,9 +1,10 @@
 """Tensors by key in safetensors shards of a folder. Shards are written whole and renamed and never change, so any number of
-processes may write and read at once; what two of them wrote is there twice and does no harm."""
+processes may write and read at once; of what two of them wrote the shard whose name comes first counts, for everybody."""
 
 from __future__ import annotations
 
 import os
+import time
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +14,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from diffusion_kit.training.checkpoints import sync
+
 SHARD = 64 * 2**20  # bytes that are kept before a shard is written
+ABANDONED = 24 * 3600  # seconds after which nobody writes a shard any more
 SEPARATOR = "/"  # between a key and the name of one of its tensors
 
 
@@ -26,6 +30,9 @@ class Store:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
+        for left in folder.glob(".*.part"):  # by a process that was killed
+            if time.time() - left.stat().st_mtime > ABANDONED:
+                left.unlink(missing_ok=True)
         self._places: dict[str, tuple[Path, list[str]]] = {}
         self._known: set[Path] = set()
         self._open: dict[Path, Any] = {}
@@ -52,10 +59,12 @@ class Store:
                     names = list(tensors.keys())
             except (SafetensorError, OSError):
                 continue
+            found: dict[str, list[str]] = {}
             for full in names:
                 key, _, name = full.rpartition(SEPARATOR)
-                if self._places.setdefault(key, (shard, []))[0] == shard:
-                    self._places[key][1].append(name)
+                if self._places.get(key, (shard,))[0] >= shard:
+                    found.setdefault(key, []).append(name)
+            self._places |= {key: (shard, own) for key, own in found.items()}
 
     def get(self, key: str) -> dict[str, Tensor] | None:
         """The tensors of a key, mapped from the file, or None."""
@@ -81,6 +90,7 @@ class Store:
         beside = self.folder / f".{name}.part"
         try:
             save_file(self._kept, beside)
+            sync(beside)
             os.replace(beside, self.folder / f"{name}.safetensors")
         finally:
             beside.unlink(missing_ok=True)

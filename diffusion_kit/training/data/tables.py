@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from diffusion_kit.training.config import SourceConfig
 
-from .sources import Content, Record, Source
+from .sources import Content, Record, Source, size_of
 
 
 @dataclass(frozen=True)
@@ -92,9 +91,3 @@ def captions_of(value: Any) -> tuple[str, ...]:
     """A text, a list of texts, or nothing."""
     texts = [value] if isinstance(value, str) else value if isinstance(value, list) else []
     return tuple(text for text in texts if isinstance(text, str)) or ("",)
-
-
-def size_of(row: Mapping[str, Any]) -> tuple[int, int] | None:
-    """(width, height), where both are told."""
-    width, height = row.get("width"), row.get("height")
-    return (width, height) if isinstance(width, int) and isinstance(height, int) else None

@@ -18,8 +18,8 @@ from typing import IO, Any, NamedTuple
 
 from diffusion_kit.training.config import SourceConfig
 
-from .sources import SUFFIXES, Content, Record
-from .tables import captions_of, is_named, size_of
+from .sources import SUFFIXES, Content, Record, size_of
+from .tables import captions_of, is_named
 
 IMAGES = tuple(suffix[1:] for suffix in sorted(SUFFIXES))
 MAGIC = {b"\x89PNG\r\n\x1a\n": "png", b"\xff\xd8\xff": "jpg", b"RIFF": "webp"}  # how their files begin

@@ -7,7 +7,7 @@ The loss is a weighted sum of absolute and squared errors, of errors of the grad
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +101,7 @@ class AutoencoderTarget(Target):
         checkpoint_gradients(self.vae)
 
     @torch.no_grad()
-    def begin(self, batches: Callable[[], list[Batch]]) -> None:
+    def begin(self, batches: Callable[[], Iterable[Batch]]) -> None:
         """Puts the codes of a new MoVQ among its latents: codes that begin elsewhere are hardly ever the nearest, and stay
         unused (Zeghidour et al. 2021, arXiv 2107.03312)."""
         if not isinstance(self.vae, VQModel):
@@ -112,7 +112,7 @@ class AutoencoderTarget(Target):
             codes.copy_(latents[:, torch.linspace(0, latents.shape[1] - 1, len(codes)).long()].T)
 
     @torch.no_grad()
-    def finish(self, batches: Callable[[], list[Batch]]) -> None:
+    def finish(self, batches: Callable[[], Iterable[Batch]]) -> None:
         """Measures the latents' channels, so that the UNet sees them with mean 0 and deviation 1: by the configuration, or
         by the weights of a MoVQ, which has no place for it there."""
         vae = self.vae
@@ -124,7 +124,7 @@ class AutoencoderTarget(Target):
         else:
             vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
 
-    def _latents(self, batches: list[Batch]) -> Tensor:
+    def _latents(self, batches: Iterable[Batch]) -> Tensor:
         """(C, N), of every area of the pictures that can be used."""
         rows = []
         for batch in batches:

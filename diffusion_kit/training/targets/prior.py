@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -65,11 +65,11 @@ class PriorTarget(Target):
         }
 
     @torch.no_grad()
-    def begin(self, batches: Callable[[], list[Batch]]) -> None:
+    def begin(self, batches: Callable[[], Iterable[Batch]]) -> None:
         """Measures mean and deviation of image embeddings, which the prior keeps with its weights, where it is new."""
         if self.prior.clip_mean.any():
             return
-        used = [[sample for sample in batch.samples if sample.weight] for batch in batches()]
+        used = ([sample for sample in batch.samples if sample.weight] for batch in batches())
         rows = torch.cat([embedded(self.pipe, own, self.prior.device) for own in used if own])
         std, mean = torch.std_mean(rows, 0)
         self.prior.clip_mean.data = mean[None]

@@ -6,7 +6,7 @@ import difflib
 import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -76,10 +76,10 @@ class Target(nn.Module, ABC):
         """What a checkpoint holds of it."""
         return dict(self.state_dict())
 
-    def begin(self, batches: Callable[[], list[Batch]]) -> None:
+    def begin(self, batches: Callable[[], Iterable[Batch]]) -> None:
         """Before the first step: what is measured once over some batches."""
 
-    def finish(self, batches: Callable[[], list[Batch]]) -> None:
+    def finish(self, batches: Callable[[], Iterable[Batch]]) -> None:
         """After the last step: what is measured once over some batches."""
 
 
