@@ -236,6 +236,15 @@ def test_in_a_log_the_cache_tells_how_far_it_is(tmp_path: Path, monkeypatch: pyt
     assert told[:2] == ["cache: 4 of 6 views", "cache: 6 of 6 views"]
 
 
+def test_a_refiner_is_refused(tmp_path: Path) -> None:
+    """One encoder and five numbers of its size: every step would fail."""
+    pipe = diffusers.StableDiffusionXLPipeline.from_pretrained(training_models.base())
+    pipe.register_modules(text_encoder=None, tokenizer=None)
+    pipe.save_pretrained(folder := tmp_path / "refiner")
+    with pytest.raises(ValueError, match="is a refiner, which no target trains: take its base"):
+        make_target(training_models.config("t2i_adapter", tmp_path, base={"model": str(folder)}), CPU)
+
+
 def test_a_base_that_sees_more_than_latents_is_refused(tmp_path: Path) -> None:
     from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 
