@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import training_models
+from accelerate import Accelerator
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -23,6 +24,7 @@ from diffusion_kit.training.ema import Average
 from diffusion_kit.training.keyed import Place
 from diffusion_kit.training.loader import MicroBatches, Part
 from diffusion_kit.training.optimizers import learning_rate
+from diffusion_kit.training.parallel.replicated import Replicated
 
 
 def opened(tmp_path: Path, **more):
@@ -202,15 +204,16 @@ def test_a_store_goes_on_after_a_kill(tmp_path):
 
 def test_the_average_follows_and_is_worn():
     net = torch.nn.Linear(3, 2)
-    average = Average(net, 0.9)
+    parallel = Replicated(training_models.config("unet", "x").optimizer, Accelerator(cpu=True), net)
+    average = Average(parallel.pieces(), 0.9)
     first = net.weight.detach().clone()
     net.weight.data += 1
     for step in range(400):
-        average.update(step + 1000)
+        average.update(parallel.pieces(), step + 1000)
     torch.testing.assert_close(average.means["weight"], first + 1, rtol=0, atol=1e-4)
     net.weight.data += 1
     own = net.weight.detach().clone()
-    with average.worn():
+    with parallel.worn(average.means):
         torch.testing.assert_close(net.weight.detach(), first + 1, rtol=0, atol=1e-4)
     assert torch.equal(net.weight.detach(), own)
 

@@ -180,7 +180,7 @@ def test_gradient_checkpointing_runs_blocks_again(tmp_path):
     forward = None
     batch = first_batch(trainer, 2)
     with torch.enable_grad(), trainer.executing():
-        loss = trainer.module(batch).loss.sum()
+        loss = trainer.parallel.module(batch).loss.sum()
         forward = len(calls)
         loss.backward()
     assert len(calls) > 1.5 * forward

@@ -582,10 +582,10 @@ def test_batch_auto_leaves_nothing_of_its_probe(tmp_path: Path, monkeypatch: pyt
 
     def watched(trainer: Any, say: Any) -> int:
         probes.append(weakref.ref(trainer.target))
-        before = [weight.detach().clone() for weight in trainer.weights]
+        before = [weight.detach().clone() for weight in trainer.parallel.pieces().values()]
         found = find(trainer, say)
-        assert trainer.optimizer.state, "a step of the optimizer is part of what has to fit"
-        assert all(torch.equal(a, b) for a, b in zip(before, trainer.weights, strict=True))
+        assert trainer.parallel.optimizer.state, "a step of the optimizer is part of what has to fit"
+        assert all(torch.equal(a, b) for a, b in zip(before, trainer.parallel.pieces().values(), strict=True))
         return found
 
     monkeypatch.setattr(memory, "fitting_batch", watched)

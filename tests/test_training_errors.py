@@ -183,7 +183,7 @@ def test_data_that_goes_away_ends_a_run_before_it_learns_from_nothing(tmp_path):
     seen = []
 
     def pictures_go(trainer):
-        seen.append([weight.detach().clone() for weight in trainer.weights])
+        seen.append([weight.detach().clone() for weight in trainer.parallel.pieces().values()])
         if trainer.step == 2:
             for file in (tmp_path / "data").glob("*.png"):
                 file.unlink()
@@ -196,7 +196,7 @@ def test_data_that_goes_away_ends_a_run_before_it_learns_from_nothing(tmp_path):
         trainer.run(pictures_go)
     assert trainer.step == 21
     assert any(not torch.equal(a, b) for a, b in zip(seen[0], seen[1], strict=True))
-    assert all(torch.equal(a, b) for a, b in zip(seen[1], trainer.weights, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(seen[1], trainer.parallel.pieces().values(), strict=True))
 
 
 def test_what_lies_in_the_folder_of_a_run_is_left_alone(tmp_path):

@@ -32,6 +32,7 @@ class BaseModelConfig(Tree):
         vae: folder or hub id of another autoencoder (one that is safe in fp16), or None for the base's own.
         prior: of Kandinsky 2.2, the folder or hub id of its prior.
         revision, variant: of a hub id.
+        spread: whether its UNet is spread over the processes by ZeRO's stage 3; None: there it is.
     """
 
     model: str = "default"
@@ -39,6 +40,7 @@ class BaseModelConfig(Tree):
     prior: str | None = None
     revision: str | None = None
     variant: str | None = None
+    spread: bool | None = None
 
 
 class SourceConfig(Tree):
@@ -220,6 +222,7 @@ class Config(Tree):
         batch: pictures a step over all processes, or "auto".
         micro_batch: pictures that a process sends through the network at once; None: its share of the batch.
         ema: decay of the average of the weights that is saved and shown, or None.
+        deepspeed: DeepSpeed's configuration, a file or a tree, or None: every process holds all weights.
     """
 
     target: Target
@@ -243,6 +246,7 @@ class Config(Tree):
     seed: int = Field(0, ge=0, lt=2**63)
     threads: int | None = Field(None, ge=1)
     license: str | None = None
+    deepspeed: str | dict[str, Any] | None = None
     log_every: int = Field(10, ge=1)
 
     @field_validator("batch", mode="before")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from math import isfinite
 from typing import Any
@@ -17,14 +17,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffusion_kit.models.attention import installed
 
-from . import checkpoints
 from .checkpoints import Checkpoint
 from .config import Config
 from .data.order import Order
 from .data.samples import Batch, Pictures, Sample
 from .ema import Average
 from .loader import MicroBatches, Part, batches
-from .optimizers import learning_rate, make_optimizer
+from .optimizers import learning_rate
+from .parallel import make_parallel
+from .parallel.parallel import Moments
 from .targets.target import Target
 
 BANDS = 10  # of noise levels, for the loss by band
@@ -99,15 +100,8 @@ class Trainer:
 
     def __post_init__(self) -> None:
         config = self.config
-        named = [(name, p) for name, p in self.target.named_parameters() if p.requires_grad]
-        self.names = [name for name, _ in named]
-        self.weights = [p for _, p in named]
-        self.optimizer: Any = make_optimizer(config.optimizer, self.weights)
-        if hasattr(self.optimizer, "train"):
-            self.optimizer.train()
-        self.average = Average(self.target, config.ema) if config.ema else None
-        self.module = self.accelerator.prepare_model(self.target)
-        self.scaler = self.accelerator.scaler
+        self.parallel = make_parallel(config, self.accelerator, self.target, self.say)
+        self.average = Average(self.parallel.pieces(), config.ema) if config.ema else None
         held = config.data.holdout
         count = len(self.pictures) - held
         batch = int(config.batch)
@@ -137,47 +131,44 @@ class Trainer:
 
     def learn(self, micro_batches: list[Batch]) -> None:
         """One step of the optimizer."""
-        rate = learning_rate(self.config.optimizer, self.step, self.config.steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        if not self._any(micro_batches):
+            self._note_empty(micro_batches)
+            self.step += 1
+            return
+        if not self.parallel.scheduled:
+            self.set_rate()
         torch.manual_seed(hash((self.config.seed, self.step)) & 0x7FFFFFFF)  # of networks that have dropout
         parts = []
         for k, batch in enumerate(micro_batches):
-            last = k == len(micro_batches) - 1
-            with self.accelerator.no_sync(self.module) if not last else nullcontext():
-                losses, levels = self.module(batch.to(self.accelerator.device))
+            with self.parallel.accumulating(last=k == len(micro_batches) - 1):
+                losses, levels = self.parallel.module(batch.to(self.accelerator.device))
                 weighted = losses * batch.weight.to(losses)
                 # Processes' gradients are averaged, so each sum is over the batch of one process.
-                self._backward(weighted.sum() * self.part.processes / self.order.batch)
+                self.parallel.backward(weighted.sum() * self.part.processes / self.order.batch)
             parts.append((batch, losses.detach(), levels))
         samples = [sample for batch, _, _ in parts for sample in batch.samples]
         seen = self._seen(samples, parts)
-        if seen[:, 2].any():
-            self._note(samples, seen, finite=self._update())
-        else:
-            self.optimizer.zero_grad(set_to_none=True)
-            self._note_empty()
+        finite = self.parallel.update()
+        if self.average is not None:
+            self.average.update(self.parallel.pieces(), self.step)
+        self._note(samples, seen, finite)
         self.step += 1
 
-    def _backward(self, loss: Tensor) -> None:
-        (self.scaler.scale(loss) if self.scaler is not None else loss).backward()
+    def set_rate(self) -> None:
+        rate = learning_rate(self.config.optimizer, self.step, self.config.steps)
+        for group in self.parallel.optimizer.param_groups:
+            group["lr"] = rate
 
-    def _update(self) -> bool:
-        """Steps down the gradient, if it is finite; whether it was, or is to be with the next loss scale."""
-        if self.scaler is not None:
-            self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.weights, self.config.optimizer.clip or math.inf)
-        finite = bool(torch.isfinite(norm))
-        if self.scaler is not None:
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-            finite = finite or self.scaler.get_scale() >= 1  # a scale that was too large has fallen
-        elif finite:
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.average is not None:
-            self.average.update(self.step)
-        return finite
+    def _any(self, micro_batches: list[Batch]) -> bool:
+        """Whether any process has a picture for this step."""
+        return self.any(any(sample.weight for batch in micro_batches for sample in batch.samples))[0]
+
+    def any(self, *own: bool) -> list[bool]:
+        """Whether each holds in any process: the same answer in all of them."""
+        if self.part.processes == 1:
+            return list(own)
+        flags = torch.tensor([own], dtype=torch.int32, device=self.accelerator.device)
+        return [bool(flag) for flag in self.accelerator.gather(flags).amax(0).tolist()]
 
     def _seen(self, samples: Sequence[Sample], parts: list[tuple[Batch, Tensor, Tensor]]) -> Tensor:
         """(B, 3): loss, noise level and weight of every sample of a step, of all processes."""
@@ -192,7 +183,7 @@ class Trainer:
         seen = self.accelerator.gather(own.float()).cpu()
         self.figures.used += float(seen[:, 2].sum())
         if not seen[:, 2].all():
-            self._note_bad(gather_object([(sample.name, sample.problem) for sample in samples if sample.problem]))
+            self._note_bad(samples)
         return seen
 
     def _note(self, samples: Sequence[Sample], seen: Tensor, finite: bool) -> None:
@@ -216,8 +207,9 @@ class Trainer:
             told = ", ".join(f"{name} ({loss:.3g})" for loss, name in sorted(named, reverse=True)[:4])
             self.say(f"step {self.step + 1}: the loss stands out, {float(losses.mean()):.4g}: {told}")
 
-    def _note_empty(self) -> None:
+    def _note_empty(self, micro_batches: list[Batch]) -> None:
         """A step without a picture changes nothing."""
+        self._note_bad([sample for batch in micro_batches for sample in batch.samples])
         self.figures.empty += 1
         most = PATIENCE if self.figures.used else min(self.order.length(0), PATIENCE)
         if self.figures.empty >= most:
@@ -226,8 +218,8 @@ class Trainer:
                 f"no picture of the data could be used in {most} steps one after the other; the last: {problem}"
             )
 
-    def _note_bad(self, problems: list[tuple[str, str]]) -> None:
-        for name, problem in problems:
+    def _note_bad(self, samples: Sequence[Sample]) -> None:
+        for name, problem in gather_object([(sample.name, sample.problem) for sample in samples if sample.problem]):
             if name not in self.figures.bad:
                 self.figures.bad[name] = problem
                 self.say(f"left out: {problem}")
@@ -247,42 +239,27 @@ class Trainer:
     # State
 
     def checkpoint(self) -> Checkpoint:
-        tensors: dict[str, dict[str, Tensor]] = {"weights": self.target.kept()}
+        """Whole, in every process; all take part."""
+        moments = self.parallel.moments()
+        tensors = {"weights": self.parallel.weights(), "optimizer": moments.tensors}
         if self.average is not None:
-            tensors["ema"] = self.average.means
-        tensors["optimizer"], optimizer = checkpoints.flat_optimizer(self.optimizer, self.names)
+            tensors["ema"] = self.parallel.joined(self.average.means)
         state = {
             "step": self.step,
             "data": self.pictures.digest,
             "figures": vars(self.figures),
-            "optimizer": optimizer,
-            "scaler": self.scaler.state_dict() if self.scaler is not None else None,
+            "optimizer": moments.values,
         }
         return Checkpoint(tensors, state)
 
     def load(self, checkpoint: Checkpoint) -> None:
-        self.target.load_state_dict(checkpoint.tensors["weights"], strict=False)  # `kept` may be less than all
+        weights, own = checkpoint.tensors["weights"], checkpoint.state["optimizer"]
+        self.parallel.load(weights, Moments(dict(checkpoint.tensors["optimizer"]), own))
         if self.average is not None:
-            self.average.load(checkpoint.tensors.get("ema", checkpoint.tensors["weights"]))
-        own = checkpoint.state["optimizer"]
-        checkpoints.load_optimizer(self.optimizer, self.names, checkpoint.tensors["optimizer"], own)
+            self.average.load(self.parallel.cut(checkpoint.tensors.get("ema", weights)))
         self.step = checkpoint.state["step"]
         self.figures = Figures(**checkpoint.state["figures"])
-        if self.scaler is not None and checkpoint.state["scaler"] is not None:
-            self.scaler.load_state_dict(checkpoint.state["scaler"])
 
-    @contextmanager
-    def averaged(self) -> Iterator[None]:
+    def averaged(self) -> AbstractContextManager[None]:
         """The target wears its averaged weights inside the block, if there are any."""
-        free = hasattr(self.optimizer, "eval")  # a schedule-free optimizer keeps an average of its own
-        before = [weight.detach().clone() for weight in self.weights] if free else []
-        try:
-            if free:
-                self.optimizer.eval()
-            with self.average.worn() if self.average is not None else nullcontext():
-                yield
-        finally:
-            if free:
-                self.optimizer.train()
-                with torch.no_grad():  # bit for bit: there and back it rounds
-                    torch._foreach_copy_([*self.weights], before)
+        return self.parallel.worn(self.average.means if self.average is not None else None)

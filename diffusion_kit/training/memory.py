@@ -75,7 +75,7 @@ def trial(trainer: Trainer, size: int) -> Trial | None:
             with torch.enable_grad(), trainer.executing(), accelerator.autocast():
                 losses, _ = trainer.target(batch.to(accelerator.device))
                 losses.sum().backward()
-            still(trainer.optimizer)
+            still(trainer.parallel.optimizer)
             seconds = time.monotonic() - start
     except torch.OutOfMemoryError:
         failed = True

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import os
 import shutil
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from datetime import timedelta
@@ -26,6 +28,7 @@ from .data.samples import Batch, Pictures, open_pictures
 from .loader import MicroBatches, Part, batches
 from .loop import Trainer
 from .optimizers import make_optimizer
+from .parallel.settings import derived
 from .targets import make_target
 from .targets.target import Target
 from .watch import Watch
@@ -78,7 +81,7 @@ def train(
 
 def begin(config: Config, accelerator: Accelerator, resume: bool, allow: Sequence[str]) -> tuple[Trainer, run.Run]:
     """A training at the step from which it goes on, and its folder."""
-    config = with_batch(run.settled(config, resume), accelerator, print)
+    config = with_batch(derived(run.settled(config, resume), accelerator.num_processes), accelerator, print)
     start = run.begin(config, resume, allow) if accelerator.is_main_process else None
     accelerator.wait_for_everyone()
     if not accelerator.is_main_process and resume:
@@ -95,7 +98,8 @@ def begin(config: Config, accelerator: Accelerator, resume: bool, allow: Sequenc
     else:
         if resume:
             own.say("there is no checkpoint to go on from: begins at the first step")
-        trainer.target.begin(lambda: first_batches(trainer))
+        with trainer.parallel.worn(None):
+            trainer.target.begin(lambda: first_batches(trainer))
     if own.main:
         own.cut_logs(trainer.step)
     return trainer, own
@@ -116,6 +120,8 @@ def check_data(trainer: Trainer, start: checkpoints.Checkpoint, allow: Sequence[
 
 def make_accelerator(config: Config) -> Accelerator:
     cpu = not torch.cuda.is_available()
+    if config.deepspeed is not None:
+        alone(cpu)
     if cpu and config.precision == "fp16":
         raise ValueError("precision=fp16 needs a GPU: on a CPU take bf16, or no")
     AcceleratorState._reset_state()  # of an earlier training in this process, which may have had another precision
@@ -124,6 +130,27 @@ def make_accelerator(config: Config) -> Accelerator:
     # Gradients lie in what is sent, without a second copy; buffers, which no network here changes, are not sent.
     lean = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
     return Accelerator(mixed_precision=config.precision, cpu=cpu, kwargs_handlers=[patient, lean])
+
+
+def alone(cpu: bool) -> None:
+    """One process that nobody launched, as in a notebook, is made a group of its own: DeepSpeed wants one."""
+    if cpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if "RANK" not in os.environ:
+        own = {
+            "RANK": "0",
+            "LOCAL_RANK": "0",
+            "WORLD_SIZE": "1",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": free_port(),
+        }
+        os.environ.update(own)
+
+
+def free_port() -> str:
+    with socket.socket() as own:
+        own.bind(("127.0.0.1", 0))
+        return str(own.getsockname()[1])
 
 
 def check(config: Config, say: Callable[[str], None]) -> bool:
@@ -243,12 +270,14 @@ def fill_cache(
 
 def finish(trainer: Trainer, own: run.Run) -> Path:
     """Writes the result beside and renames it."""
-    if own.main:
-        beside = own.folder / ".result.part"
-        shutil.rmtree(beside, ignore_errors=True)
-        with trainer.averaged():
+    beside = own.folder / ".result.part"
+    with trainer.averaged():
+        if own.main or trainer.parallel.spread:
             trainer.target.finish(lambda: first_batches(trainer))
+        if own.main:
+            shutil.rmtree(beside, ignore_errors=True)
             trainer.target.save(beside)
+    if own.main:
         card.write(trainer, beside, *last_validation(own))
         shutil.rmtree(own.result, ignore_errors=True)
         beside.rename(own.result)

@@ -46,12 +46,14 @@ def check(trainer: Trainer, sheet: Path, say: Callable[[str], None]) -> bool:
 
 def learn(trainer: Trainer, batch: Batch) -> tuple[list[float], float]:
     """Losses of steps on the same batch with the same draws, and the median of their seconds."""
-    optimizer = torch.optim.AdamW(trainer.weights, RATES[has_learned(trainer.config)])
+    optimizer = torch.optim.AdamW(
+        [p for p in trainer.target.parameters() if p.requires_grad], RATES[has_learned(trainer.config)]
+    )
     losses, times = [], []
     for _ in range(STEPS):
         start = time.monotonic()
         with torch.enable_grad(), trainer.executing():
-            values, _ = trainer.module(batch.to(trainer.accelerator.device))
+            values, _ = trainer.parallel.module(batch.to(trainer.accelerator.device))
             loss = (values * batch.weight.to(values)).sum() / max(1.0, float(batch.weight.sum()))
             loss.backward()
         optimizer.step()

@@ -63,7 +63,7 @@ def validate(trainer: Trainer, folder: Path) -> dict[str, float]:
     figures: dict[str, float] = {}
     lost = set()
     base = trainer.target.base
-    with trainer.averaged(), base.at_hand() if base is not None else nullcontext():
+    with base.at_hand() if base is not None else nullcontext():
         for group in groups(trainer):
             samples = usable(trainer, group)
             figures[f"loss_{group.name}"] = loss(trainer, samples)

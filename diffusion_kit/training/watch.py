@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from datetime import timedelta
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
-import torch
 from tqdm import tqdm
 
 from . import checkpoints, run, validation
@@ -45,9 +47,11 @@ class Watch:
     def validate(self, trainer: Trainer) -> bool:
         """Makes the validation that is due, if it was not made yet; whether the run is to stop. What a signal breaks off
         may have left the networks half changed: no step may follow, and the checkpoint was written before."""
-        if self.lacks(trainer):
-            with self.signals.breaking_off():
-                self._validate(trainer)
+        if trainer.any(self.lacks(trainer))[0]:
+            spread = trainer.parallel.spread  # then nobody may break off alone
+            with trainer.averaged(), nullcontext() if spread else self.signals.breaking_off():
+                if self.run.main or spread:
+                    self._validate(trainer)
         trainer.accelerator.wait_for_everyone()
         return self.agreed(trainer)[0]
 
@@ -60,28 +64,35 @@ class Watch:
 
     def ended(self, trainer: Trainer) -> bool:
         """Whether nothing is left to do but to write the result."""
-        done = trainer.step >= trainer.config.steps and not self.lacks(trainer)
-        flag = torch.tensor([done], device=trainer.accelerator.device)
-        return bool(trainer.accelerator.gather(flag.int()).amin())
+        return not trainer.any(trainer.step < trainer.config.steps or self.lacks(trainer))[0]
 
     def _validate(self, trainer: Trainer) -> None:
         step = trainer.step
-        figures = validation.validate(trainer, self.run.folder / "validation" / f"step-{step:08d}")
+        with nullcontext(self.run.folder / "validation") if self.run.main else TemporaryDirectory() as root:
+            figures = validation.validate(trainer, Path(root) / f"step-{step:08d}")
         self.run.log("metrics", {"step": step, "validation": figures})
         self.run.say(f"step {step}  " + "  ".join(f"{name} {value:.4g}" for name, value in figures.items()))
-        self.prune(trainer)
+        if self.run.main:
+            self.prune(trainer)
 
     def save(self, trainer: Trainer) -> None:
-        """Writes a checkpoint of the step at hand, and prunes."""
-        if self.run.main and not checkpoints.is_whole(checkpoints.folder_of(self.run.checkpoints, trainer.step)):
-            content = trainer.checkpoint()
-            content.state["environment"] = run.environment(trainer.part.processes)  # type: ignore[index]
-            if not checkpoints.has_space(self.run.checkpoints, content.bytes):
-                self.prune(trainer, fewer=1)
-            checkpoints.write(self.run.checkpoints, trainer.step, content)
-            self.prune(trainer)
+        """Writes a checkpoint of the step at hand, if there is none yet, and prunes."""
+        if trainer.any(self.run.main and not checkpoints.is_whole(self.folder(trainer)))[0]:
+            content = trainer.checkpoint()  # all take part
+            if self.run.main:
+                self.write(trainer, content)
         trainer.accelerator.wait_for_everyone()
         self.saved = time.monotonic()
+
+    def folder(self, trainer: Trainer) -> Path:
+        return checkpoints.folder_of(self.run.checkpoints, trainer.step)
+
+    def write(self, trainer: Trainer, content: checkpoints.Checkpoint) -> None:
+        content.state["environment"] = run.environment(trainer.part.processes)  # type: ignore[index]
+        if not checkpoints.has_space(self.run.checkpoints, content.bytes):
+            self.prune(trainer, fewer=1)
+        checkpoints.write(self.run.checkpoints, trainer.step, content)
+        self.prune(trainer)
 
     def prune(self, trainer: Trainer, fewer: int = 0) -> None:
         keep = max(1, trainer.config.checkpoints.keep - fewer)
@@ -91,16 +102,12 @@ class Watch:
         """Whether any process was asked to stop, and whether a checkpoint is late: the same answer in all of them."""
         minutes = trainer.config.checkpoints.minutes
         late = minutes is not None and time.monotonic() - self.saved > 60 * minutes
-        own = (self.signals.received is not None, late)
-        if trainer.part.processes == 1:
-            return own
-        flags = torch.tensor([own], dtype=torch.int32, device=trainer.accelerator.device)
-        stop, late = trainer.accelerator.gather(flags).amax(0).tolist()
-        return bool(stop), bool(late)
+        stop, late = trainer.any(self.signals.received is not None, late)
+        return stop, late
 
     def log(self, trainer: Trainer) -> None:
         line = {"step": trainer.step, **trainer.figures.line()}
-        line["learning_rate"] = trainer.optimizer.param_groups[0]["lr"]
+        line["learning_rate"] = trainer.parallel.optimizer.param_groups[0]["lr"]
         timing = self.clock.row(trainer.step)
         self.run.log("metrics", line)
         self.run.log("timing", {"step": trainer.step, **timing})

@@ -1,0 +1,47 @@
+"""Ways in which processes share a training: every one with all weights, or each with a part of them (ZeRO)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from accelerate import Accelerator
+
+from diffusion_kit.training.config import Config
+from diffusion_kit.training.optimizers import make_optimizer
+from diffusion_kit.training.targets.target import Target
+
+from .parallel import Parallel
+from .replicated import Replicated
+
+
+def make_parallel(
+    config: Config, accelerator: Accelerator, target: Target, say: Callable[[str], None] = print
+) -> Parallel:
+    """
+    Raises:
+        ImportError, ValueError: DeepSpeed is asked for and not installed, or its configuration cannot be used.
+    """
+    if config.deepspeed is None:
+        return Replicated(config.optimizer, accelerator, target)
+    from .settings import settings, width_of
+    from .zero import Zero, require
+
+    require()
+    frozen = spread(config, target)
+    nets = [target, *target.children(), *frozen]
+    own = settings(config, accelerator.num_processes, width_of(nets), say)
+    weights = [weight for weight in target.parameters() if weight.requires_grad]
+    optimizer = None if "optimizer" in own else make_optimizer(config.optimizer, weights)
+    return Zero(own, optimizer, frozen, accelerator, target)
+
+
+def spread(config: Config, target: Target) -> list[Any]:
+    """Frozen networks that are spread over the processes with what is trained: in stage 3, unless it is not wanted."""
+    from .settings import get, read
+
+    stage = get(read(config.deepspeed or {}), "zero_optimization.stage")
+    if stage != 3 or config.base.spread is False or target.base is None:
+        return []
+    trained = {id(net) for net in target.modules()}
+    return [net for net in [target.base.unet] if id(net) not in trained]
