@@ -29,6 +29,10 @@ COMMANDS = {  # name: line of help, and what it does
         "train a control, or a base",
         "What is trained, on what and how, stands in one configuration; KEY=VALUE changes it.",
     ),
+    "launch": (
+        "train in several processes, here or on a cluster",
+        "Starts a training by torch's launcher, DeepSpeed's, MPI's, SLURM or Kubernetes; --dry-run prints what is started.",
+    ),
     "models": ("say what a model is", "What is embedded; what a folder, a file or a hub id is."),
     "cache": (
         "prepare a training's latents, texts and conditions",

@@ -31,11 +31,12 @@ from diffusion_kit.training.data.cache import open_cache
 from diffusion_kit.training.data.crops import make_crop
 from diffusion_kit.training.data.samples import View, open_pictures, seen
 from diffusion_kit.training.data.sources import open_folder, open_list
+from diffusion_kit.training.group import join
 from diffusion_kit.training.keyed import Place
 from diffusion_kit.training.loop import Figures
 from diffusion_kit.training.objective import make_objective
 from diffusion_kit.training.targets import make_target
-from diffusion_kit.training.train import build_cache, make_accelerator, make_trainer, train, with_batch
+from diffusion_kit.training.train import build_cache, make_trainer, train, with_batch
 
 CPU = torch.device("cpu")
 EDGES = {"condition": {"detector": "canny"}}
@@ -43,7 +44,7 @@ EDGES = {"condition": {"detector": "canny"}}
 
 def trainer(folder: Path, target: str = "t2i_adapter", **more: Any) -> Any:
     config = training_models.config(target, folder, **more)
-    return make_trainer(config, make_accelerator(config), lambda line: None)
+    return make_trainer(config, join(config), lambda line: None)
 
 
 def state(folder: Path) -> Any:
@@ -232,7 +233,7 @@ def test_in_a_log_the_cache_tells_how_far_it_is(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(caching, "EVERY", 0.0)
     monkeypatch.setattr(caching, "TOGETHER", (8 * 1024**2, 4))
     config, told = training_models.config("t2i_adapter", tmp_path, cache={"folder": str(tmp_path / "cache")}), []
-    make_trainer(config, make_accelerator(config), told.append)
+    make_trainer(config, join(config), told.append)
     assert told[:2] == ["cache: 4 of 6 views", "cache: 6 of 6 views"]
 
 
@@ -260,7 +261,7 @@ def test_a_base_that_sees_more_than_latents_is_refused(tmp_path: Path) -> None:
 def test_a_network_without_gradient_checkpointing_is_named(tmp_path: Path) -> None:
     config = training_models.config("prior", tmp_path, "kandinsky", gradient_checkpointing=True)
     with pytest.raises(ValueError, match="gradient_checkpointing: a PriorTransformer has none"):
-        make_trainer(config, make_accelerator(config), lambda line: None)
+        make_trainer(config, join(config), lambda line: None)
 
 
 def test_conditions_of_pictures_that_are_always_mirrored_are_kept(
@@ -333,7 +334,7 @@ def test_an_optimizer_may_nest_its_state() -> None:
 
 def test_a_batch_that_processes_cannot_share(tmp_path: Path) -> None:
     config = training_models.config("t2i_adapter", tmp_path, batch=3)
-    accelerator = make_accelerator(config)
+    accelerator = join(config)
     accelerator.state.num_processes = 2
     try:
         with pytest.raises(ValueError, match="batch is 3, which 2 processes cannot share"):
@@ -525,7 +526,7 @@ def test_a_validation_that_cannot_measure_ends_no_training(
     assert train(training_models.config("t2i_adapter", tmp_path / "b", data=EDGES, steps=1, validation=own)) is not None
     config = training_models.config("t2i_adapter", tmp_path / "c", validation={**own, "measure": "openpose"})
     with pytest.raises(ValueError, match=r"^validation.measure: [^\n]+$"):
-        make_trainer(config, make_accelerator(config), print)
+        make_trainer(config, join(config), print)
 
 
 def test_a_validation_that_overflows_ends_no_training_and_one_without_memory_does(
@@ -557,7 +558,7 @@ def test_a_validation_shows_as_many_as_were_asked_for(tmp_path: Path, capsys: An
     data = {**EDGES, "sources": [{"path": str(tmp_path / "data")}], "buckets": 2, "bucket_step": 16, "holdout": 1}
     told: list[str] = []
     config = training_models.config("t2i_adapter", tmp_path / "run", data=data, validation={"pictures": 3})
-    own = make_trainer(config, make_accelerator(config), told.append)
+    own = make_trainer(config, join(config), told.append)
     seen, unseen = validation.groups(own)
     assert [(group.name, len(group.indices)) for group in (seen, unseen)] == [("seen", 3), ("unseen", 1)]
     assert {own.pictures.shapes[k] for k in seen.indices} == {own.pictures.shapes[1]}
@@ -590,7 +591,7 @@ def test_batch_auto_leaves_nothing_of_its_probe(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(memory, "fitting_batch", watched)
     config = training_models.config("t2i_adapter", tmp_path, steps=1, batch="auto")
-    assert int(with_batch(config, make_accelerator(config), lambda line: None).batch) >= 1
+    assert int(with_batch(config, join(config), lambda line: None).batch) >= 1
     assert probes[0]() is None
 
 

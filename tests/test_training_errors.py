@@ -23,8 +23,9 @@ from diffusion_kit.adapters import detectors
 from diffusion_kit.training import checkpoints
 from diffusion_kit.training.config import Config, read
 from diffusion_kit.training.data.samples import Pictures
+from diffusion_kit.training.group import join
 from diffusion_kit.training.run import locked
-from diffusion_kit.training.train import check, make_accelerator, make_trainer, train
+from diffusion_kit.training.train import check, make_trainer, train
 
 SMALL = {"checkpoints": {"every": 1}, "steps": 2}
 
@@ -189,7 +190,7 @@ def test_data_that_goes_away_ends_a_run_before_it_learns_from_nothing(tmp_path):
                 file.unlink()
         return False
 
-    trainer = make_trainer(config, make_accelerator(config), lambda line: None)
+    trainer = make_trainer(config, join(config), lambda line: None)
     with pytest.raises(
         ValueError, match=r"no picture of the data could be used in 20 steps one after the other; the last"
     ):

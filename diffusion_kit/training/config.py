@@ -9,19 +9,16 @@ from typing import Annotated, Any, Literal, get_args
 
 import torch
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from .launching.config import LaunchConfig
+from .tree import Tree
 
 Target = Literal["t2i_adapter", "controlnet", "control_lora", "unet", "autoencoder", "prior", "hint_decoder"]
 
 
 DTYPES_OF = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 Share = Annotated[float, Field(ge=0, lt=1)]
-
-
-class Tree(BaseModel):
-    """A node: an unknown key is an error, and nothing changes after it was read."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class BaseModelConfig(Tree):
@@ -223,6 +220,7 @@ class Config(Tree):
         micro_batch: pictures that a process sends through the network at once; None: its share of the batch.
         ema: decay of the average of the weights that is saved and shown, or None.
         deepspeed: DeepSpeed's configuration, a file or a tree, or None: every process holds all weights.
+        launch: where it runs.
     """
 
     target: Target
@@ -247,6 +245,7 @@ class Config(Tree):
     threads: int | None = Field(None, ge=1)
     license: str | None = None
     deepspeed: str | dict[str, Any] | None = None
+    launch: LaunchConfig = LaunchConfig()
     log_every: int = Field(10, ge=1)
 
     @field_validator("batch", mode="before")

@@ -36,7 +36,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 # What a run may change without being another: places, and how long it lasts and what it keeps.
 FREE = {
     *("output", "steps", "checkpoints", "validation", "log_every", "license", "data.workers", "threads"),
-    *("deepspeed", "base.spread"),  # which share the same step in another way
+    *("deepspeed", "base.spread", "launch"),  # which share the same step in another way
     *("cache.folder", "cache.latents", "cache.text", "cache.conditions"),
 }
 FIXED = {"target", "optimizer.name"}  # what no run can change

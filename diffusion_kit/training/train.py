@@ -5,22 +5,18 @@ from __future__ import annotations
 import gc
 import os
 import shutil
-import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from datetime import timedelta
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from diffusion_kit.adapters.control import granularity
 from diffusion_kit.adapters.detectors import check_options, detector, missing
 from diffusion_kit.evaluation.measures import measures_of
 
-from . import caching, card, checkpoints, memory, run, trial
+from . import caching, card, checkpoints, group, memory, run, trial
 from .bases import Base
 from .config import CacheConfig, Config
 from .data.cache import open_cache
@@ -51,7 +47,10 @@ def train(
     """
     if config.threads:
         torch.set_num_threads(config.threads)
-    accelerator = make_accelerator(config)
+    if config.launch.ipex:
+        print("launch.ipex: Intel's extension has ended (archived March 2026); torch itself runs bf16 on CPUs")
+    accelerator = group.join(config)
+    resume = resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0  # in place of one that died
     folder = Path(config.output)
     again = run.resume_command(command)
     with (
@@ -118,50 +117,15 @@ def check_data(trainer: Trainer, start: checkpoints.Checkpoint, allow: Sequence[
         )
 
 
-def make_accelerator(config: Config) -> Accelerator:
-    cpu = not torch.cuda.is_available()
-    if config.deepspeed is not None:
-        alone(cpu)
-    if cpu and config.precision == "fp16":
-        raise ValueError("precision=fp16 needs a GPU: on a CPU take bf16, or no")
-    AcceleratorState._reset_state()  # of an earlier training in this process, which may have had another precision
-    # Processes may wait long for one another: for a share of a cache, or a validation.
-    patient = InitProcessGroupKwargs(timeout=timedelta(days=1))
-    # Gradients lie in what is sent, without a second copy; buffers, which no network here changes, are not sent.
-    lean = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
-    return Accelerator(mixed_precision=config.precision, cpu=cpu, kwargs_handlers=[patient, lean])
-
-
-def alone(cpu: bool) -> None:
-    """One process that nobody launched, as in a notebook, is made a group of its own: DeepSpeed wants one."""
-    if cpu:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    if "RANK" not in os.environ:
-        own = {
-            "RANK": "0",
-            "LOCAL_RANK": "0",
-            "WORLD_SIZE": "1",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": free_port(),
-        }
-        os.environ.update(own)
-
-
-def free_port() -> str:
-    with socket.socket() as own:
-        own.bind(("127.0.0.1", 0))
-        return str(own.getsockname()[1])
-
-
 def check(config: Config, say: Callable[[str], None]) -> bool:
     """Looks at a training before it is begun: see `trial`; whether one batch could be learned."""
     if config.threads:
         torch.set_num_threads(config.threads)
     with memory.explained(config):
-        config = with_batch(config.model_copy(update={"cache": CacheConfig()}), make_accelerator(config), say)
+        config = with_batch(config.model_copy(update={"cache": CacheConfig()}), group.join(config), say)
         folder = Path(config.output)
         folder.mkdir(parents=True, exist_ok=True)
-        trainer = make_trainer(config, make_accelerator(config), say)
+        trainer = make_trainer(config, group.join(config), say)
         trainer.target.begin(lambda: first_batches(trainer))
         return trial.check(trainer, folder / "check.png", say)
 
@@ -190,7 +154,9 @@ def make_trainer(config: Config, accelerator: Accelerator, say: Callable[[str], 
         store.refresh()
     if target.base is not None:
         target.base.put_away(pictures.cache)
-    return Trainer(config, accelerator, target, pictures, say)
+    trainer = Trainer(config, accelerator, target, pictures, say)
+    group.check(config, accelerator, trainer.parallel)
+    return trainer
 
 
 def prepare(config: Config, device: torch.device, say: Callable[[str], None]) -> tuple[Target, Pictures]:
@@ -249,7 +215,7 @@ def build_cache(config: Config, part: tuple[int, int], say: Callable[[str], None
         try:
             if config.threads:
                 torch.set_num_threads(config.threads)
-            target, pictures = prepare(config, make_accelerator(config).device, say)
+            target, pictures = prepare(config, group.join(config).device, say)
             fill_cache(config, target.base, pictures, part, say)
         except run.Stopped:
             raise InterruptedError("stopped; what was made is kept, the same command goes on") from None

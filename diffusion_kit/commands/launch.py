@@ -1,0 +1,47 @@
+"""`diffusion-kit launch`: a training in several processes, here or on a cluster."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+ON = ("local", "deepspeed", "mpi", "slurm", "kubernetes")
+AROUND = {
+    "submit": "start it",
+    "status": "its pods",
+    "logs": "what it prints",
+    "fetch": "copy the run here",
+    "delete": "remove it",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG.yaml", help="of the training; its `launch` says where it runs")
+    parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="put over it: launch.processes=2")
+    parser.add_argument("--on", choices=ON, help="what starts the processes, in place of launch.on")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of the run")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be run, and the files it needs")
+    around = parser.add_argument_group("a job on Kubernetes")
+    for name, line in zip(
+        AROUND, ("start it", "its pods", "what it prints", "copy the run here", "remove it"), strict=True
+    ):
+        around.add_argument(f"--{name}", action="store_true", help=line)
+
+
+def run(options: argparse.Namespace) -> None:
+    from diffusion_kit.training.config import read
+    from diffusion_kit.training.launching import kubernetes, launch
+    from diffusion_kit.training.launching.job import Job
+
+    overrides = [*options.overrides, *([f"launch.on={options.on}"] if options.on else [])]
+    config = read(options.config, overrides)
+    job = Job(config, Path(options.config), tuple(overrides), options.resume)
+    asked = [name for name in AROUND if getattr(options, name)]
+    if asked and config.launch.on != "kubernetes":
+        raise ValueError(f"--{asked[0]} is for a job on Kubernetes: add --on kubernetes")
+    process = kubernetes.command(job, asked[0]) if asked else launch.build(job)
+    if options.dry_run:
+        print(process)
+        return
+    sys.exit(process.run() and 1)
