@@ -21,7 +21,7 @@ def build(job: Job) -> Process:
         argv += ["--include", launch.include]
     else:
         argv += ["--num_gpus" if torch.cuda.is_available() else "--num_accelerators", str(count)]
-    files = {}
+    files: dict[Path, str] = {}
     if launch.hosts is not None:
         file, files = host_file(launch, count, Path(job.config.output))
         argv += ["--hostfile", str(file), "--num_nodes", str(launch.machines)]

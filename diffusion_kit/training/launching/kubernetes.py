@@ -164,12 +164,9 @@ def replicated(job: Job, command: list[str]) -> Manifest:
 
 def pytorch_job(job: Job) -> list[Manifest]:
     own, launch = job.launch.kubernetes, job.launch
-    replicas = {
-        "replicas": launch.machines,
-        "restartPolicy": own.restart,
-        "template": {"spec": pod(job, ["torchrun", *train(job)], "Never")},
-    }
-    del replicas["template"]["spec"]["restartPolicy"]  # the operator's
+    inner = pod(job, ["torchrun", *train(job)], "Never")
+    del inner["restartPolicy"]  # the operator's
+    replicas = {"replicas": launch.machines, "restartPolicy": own.restart, "template": {"spec": inner}}
     spec: Manifest = {"nprocPerNode": str(processes(job)), "pytorchReplicaSpecs": {"Worker": replicas}}
     if own.elastic is not None:
         elastic = own.elastic

@@ -45,7 +45,7 @@ class Parallel(ABC):
         """Steps down the gradient, if it is finite; whether it was, or is to be with the next loss scale."""
 
     @abstractmethod
-    def pieces(self) -> dict[str, Tensor]:
+    def pieces(self) -> Mapping[str, Tensor]:
         """What this process holds of every trained weight, in float32: of any shape, perhaps nothing."""
 
     @abstractmethod

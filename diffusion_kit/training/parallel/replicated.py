@@ -24,8 +24,8 @@ class Replicated(Parallel):
         self.accelerator, self.target, self.clip = accelerator, target, config.clip or math.inf
         self.named = {name: weight for name, weight in target.named_parameters() if weight.requires_grad}
         self.optimizer: Any = make_optimizer(config, self.named.values())
-        self.free = hasattr(self.optimizer, "train")  # of a schedule: then it keeps an average of its own
-        if self.free:
+        self.free = hasattr(self.optimizer, "eval")  # of a schedule: then it keeps an average of its own
+        if hasattr(self.optimizer, "train"):
             self.optimizer.train()
         self.module = accelerator.prepare_model(target)
         self.scaler = accelerator.scaler
@@ -50,7 +50,7 @@ class Replicated(Parallel):
         self.optimizer.zero_grad(set_to_none=True)
         return finite
 
-    def pieces(self) -> dict[str, Tensor]:
+    def pieces(self) -> Mapping[str, Tensor]:
         return self.named
 
     def joined(self, pieces: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -138,7 +138,7 @@ class Zero(Parallel):
         own = weight._hp_mapping
         return torch.empty(0) if own is None else own.get_hp_fragment(key)
 
-    def pieces(self) -> dict[str, Tensor]:
+    def pieces(self) -> Mapping[str, Tensor]:
         return {name: self.piece(weight) for name, weight in self.named.items()}
 
     def joined(self, pieces: Mapping[str, Tensor]) -> dict[str, Tensor]:
