@@ -1,0 +1,264 @@
+"""What each launcher is given: the same list is printed by a dry run and started by a real one."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from diffusion_kit.cli import main
+from diffusion_kit.training import group
+from diffusion_kit.training.config import parse
+from diffusion_kit.training.launching import kubernetes, launch, machine, mpi, slurm
+from diffusion_kit.training.launching.job import Job
+from diffusion_kit.training.launching.process import Process
+
+TWO = {"processes": 2, "machines": 2, "address": "node0", "hosts": ["node0", "node1"]}
+
+
+@pytest.fixture(autouse=True)
+def _plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("PYTHONPATH", "LD_PRELOAD", "HF_HOME", "HF_HUB_OFFLINE", "RANK", "WORLD_SIZE", "DIFFUSION_KIT_PROCESSES"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def job(on: str = "local", resume: bool = False, **own: Any) -> Job:
+    tree = {"target": "t2i_adapter", "output": "runs/edges", "steps": 9, "threads": 3}
+    config = parse({**tree, "launch": {"on": on, **own}}, "test")
+    return Job(config, Path("edges.yaml"), ("batch=8",), resume)
+
+
+def after(process: Process, name: str) -> str:
+    return process.argv[process.argv.index(name) + 1]
+
+
+def test_one_machine() -> None:
+    made = launch.build(job(processes=2, restarts=3, resume=True))
+    assert made.argv[:3] == (sys.executable, "-m", "torch.distributed.run")
+    assert after(made, "--nproc_per_node") == "2"
+    assert after(made, "--max-restarts") == "3"
+    assert "--standalone" in made.argv
+    assert made.argv[-6:] == ("-m", "diffusion_kit.cli", "train", "edges.yaml", "batch=8", "--resume")
+    assert made.environment == {"DIFFUSION_KIT_PROCESSES": "2", "OMP_NUM_THREADS": "3"}
+
+
+def test_the_same_command_on_every_machine() -> None:
+    made = launch.build(job(**TWO, rank=1, port=29777))
+    assert after(made, "--nnodes") == "2"
+    assert after(made, "--node_rank") == "1"
+    assert after(made, "--master_addr") == "node0"
+    assert after(made, "--master_port") == "29777"
+    assert made.environment["DIFFUSION_KIT_PROCESSES"] == "4"
+    with pytest.raises(ValueError, match=r"^launch.address is missing[^\n]*$"):
+        launch.build(job(machines=2))
+
+
+def test_deepspeeds_launcher(tmp_path: Path) -> None:
+    made = launch.build(job("deepspeed", **TWO))
+    assert Path(made.argv[0]).name == "deepspeed"
+    assert after(made, "--num_nodes") == "2"
+    assert after(made, "--module") == "diffusion_kit.cli"
+    assert list(made.files.values()) == ["node0 slots=2\nnode1 slots=2\n"]
+    assert after(made, "--hostfile") == str(next(iter(made.files)))
+    chosen = launch.build(job("deepspeed", include="node0:1"))
+    assert after(chosen, "--include") == "node0:1"
+    assert "DIFFUSION_KIT_PROCESSES" not in chosen.environment, "as many as it names"
+    (tmp_path / "hosts").write_text("a slots=1\n")
+    given = launch.build(job("deepspeed", hosts=str(tmp_path / "hosts")))
+    assert after(given, "--hostfile") == str(tmp_path / "hosts")
+    assert not given.files
+    with pytest.raises(FileNotFoundError, match="no host file"):
+        launch.build(job("deepspeed", hosts=str(tmp_path / "none")))
+
+
+def test_open_mpi_and_intel_mpi_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = job("mpi", **TWO, environment={"CCL_WORKER_COUNT": "2"})
+    opened, intel = mpi.build(own, "open"), mpi.build(own, "intel")
+    for made in (opened, intel):
+        assert after(made, "-n") == "4"
+        assert made.environment["MASTER_ADDR"] == "node0"
+        assert made.environment["CCL_WORKER_COUNT"] == "2"
+        assert made.argv[-4:] == ("diffusion_kit.cli", "train", "edges.yaml", "batch=8")
+    assert after(opened, "--map-by") == "ppr:2:node"
+    assert after(intel, "-ppn") == "2"
+    assert list(intel.files.values()) == ["node0\nnode1\n"]
+    forwarded = {opened.argv[k + 1] for k, part in enumerate(opened.argv) if part == "-x"}
+    assert forwarded == set(opened.environment)
+    told = {intel.argv[k + 1]: intel.argv[k + 2] for k, part in enumerate(intel.argv) if part == "-genv"}
+    assert told == dict(intel.environment)
+    for text, kind in {"mpirun (Open MPI) 4.1.4": "open", "Intel(R) MPI Library for Linux": "intel"}.items():
+        monkeypatch.setattr(mpi.shutil, "which", lambda name: name)
+        done = subprocess.CompletedProcess([], 0, text, "")
+        monkeypatch.setattr(mpi.subprocess, "run", lambda *args, done=done, **more: done)
+        assert mpi.flavour() == kind
+
+
+def test_a_batch_script(tmp_path: Path) -> None:
+    own = {"time": "1:00:00", "partition": "gpu", "account": "us", "cpus": 8, "gpus": 2, "options": ["--mem=0"]}
+    text = slurm.script(job("slurm", machines=2, slurm=own | {"setup": ["module load x"]}))
+    lines = text.splitlines()
+    for line in ("--nodes=2", "--ntasks-per-node=1", "--gres=gpu:2", "--time=1:00:00", "--requeue", "--mem=0"):
+        assert f"#SBATCH {line}" in lines
+    assert "module load x" in lines
+    assert "export DIFFUSION_KIT_PROCESSES=4" in lines
+    step = next(line for line in lines if line.startswith("srun"))
+    started = shlex.split(shlex.split(step)[4])  # what bash is given
+    assert started[started.index("--node_rank") + 1] == "$SLURM_NODEID"
+    assert started[started.index("--master_addr") + 1] == "$MASTER_ADDR"
+    assert started[-1] == "$RESUME"
+    file = tmp_path / "script"
+    file.write_text(text)
+    assert subprocess.run(["bash", "-n", str(file)], check=False).returncode == 0
+    made = launch.build(job("slurm"))
+    assert made.argv == ("sbatch", "runs/edges.sbatch")
+
+
+def test_manifests_hold_what_was_asked_for() -> None:
+    own = {
+        "image": "registry/kit:1",
+        "namespace": "art",
+        "claim": "disk",
+        "cpu": 12,
+        "memory": "32Gi",
+        "node_selector": {"node-type": "spr"},
+        "preload": ["/usr/lib/libtcmalloc.so.4"],
+        "elastic": {"min": 2, "max": 5, "restarts": 7},
+    }
+    for kind in ("TrainJob", "PyTorchJob", "Job"):
+        made = kubernetes.manifests(job("kubernetes", processes=3, machines=2, kubernetes={**own, "kind": kind}))
+        assert {one["metadata"]["namespace"] for one in made} == {"art"}
+        assert made[-1]["kind"] == kind
+        spec = pod_of(made)
+        container = spec["containers"][0]
+        assert container["resources"]["requests"] == container["resources"]["limits"] == {"cpu": 12, "memory": "32Gi"}
+        values = {one["name"]: one.get("value") for one in container["env"]}
+        assert values["LD_PRELOAD"] == "/usr/lib/libtcmalloc.so.4"
+        assert values["HF_HOME"].startswith("/workspace/")
+        assert spec["nodeSelector"] == {"node-type": "spr"}
+        claim, memory = spec["volumes"]
+        assert claim["persistentVolumeClaim"] == {"claimName": "disk"}
+        assert memory["emptyDir"] == {"medium": "Memory"}
+        assert container["command"][0] == "torchrun"
+        assert container["command"][-1] == "--resume", "a pod may be another's successor"
+    made = kubernetes.manifests(job("kubernetes", machines=4, kubernetes={**own, "kind": "PyTorchJob"}))[0]["spec"]
+    elastic = {"rdzvBackend": "c10d", "minReplicas": 2, "maxReplicas": 5, "maxRestarts": 7}
+    assert made["elasticPolicy"] == elastic
+    worker = made["pytorchReplicaSpecs"]["Worker"]
+    assert (worker["replicas"], worker["restartPolicy"]) == (4, "OnFailure")
+    assert "LD_PRELOAD" not in str(kubernetes.manifests(job("kubernetes"))), "only where the image has it"
+
+
+def pod_of(made: list[dict[str, Any]]) -> Any:
+    """The pod's spec, wherever it is."""
+    for one in made:
+        found = [one]
+        while found:
+            node = found.pop()
+            if isinstance(node, dict):
+                if "containers" in node:
+                    return node
+                found += node.values()
+            elif isinstance(node, list):
+                found += node
+    raise AssertionError("no pod")
+
+
+def test_names_that_kubernetes_takes() -> None:
+    config = parse({"target": "unet", "output": "runs/My_Edges.2", "steps": 1}, "test")
+    assert kubernetes.name_of(Job(config, Path("x"))) == "my-edges-2"
+
+
+def test_commands_around_a_job() -> None:
+    own = job("kubernetes", kubernetes={"kind": "PyTorchJob", "namespace": "art"})
+    assert kubernetes.command(own, "submit").argv == ("kubectl", "apply", "-f", "runs/edges.k8s.yaml")
+    assert "training.kubeflow.org/job-name=edges" in kubernetes.command(own, "status").argv
+    assert kubernetes.command(own, "logs").argv[:2] == ("kubectl", "logs")
+    assert kubernetes.command(own, "delete").argv[:2] == ("kubectl", "delete")
+    assert "kubectl cp art/edges-fetch:/workspace/runs/edges" in kubernetes.command(own, "fetch").argv[2]
+
+
+def test_a_dry_run_prints_what_a_run_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "edges.yaml"
+    file.write_text(f"target: t2i_adapter\nsteps: 1\noutput: {tmp_path}/run\n")
+    for on in ("local", "deepspeed", "mpi", "slurm", "kubernetes"):
+        started: list[Any] = []
+        arguments = ["launch", "--on", on, str(file), "launch.processes=2"]
+        assert main([*arguments, "--dry-run"]) == 0
+        printed = capsys.readouterr().out
+
+        def run(argv: Any, started: list[Any] = started, **more: Any) -> Any:
+            started.append((list(argv), more["env"]))
+            return subprocess.CompletedProcess(argv, 0)
+
+        with monkeypatch.context() as patch:
+            patch.setattr("diffusion_kit.training.launching.process.subprocess.run", run)
+            with pytest.raises(SystemExit) as end:
+                main(arguments)
+        assert not end.value.code
+        words = shlex.split(printed.splitlines()[-1])
+        argv, environment = started[0]
+        assert words[-len(argv) :] == argv
+        given = dict(word.split("=", 1) for word in words[: -len(argv)])
+        assert {name: environment[name] for name in given} == given
+
+
+def test_what_is_not_installed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "edges.yaml"
+    file.write_text(f"target: t2i_adapter\nsteps: 1\noutput: {tmp_path}/run\n")
+    with pytest.raises(FileNotFoundError, match="not-here is not here"):
+        Process(("not-here",)).run()
+    assert main(["launch", str(file), "--status"]) == 2
+    assert "add --on kubernetes" in capsys.readouterr().err
+
+
+# The group of processes
+
+
+def test_mpis_names_are_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "3")
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "4")
+    monkeypatch.setenv("OMPI_COMM_WORLD_LOCAL_RANK", "1")
+    monkeypatch.setenv("OMPI_COMM_WORLD_LOCAL_SIZE", "2")
+    group.from_mpi()
+    found = {name: os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}
+    assert found == {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+    assert os.environ["MASTER_ADDR"] == "127.0.0.1"
+
+
+def test_another_number_of_processes_than_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """accelerate launch --cpu --num_processes 2 starts one process, and says nothing."""
+    config = parse({"target": "unet", "output": "x", "steps": 1, "launch": {"processes": 2}}, "test")
+    with pytest.raises(ValueError, match=r"^2 processes were asked for, and this training runs in 1: [^\n]+$"):
+        group.join(config)
+    monkeypatch.setenv("DIFFUSION_KIT_PROCESSES", "1")
+    group.join(config)
+
+
+def test_intels_backend_is_missing() -> None:
+    with pytest.raises(ImportError, match=r"^launch.backend=ccl needs oneccl_bind_pt[^\n]*$"):
+        group.load("ccl")
+
+
+@pytest.mark.parametrize(("processors", "count"), [(1, 1), (1, 2), (2, 1), (2, 2), (2, 4), (4, 2)])
+def test_cores_are_shared_without_overlap(monkeypatch: pytest.MonkeyPatch, processors: int, count: int) -> None:
+    cores = [[8 * k + n for n in range(8)] for k in range(processors)]
+    monkeypatch.setattr(machine, "sockets", lambda: cores)
+    shares = [machine.share(rank, count) for rank in range(count)]
+    assert sorted(core for own in shares for core in own) == sorted(core for own in cores for core in own)
+
+
+def test_manifests_are_yaml() -> None:
+    for kind in ("TrainJob", "PyTorchJob", "Job"):
+        text = kubernetes.text(job("kubernetes", kubernetes={"kind": kind}))
+        assert list(yaml.safe_load_all(text)) == kubernetes.manifests(job("kubernetes", kubernetes={"kind": kind}))
