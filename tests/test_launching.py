@@ -24,7 +24,15 @@ TWO = {"processes": 2, "machines": 2, "address": "node0", "hosts": ["node0", "no
 
 @pytest.fixture(autouse=True)
 def _plain(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("PYTHONPATH", "LD_PRELOAD", "HF_HOME", "HF_HUB_OFFLINE", "RANK", "WORLD_SIZE", "DIFFUSION_KIT_PROCESSES"):
+    for name in (
+        "PYTHONPATH",
+        "LD_PRELOAD",
+        "HF_HOME",
+        "HF_HUB_OFFLINE",
+        "RANK",
+        "WORLD_SIZE",
+        "DIFFUSION_KIT_PROCESSES",
+    ):
         monkeypatch.delenv(name, raising=False)
 
 

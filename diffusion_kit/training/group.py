@@ -135,9 +135,8 @@ def check(config: Config, accelerator: Accelerator, parallel: Parallel) -> None:
     if count > 1 and not (dist.is_initialized() and dist.get_world_size() == count):
         raise RuntimeError(f"{count} processes were started and are not joined: every one would train alone")
     if config.deepspeed is None:
-        joined = isinstance(module, DistributedDataParallel)
-        if joined != (count > 1):
-            raise RuntimeError(f"{count} processes, and gradients are {'' if joined else 'not '}averaged among them")
+        if count > 1 and not isinstance(module, DistributedDataParallel):
+            raise RuntimeError(f"{count} processes were started, and gradients are not averaged among them")
         with accelerator.autocast():
             kind = accelerator.device.type
             on = torch.is_autocast_enabled(kind)

@@ -1,0 +1,54 @@
+"""Trainings one after the other in the processes of one group: `torchrun ... parallel_worker.py CASES.json`.
+
+A case is a configuration, whether it resumes, and a fault that is put into it on purpose, which a comparison has to find.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from diffusion_kit.training.config import parse
+from diffusion_kit.training.loader import MicroBatches
+from diffusion_kit.training.parallel.replicated import Replicated
+from diffusion_kit.training.parallel.zero import Zero
+from diffusion_kit.training.train import train
+
+SHARING = (Replicated, Zero)
+
+
+def faulty(fault: str | None) -> ExitStack:
+    """A wrong training inside the block."""
+    stack = ExitStack()
+    if fault == "gradient x 1.5":
+        for cls in SHARING:
+            right = cls.backward
+            wrong: Any = lambda self, loss, right=right: right(self, 1.5 * loss)  # noqa: E731
+            stack.enter_context(mock.patch.object(cls, "backward", wrong))
+    elif fault == "swapped samples":
+        right = MicroBatches.__iter__
+
+        def swapped(self: Any) -> Any:
+            for batch in right(self):
+                yield [batch[0]] * len(batch)
+
+        stack.enter_context(mock.patch.object(MicroBatches, "__iter__", swapped))
+    elif fault == "skipped all-reduce":
+        skipped: Any = lambda self, last: self.accelerator.no_sync(self.module)  # noqa: E731
+        stack.enter_context(mock.patch.object(Replicated, "accumulating", skipped))
+        stack.enter_context(mock.patch("deepspeed.comm.all_reduce"))
+    return stack
+
+
+def main(file: str) -> None:
+    for case in json.loads(Path(file).read_text()):
+        with faulty(case.get("fault")):
+            train(parse(case["config"], "case"), resume=case.get("resume", False))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

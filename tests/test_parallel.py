@@ -1,0 +1,96 @@
+"""Two processes with half of a batch each learn what one learns with the whole, in whatever way they share it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import training_models
+from safetensors.torch import load_file
+
+from diffusion_kit.training import checkpoints
+
+WORKER = Path(__file__).with_name("parallel_worker.py")
+pytest.importorskip("deepspeed", reason="scripts/verify scale installs it")
+
+
+def case(output: Path, stage: int | None, **more: Any) -> dict[str, Any]:
+    own: dict[str, Any] = {
+        "batch": 4,
+        "micro_batch": 1,
+        "steps": 4,
+        "ema": 0.9,
+        "threads": 1,
+        "checkpoints": {"every": 1, "keep": 9},
+    }
+    if stage is not None:
+        own["deepspeed"] = {"zero_optimization": {"stage": stage}}
+    config = training_models.config("controlnet", output, **{**own, **more})
+    return {"config": config.model_dump(mode="json", exclude_unset=True)}
+
+
+def run(cases: list[dict[str, Any]], processes: int, folder: Path) -> str:
+    file = folder / f"cases-{processes}.json"
+    file.write_text(json.dumps(cases))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [*launcher, str(WORKER), str(file)], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[:6000]
+    return done.stdout + done.stderr
+
+
+def kept(output: Path, step: int, part: str) -> dict[str, torch.Tensor]:
+    return load_file(checkpoints.folder_of(output / "checkpoints", step) / f"{part}.safetensors")
+
+
+def apart(own: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    """The largest relative distance of a tensor."""
+    assert own.keys() == other.keys()
+    norms = {name: float(value.double().norm()) for name, value in own.items()}
+    return max(float((own[name].double() - other[name].double()).norm()) / norm for name, norm in norms.items() if norm)
+
+
+def moved(output: Path, other: Path, step: int) -> float:
+    """How far weights are apart, against how far they moved since the first step."""
+    start, own, theirs = kept(output, 1, "weights"), kept(output, step, "weights"), kept(other, step, "weights")
+    gap = sum(float((own[name] - theirs[name]).double().square().sum()) for name in own)
+    way = sum(float((own[name] - start[name]).double().square().sum()) for name in own)
+    return (gap / way) ** 0.5
+
+
+def gradient(output: Path) -> dict[str, torch.Tensor]:
+    """Of the first step, times a factor: the first moment is nothing else."""
+    return {name: value for name, value in kept(output, 1, "optimizer").items() if name.endswith(":exp_avg")}
+
+
+STAGES = {"ddp": None, "0": 0, "1": 1, "2": 2, "3": 3}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One process, and two in every way of sharing, the last with a fault; checkpoints of one go on in the other."""
+    folder = tmp_path_factory.mktemp("parallel")
+    faulty = {**case(folder / "fault", 1), "fault": "gradient x 1.5"}
+    run([case(folder / "one", None)], 1, folder)
+    run([*(case(folder / name, stage) for name, stage in STAGES.items()), faulty], 2, folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", list(STAGES))
+def test_two_processes_learn_what_one_learns(trained: Path, name: str) -> None:
+    assert apart(gradient(trained / "one"), gradient(trained / name)) < 1e-5
+    assert moved(trained / "one", trained / name, 4) < 1e-3
+    for part in ("ema", "optimizer"):
+        assert apart(kept(trained / "one", 2, part), kept(trained / name, 2, part)) < 1e-3
+
+
+def test_the_comparison_finds_a_fault(trained: Path) -> None:
+    assert apart(gradient(trained / "one"), gradient(trained / "fault")) > 0.1
