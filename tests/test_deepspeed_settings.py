@@ -220,7 +220,7 @@ def test_the_width_of_networks() -> None:
 
 def test_the_keys_are_those_of_deepspeed() -> None:
     """A new DeepSpeed is a red test here, and not a key that is refused, or overlooked."""
-    pytest.importorskip("deepspeed", reason="scripts/verify scale installs it")
+    pytest.importorskip("deepspeed", reason='pip install "diffusion_kit[deepspeed]"')
     from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
     from deepspeed.runtime.zero.offload_config import (

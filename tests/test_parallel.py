@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from diffusion_kit.training import checkpoints
 
 WORKER = Path(__file__).with_name("parallel_worker.py")
-pytest.importorskip("deepspeed", reason="scripts/verify scale installs it")
+pytest.importorskip("deepspeed", reason='pip install "diffusion_kit[deepspeed]"')
 
 
 def case(output: Path, stage: int | None, **more: Any) -> dict[str, Any]:
@@ -28,6 +28,7 @@ def case(output: Path, stage: int | None, **more: Any) -> dict[str, Any]:
         "ema": 0.9,
         "threads": 1,
         "checkpoints": {"every": 1, "keep": 9},
+        "validation": {"every": 4, "pictures": 2, "steps": 2},
     }
     if stage is not None:
         own["deepspeed"] = {"zero_optimization": {"stage": stage}}
@@ -90,6 +91,21 @@ def test_two_processes_learn_what_one_learns(trained: Path, name: str) -> None:
     assert moved(trained / "one", trained / name, 4) < 1e-3
     for part in ("ema", "optimizer"):
         assert apart(kept(trained / "one", 2, part), kept(trained / name, 2, part)) < 1e-3
+
+
+@pytest.mark.parametrize("name", list(STAGES))
+def test_validation_and_result_are_those_of_one(trained: Path, name: str) -> None:
+    """Both wear the averaged weights, which in stage 3 no process has."""
+    own, other = (figures(trained / which) for which in ("one", name))
+    assert own.keys() == other.keys()
+    assert own == pytest.approx(other, rel=1e-4)
+    file = "diffusion_pytorch_model.safetensors"
+    assert apart(load_file(trained / "one" / "result" / file), load_file(trained / name / "result" / file)) < 1e-3
+
+
+def figures(output: Path) -> dict[str, float]:
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return next(row["validation"] for row in rows if "validation" in row)
 
 
 def test_the_comparison_finds_a_fault(trained: Path) -> None:

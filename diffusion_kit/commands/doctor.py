@@ -20,6 +20,7 @@ OPTIONAL = {  # module: what it is for, and how to get it
     "webdataset": ("training data in tars", "pip install 'diffusion_kit[data]'"),
     "openvino": ("the engine openvino", "pip install 'diffusion_kit[openvino]'"),
     "torchao": ("weights of 8 bits", "pip install 'diffusion_kit[quantised]'"),
+    "deepspeed": ("trainings that are spread over processes", "pip install 'diffusion_kit[deepspeed]'"),
     "xformers": ("memory-efficient attention on CUDA", "pip install 'diffusion_kit[xformers]'"),
     "imwatermark": ("SDXL's invisible watermark", "pip install invisible-watermark"),
 }

@@ -122,7 +122,9 @@ def check(config: Config, say: Callable[[str], None]) -> bool:
     if config.threads:
         torch.set_num_threads(config.threads)
     with memory.explained(config):
-        config = with_batch(config.model_copy(update={"cache": CacheConfig()}), group.join(config), say)
+        config = with_batch(
+            config.model_copy(update={"cache": CacheConfig(), "deepspeed": None}), group.join(config), say
+        )
         folder = Path(config.output)
         folder.mkdir(parents=True, exist_ok=True)
         trainer = make_trainer(config, group.join(config), say)
@@ -134,6 +136,8 @@ def with_batch(config: Config, accelerator: Accelerator, say: Callable[[str], No
     """The configuration with a number where `batch` is auto: as many pictures as fit, in every process."""
     if config.batch != "auto":
         return config
+    if config.deepspeed is not None:
+        raise ValueError("batch is auto, which DeepSpeed does not try out: give a number")
     probe = config.model_copy(update={"batch": accelerator.num_processes, "micro_batch": 1})
     micro = memory.fitting_batch(make_trainer(probe, accelerator, say), say)
     accelerator.free_memory()  # which else keeps what it prepared

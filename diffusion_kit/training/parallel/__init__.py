@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
@@ -31,6 +33,10 @@ def make_parallel(
     frozen = spread(config, target)
     nets = [target, *target.children(), *frozen]
     own = settings(config, accelerator.num_processes, width_of(nets), say)
+    if accelerator.is_main_process:
+        file = Path(config.output) / "deepspeed.json"
+        file.write_text(json.dumps(own, indent=2) + "\n")
+        say(f"deepspeed: runs with {file}")
     weights = [weight for weight in target.parameters() if weight.requires_grad]
     optimizer = None if "optimizer" in own else make_optimizer(config.optimizer, weights)
     return Zero(own, optimizer, frozen, accelerator, target)

@@ -25,6 +25,8 @@ from diffusion_kit.training.targets.target import Target
 
 from .parallel import Moments, Parallel
 
+HELD = -1  # no module's number: stands for one that still needs a weight, which is then not let go of by those that ran
+
 
 def require() -> None:
     """
@@ -166,10 +168,16 @@ class Zero(Parallel):
         """The target holds all of its weights; what the first process changes of them stays."""
         import deepspeed
 
-        with deepspeed.zero.GatheredParameters(
-            list(self.target.parameters()), modifier_rank=0, enabled=self.stage == 3
-        ):
-            yield
+        weights: list[Any] = list(self.target.parameters())
+        with deepspeed.zero.GatheredParameters(weights, modifier_rank=0, enabled=self.stage == 3):
+            held = [weight.ds_active_sub_modules for weight in weights if hasattr(weight, "ds_active_sub_modules")]
+            for modules in held:
+                modules.add(HELD)
+            try:
+                yield
+            finally:
+                for modules in held:
+                    modules.discard(HELD)
 
     @contextmanager
     def worn(self, pieces: Mapping[str, Tensor] | None) -> Iterator[None]:
