@@ -43,13 +43,14 @@ from diffusion_kit.models.attention import installed
 from diffusion_kit.training.bases import Base, posterior
 from diffusion_kit.training.config import Config, ObjectiveConfig, parse
 from diffusion_kit.training.data.samples import Batch, Sample, collate
+from diffusion_kit.training.group import join
 from diffusion_kit.training.keyed import Place
 from diffusion_kit.training.loader import MicroBatches, batches
 from diffusion_kit.training.loop import Trainer
 from diffusion_kit.training.objective import make_objective, normal
 from diffusion_kit.training.targets.t2i_adapter import T2IAdapterTarget
 from diffusion_kit.training.targets.target import Target
-from diffusion_kit.training.train import make_accelerator, make_trainer
+from diffusion_kit.training.train import make_trainer
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARE, SIDE, BATCH = 4, 512, 1  # widths are so many times smaller than SDXL's; pixels; pictures a step
@@ -144,7 +145,7 @@ def config(folder: Path, base: str, data: str, *, cached: bool, **more: Any) -> 
 
 def load_kit(own: Config) -> tuple[Trainer, list[list[Batch]]]:
     """A trainer, and the micro-batches of each of its steps."""
-    trainer = make_trainer(own, make_accelerator(own), lambda line: None)
+    trainer = make_trainer(own, join(own), lambda line: None)
     plan = MicroBatches(trainer.order, trainer.part, 0, own.steps)
     return trainer, list(batches(trainer.pictures, plan, 0))
 

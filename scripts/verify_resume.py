@@ -79,13 +79,20 @@ class Kill:
     half: bool = False
 
 
+BACKWARD = f"{TRAINING}.parallel.replicated:Replicated.backward"
 SAVE, SYNC = f"{TRAINING}.checkpoints:save_file", f"{TRAINING}.checkpoints:sync"
 # A checkpoint is three files of tensors and six syncs (four files, manifest, folder); the seventh is its parent's.
 RUNS: dict[str, tuple[dict[str, Any], tuple[Kill, ...]]] = {
     "float32": (
         {},
         (
-            Kill("between two micro-batches", "accumulation", f"{TRAINING}.loop:Trainer._backward", 9, behind=True),
+            Kill(
+                "between two micro-batches",
+                "accumulation",
+                BACKWARD,
+                9,
+                behind=True,
+            ),
             Kill("weights written, the average's file half", "checkpoint", SAVE, 2, half=True, behind=True),
             Kill("manifest written, folder not renamed", "checkpoint", SYNC, 6),
             Kill("validation, second group of pictures", "validation", f"{TRAINING}.validation:show", 2),

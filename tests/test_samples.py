@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import pickle
-import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -164,11 +164,8 @@ def test_a_store_keeps_what_several_writers_put_at_once(tmp_path):
             if k % 5 == 4:
                 store.flush()
 
-    threads = [threading.Thread(target=write, args=(n,)) for n in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(write, range(3)))  # raises what a writer raises
     store = pickle.loads(pickle.dumps(Store(tmp_path)))
     assert len(store) == 20
     assert all(store.get(f"{k}")["x"].item() == k for k in range(20))

@@ -20,11 +20,12 @@ from diffusion_kit.sampling.doors import Answer
 from diffusion_kit.training import checkpoints
 from diffusion_kit.training.bases import load_base
 from diffusion_kit.training.data.samples import collate, open_pictures
+from diffusion_kit.training.group import join
 from diffusion_kit.training.keyed import Place
 from diffusion_kit.training.memory import first_batch
 from diffusion_kit.training.targets import make_target
 from diffusion_kit.training.targets.t2i_adapter import times
-from diffusion_kit.training.train import build_cache, make_accelerator, make_trainer, train
+from diffusion_kit.training.train import build_cache, make_trainer, train
 
 TARGETS = [
     ("t2i_adapter", "sdxl"),
@@ -169,7 +170,7 @@ def test_gradient_checkpointing_changes_nothing_but_memory(tmp_path, target, fam
 
 def test_gradient_checkpointing_runs_blocks_again(tmp_path):
     config = training_models.config("controlnet", tmp_path, gradient_checkpointing=True)
-    trainer = make_trainer(config, make_accelerator(config), print)
+    trainer = make_trainer(config, join(config), print)
     blocks = [
         block for net in trainer.target.executed for block in net.modules() if hasattr(block, "gradient_checkpointing")
     ]

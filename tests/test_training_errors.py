@@ -374,12 +374,12 @@ def test_a_batch_is_found_that_fits(tmp_path):
 
 
 def test_out_of_memory_names_levers(tmp_path, monkeypatch):
-    from diffusion_kit.training.loop import Trainer
+    from diffusion_kit.training.parallel.replicated import Replicated
 
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(Trainer, "_backward", full)
+    monkeypatch.setattr(Replicated, "backward", full)
     with pytest.raises(
         MemoryError, match=r"2 pictures at once do not fit into memory; try micro_batch=1 .*precision=bf16"
     ):

@@ -7,6 +7,7 @@ import os
 import time
 import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,9 @@ class Store:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         for left in folder.glob(".*.part"):  # by a process that was killed
-            if time.time() - left.stat().st_mtime > ABANDONED:
-                left.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):  # another writer's, which it renames at this moment
+                if time.time() - left.stat().st_mtime > ABANDONED:
+                    left.unlink()
         self._places: dict[str, tuple[Path, list[str]]] = {}
         self._known: set[Path] = set()
         self._open: dict[Path, Any] = {}
