@@ -19,13 +19,13 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch.nn.parallel import DistributedDataParallel
 
+from .bases import DTYPES
 from .config import Config
 from .launching import machine
 from .parallel.parallel import Parallel
 from .parallel.zero import Zero
 
 PATIENCE = timedelta(days=1)  # processes may wait long for one another: for a share of a cache, or a validation
-DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MPI = {  # what launchers of MPI say, under torch's names; Open MPI, Intel MPI and others of MPICH's kin
     "RANK": ("OMPI_COMM_WORLD_RANK", "PMI_RANK"),
     "WORLD_SIZE": ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"),
