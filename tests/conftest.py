@@ -27,6 +27,13 @@ diffusers.utils.logging.set_verbosity_error()
 torch.set_grad_enabled(False)
 torch.set_num_threads(1)  # the nets are tiny: threads only wait for each other
 
+
+def pytest_configure(config: pytest.Config) -> None:
+    """What a CPU gives is the reference: a GPU is seen by `pytest -m cuda` only."""
+    if "cuda" not in config.option.markexpr:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 CHANNELS = (32, 64, 64)
 CROSS = 48  # 16 + 32, the widths of the two text encoders
 SIZE = 64  # pixels; latents 16 x 16

@@ -54,7 +54,11 @@ def _packages() -> Iterator[tuple[str, str, bool]]:
     """Every package that the kit requires, beside the versions with which it works."""
     from packaging.requirements import Requirement
 
-    yield "diffusion_kit", importlib.metadata.version("diffusion_kit"), False
+    try:
+        yield "diffusion_kit", importlib.metadata.version("diffusion_kit"), False
+    except importlib.metadata.PackageNotFoundError:
+        yield "diffusion_kit", "not installed, run from its source: pip install -e . in it", True
+        return
     for text in importlib.metadata.requires("diffusion_kit") or []:
         needed = Requirement(text)
         if needed.marker is not None and not needed.marker.evaluate({"extra": ""}):

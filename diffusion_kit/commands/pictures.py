@@ -308,4 +308,6 @@ def grid_of(pictures: Sequence[Image.Image], columns: int | None = None) -> Imag
 
 
 def versions() -> dict[str, str]:
-    return {name: importlib.metadata.version(name) for name in PACKAGES}
+    """Of what makes pictures; without a package that has none, as the kit in a checkout that was not installed."""
+    found = {name: list(importlib.metadata.distributions(name=name))[:1] for name in PACKAGES}
+    return {name: own[0].version for name, own in found.items() if own}

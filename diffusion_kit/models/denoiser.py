@@ -60,7 +60,8 @@ class UNetDenoiser:
         if full:
             h = h if answer.mid is None else h + answer.mid
             deep = decode(net, blocks[:top], h, skips, emb, context)
-            used_again = answer._replace(intra=answer.intra[: self.depth], skips=residuals[:shallow], mid=None)
+            # Not `_replace`: the compiler of torch 2.11 cannot hand out what that makes.
+            used_again = Answer(answer.intra[: self.depth], residuals[:shallow], None, answer.tokens, answer.channels)
             kept = (deep, used_again) if self.depth else ()
         output = project(net, decode(net, blocks[top:], deep, skips, emb, context))
         return *split_variance(output, self.channels), *kept

@@ -30,6 +30,7 @@ from .quantised import check_quantised, quantise
 
 Level = Literal["exact", "half", "fast"]
 LEVELS = get_args(Level)
+HALVES = (torch.float16, torch.bfloat16)  # a model that is loaded in one of them keeps it
 # Of the step cache: docs/step-cache.md says what it saves and costs.
 FAST: dict[str, Any] = {"every": 5, "guidance": "reuse"}
 
@@ -42,7 +43,9 @@ def optimize(pipe: Any, level: str, engine: str | Engine | None, low_memory: boo
     """
     if level not in LEVELS:
         raise ValueError(f"level is {level!r}; it must be {', '.join(LEVELS)}")
-    device, dtype = pipe._execution_device, pipe.unet.dtype if level == "exact" else half_of(pipe._execution_device)
+    device, dtype = pipe._execution_device, pipe.unet.dtype
+    if level != "exact" and dtype not in HALVES:
+        dtype = half_of(device)
     named = make_engine(engine, device, dtype) if isinstance(engine, str) else engine
     if quantised is not None:
         check_quantised(quantised)

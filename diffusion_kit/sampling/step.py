@@ -104,7 +104,7 @@ class Step:
             conditional = prediction.chunk(self.branches)[-1]
             prediction = guide(prediction, tensors["guidance"], tensors["rescale"] if self.rescaled else None)
             variance = None if variance is None else variance.chunk(self.branches)[-1]
-            features += [prediction - conditional] if features else []
+            features = [*features, prediction - conditional] if features else []
         elif self.offset:
             prediction = prediction + tensors["offset"]
         return prediction, variance, *features
