@@ -12,6 +12,9 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import torch
+import torch.distributed as dist
+
 from diffusion_kit.training.config import parse
 from diffusion_kit.training.loader import MicroBatches
 from diffusion_kit.training.parallel.replicated import Replicated
@@ -19,6 +22,7 @@ from diffusion_kit.training.parallel.zero import Zero
 from diffusion_kit.training.train import train
 
 SHARING = (Replicated, Zero)
+FAULTS = ("gradient x 1.5", "swapped samples", "skipped all-reduce")
 
 
 def faulty(fault: str | None) -> ExitStack:
@@ -40,8 +44,21 @@ def faulty(fault: str | None) -> ExitStack:
     elif fault == "skipped all-reduce":
         skipped: Any = lambda self, last: self.accelerator.no_sync(self.module)  # noqa: E731
         stack.enter_context(mock.patch.object(Replicated, "accumulating", skipped))
-        stack.enter_context(mock.patch("deepspeed.comm.all_reduce"))
+        for name in ("all_reduce", "reduce"):
+            stack.enter_context(mock.patch(f"deepspeed.comm.{name}"))
+        stack.enter_context(mock.patch("deepspeed.comm.reduce_scatter_fn", own_part))
+        stack.enter_context(mock.patch(COALESCED, own_part))
     return stack
+
+
+COALESCED = "deepspeed.runtime.comm.coalesced_collectives._torch_reduce_scatter_fn"
+
+
+def own_part(*given: Any, **more: Any) -> None:
+    """In place of a reduce-scatter: every process keeps its own part of its own tensor."""
+    parts = [value for value in (*given, *more.values()) if isinstance(value, torch.Tensor)]
+    whole, part = sorted(parts, key=torch.Tensor.numel, reverse=True)
+    part.copy_(whole.chunk(dist.get_world_size())[dist.get_rank()])
 
 
 def main(file: str) -> None:

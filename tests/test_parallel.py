@@ -67,6 +67,11 @@ def moved(output: Path, other: Path, step: int) -> float:
     return (gap / way) ** 0.5
 
 
+def losses(output: Path) -> list[float]:
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows if "loss" in row]
+
+
 def gradient(output: Path) -> dict[str, torch.Tensor]:
     """Of the first step, times a factor: the first moment is nothing else."""
     return {name: value for name, value in kept(output, 1, "optimizer").items() if name.endswith(":exp_avg")}
