@@ -42,7 +42,10 @@ COMMANDS = {  # name: line of help, and what it does
         "check, export and import training data",
         "Looks through training data; moves it between folders and tars.",
     ),
-    "weights": ("write controls for other programs", "Writes a control or adapter in another program's layout."),
+    "weights": (
+        "write controls for other programs, or of a checkpoint",
+        "Writes a control in another program's layout; or of a training's checkpoint what diffusers loads.",
+    ),
     "bench": (
         "time the kit's engines beside diffusers",
         "Levels and engines beside diffusers and other runtimes, with random weights, on this machine.",

@@ -1,13 +1,22 @@
-"""`diffusion-kit weights`: controls and adapters in files that other programs read."""
+"""`diffusion-kit weights`: controls and adapters in files that other programs read; results of a run's checkpoints."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
+DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("action", metavar="export", choices=ACTIONS, help="write a control in another program's layout")
+    actions = parser.add_subparsers(required=True, metavar="ACTION", dest="action")
+    for name, (_, line) in ACTIONS.items():
+        action = actions.add_parser(name, help=line, description=line, allow_abbrev=False)
+        action.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+        (_export_arguments if name == "export" else _consolidate_arguments)(action)
+
+
+def _export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SOURCE", help="a folder, a file or a hub id of the control")
     parser.add_argument(
         "--layout",
@@ -23,8 +32,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="write it even where a file of that name is")
 
 
+def _consolidate_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="the folder of a training, its `output`")
+    parser.add_argument(
+        "--checkpoint", metavar="WHICH", default="last", help="last (the default), best by fidelity, or a step's number"
+    )
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the numbers that are written; fp32")
+    parser.add_argument("--no-average", action="store_true", help="the weights themselves where the run averages them")
+    parser.add_argument("--out", metavar="FOLDER", required=True, help="a new folder")
+
+
 def run(options: argparse.Namespace) -> None:
-    ACTIONS[options.action](options)
+    ACTIONS[options.action][0](options)
+
+
+def consolidate(options: argparse.Namespace) -> None:
+    """Writes what diffusers loads of a checkpoint.
+
+    Raises:
+        FileNotFoundError, ValueError: no such run or checkpoint, or a place that cannot be written.
+    """
+    import torch
+
+    from diffusion_kit.commands.outputs import writable
+    from diffusion_kit.training.consolidate import consolidate as write
+
+    out = Path(options.out)
+    if out.exists():
+        raise ValueError(f"--out {out} is there already: give a new folder")
+    writable([out])
+    dtype = getattr(torch, DTYPES[options.dtype])
+    made = write(Path(options.run), out, which=options.checkpoint, averaged=not options.no_average, dtype=dtype)
+    print(f"{out} is of {made}")
 
 
 def export(options: argparse.Namespace) -> None:
@@ -60,4 +99,7 @@ def export(options: argparse.Namespace) -> None:
         )
 
 
-ACTIONS = {"export": export}
+ACTIONS = {
+    "export": (export, "write a control in another program's layout"),
+    "consolidate": (consolidate, "write what diffusers loads of a training's checkpoint"),
+}

@@ -182,11 +182,13 @@ class CheckpointConfig(Tree):
         every: steps between checkpoints.
         minutes: and at least so often, where the machine may go away.
         keep: the last so many are kept, and the best by fidelity.
+        each_machine: every machine writes its own, where they have no folder in common.
     """
 
     every: int = Field(500, ge=1)
     minutes: float | None = Field(None, gt=0)
     keep: int = Field(3, ge=1)
+    each_machine: bool = False
 
 
 class ValidationConfig(Tree):

@@ -44,10 +44,16 @@ FIXED = {"target", "optimizer.name"}  # what no run can change
 
 @dataclass
 class Run:
-    """The folder of a run, written by one process."""
+    """The folder of a run.
+
+    Attributes:
+        main: whether this process speaks, keeps the log, validates and writes the result; one does.
+        writes: whether it writes checkpoints: the same process, or one on each machine.
+    """
 
     folder: Path
     main: bool = True
+    writes: bool = True
 
     @property
     def checkpoints(self) -> Path:
@@ -120,8 +126,8 @@ def locked(folder: Path) -> Iterator[None]:
         lock.close()
 
 
-def begin(config: Config, resume: bool, allow: Sequence[str]) -> checkpoints.Checkpoint | None:
-    """The checkpoint from which a run goes on, None for a new one; checks that the folder and the configuration belong.
+def begin(config: Config, resume: bool, allow: Sequence[str]) -> None:
+    """Checks that the folder and the configuration belong to each other, and writes the configuration there.
 
     Raises:
         ValueError: the folder holds a run and `resume` was not said, or another configuration's.
@@ -147,7 +153,22 @@ def begin(config: Config, resume: bool, allow: Sequence[str]) -> checkpoints.Che
     beside = file.with_suffix(".part")
     beside.write_text(config.dump())
     os.replace(beside, file)
-    return checkpoints.read(found[-1]) if resume and found else None
+
+
+def newest(root: Path, in_all: Callable[[list[int]], list[list[int]]]) -> checkpoints.Checkpoint | None:
+    """The newest whole checkpoint that every process finds; None where none of them finds any.
+
+    Args:
+        in_all: the steps that each process found.
+
+    Raises:
+        ValueError: they have none in common.
+    """
+    found = in_all([checkpoints.step_of(folder) for folder in checkpoints.whole(root)])
+    common = set.intersection(*map(set, found))
+    if not common and any(found):
+        raise ValueError(f"{root} holds no checkpoint that all machines have: see checkpoints.each_machine")
+    return checkpoints.read(checkpoints.folder_of(root, max(common))) if common else None
 
 
 def written(file: Path) -> bool:

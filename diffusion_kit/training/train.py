@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 
 from diffusion_kit.adapters.control import granularity
 from diffusion_kit.adapters.detectors import check_options, detector, missing
@@ -54,7 +55,7 @@ def train(
     folder = Path(config.output)
     again = run.resume_command(command)
     with (
-        run.locked(folder) if accelerator.is_main_process else nullcontext(),
+        run.locked(folder) if writes(config, accelerator) else nullcontext(),
         run.Signals(accelerator.print) as signals,
         memory.explained(config) as told,
     ):
@@ -81,12 +82,11 @@ def train(
 def begin(config: Config, accelerator: Accelerator, resume: bool, allow: Sequence[str]) -> tuple[Trainer, run.Run]:
     """A training at the step from which it goes on, and its folder."""
     config = with_batch(derived(run.settled(config, resume), accelerator.num_processes), accelerator, print)
-    start = run.begin(config, resume, allow) if accelerator.is_main_process else None
+    own = run.Run(Path(config.output), accelerator.is_main_process, writes(config, accelerator))
+    if own.writes:
+        run.begin(config, resume, allow)
     accelerator.wait_for_everyone()
-    if not accelerator.is_main_process and resume:
-        found = checkpoints.whole(Path(config.output) / "checkpoints")
-        start = checkpoints.read(found[-1]) if found else None
-    own = run.Run(Path(config.output), accelerator.is_main_process)
+    start = run.newest(own.checkpoints, lambda steps: gather_object([steps])) if resume else None
     trainer = make_trainer(config, accelerator, own.say)
     if start is not None:
         check_data(trainer, start, allow)
@@ -102,6 +102,11 @@ def begin(config: Config, accelerator: Accelerator, resume: bool, allow: Sequenc
     if own.main:
         own.cut_logs(trainer.step)
     return trainer, own
+
+
+def writes(config: Config, accelerator: Accelerator) -> bool:
+    """Whether this process writes checkpoints."""
+    return accelerator.is_local_main_process if config.checkpoints.each_machine else accelerator.is_main_process
 
 
 def check_data(trainer: Trainer, start: checkpoints.Checkpoint, allow: Sequence[str]) -> None:

@@ -77,9 +77,9 @@ class Watch:
 
     def save(self, trainer: Trainer) -> None:
         """Writes a checkpoint of the step at hand, if there is none yet, and prunes."""
-        if trainer.any(self.run.main and not checkpoints.is_whole(self.folder(trainer)))[0]:
+        if trainer.any(self.run.writes and not checkpoints.is_whole(self.folder(trainer)))[0]:
             content = trainer.checkpoint()  # all take part
-            if self.run.main:
+            if self.run.writes:
                 self.write(trainer, content)
         trainer.accelerator.wait_for_everyone()
         self.saved = time.monotonic()

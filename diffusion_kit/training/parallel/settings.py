@@ -143,6 +143,8 @@ def _shared(tree: Tree) -> Iterator[tuple[str, Any, str]]:
         value = get(tree, pair.theirs)
         if value not in (None, AUTO):
             yield pair.own, pair.to_own(value), pair.theirs
+    if get(tree, "checkpoint.use_node_local_storage"):
+        yield "checkpoints.each_machine", True, "checkpoint.use_node_local_storage"
     kind = get(tree, "scheduler.type")
     if kind in SCHEDULES:
         yield "optimizer.schedule", SCHEDULES[kind], "scheduler.type"
@@ -256,6 +258,8 @@ def _warn(tree: Tree, say: Callable[[str], None]) -> None:
     if "activation_checkpointing" in tree:
         say("deepspeed: activation_checkpointing has no effect on these networks: set gradient_checkpointing=true")
     zero = tree.get("zero_optimization", {})
+    if gathers := [name for name in zero if name.endswith("weights_on_model_save")]:
+        say(f"deepspeed: {gathers[0]} is not needed: results are whole; weights consolidate --dtype bf16 makes 16 bits")
     idle = [name for name in ("allgather_partitions", "allgather_bucket_size", "reduce_scatter") if name in zero]
     if zero.get("stage") == 3 and idle:
         say(f"deepspeed: stage 3 does not use {', '.join(idle)}")
