@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusion_kit.benchmark.cases import Case
-from diffusion_kit.benchmark.contenders import CONTENDERS
+from diffusion_kit.benchmark.contenders import names_on
 from diffusion_kit.benchmark.interleaved import Row
 from diffusion_kit.benchmark.report import compared, machine, measured, page
 
@@ -84,8 +84,11 @@ def main() -> None:
     out = ROOT / "outputs" / "engines.json"
     out.parent.mkdir(exist_ok=True)
     named = [
-        (PLAIN, list(CONTENDERS)),
-        (CONTROLLED + SMALL, [name for name in CONTENDERS if not name.endswith(("alone", "compiled", "inductor"))]),
+        (PLAIN, names_on("cpu")),
+        (
+            CONTROLLED + SMALL,
+            [name for name in names_on("cpu") if not name.endswith(("alone", "compiled", "inductor"))],
+        ),
         (GROWTH + LONG, ["diffusers", "exact eager", "exact packed", "exact openvino"]),
         (LARGE, ["diffusers", "half packed", "half openvino"]),
     ]

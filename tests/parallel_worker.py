@@ -14,7 +14,9 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from diffusers import UNet2DConditionModel
 
+from diffusion_kit.training import bases
 from diffusion_kit.training.config import parse
 from diffusion_kit.training.loader import MicroBatches
 from diffusion_kit.training.parallel.replicated import Replicated
@@ -41,6 +43,10 @@ def faulty(fault: str | None) -> ExitStack:
                 yield [batch[0]] * len(batch)
 
         stack.enter_context(mock.patch.object(MicroBatches, "__iter__", swapped))
+    elif fault == "loaded whole":  # no fault: the base, which is then spread
+        stack.enter_context(mock.patch.object(bases, "spread_unet", return_value={}))
+    elif fault == "never whole":
+        stack.enter_context(mock.patch.object(UNet2DConditionModel, "from_pretrained", side_effect=AssertionError))
     elif fault == "skipped all-reduce":
         skipped: Any = lambda self, last: self.accelerator.no_sync(self.module)  # noqa: E731
         stack.enter_context(mock.patch.object(Replicated, "accumulating", skipped))

@@ -20,7 +20,7 @@ WORKER = Path(__file__).with_name("parallel_worker.py")
 pytest.importorskip("deepspeed", reason='pip install "diffusion_kit[deepspeed]"')
 
 
-def case(output: Path, stage: int | None, **more: Any) -> dict[str, Any]:
+def case(output: Path, stage: int | None, *, target: str = "controlnet", **more: Any) -> dict[str, Any]:
     own: dict[str, Any] = {
         "batch": 4,
         "micro_batch": 1,
@@ -32,7 +32,7 @@ def case(output: Path, stage: int | None, **more: Any) -> dict[str, Any]:
     }
     if stage is not None:
         own["deepspeed"] = {"zero_optimization": {"stage": stage}}
-    config = training_models.config("controlnet", output, **{**own, **more})
+    config = training_models.config(target, output, **{**own, **more})
     return {"config": config.model_dump(mode="json", exclude_unset=True)}
 
 
@@ -115,3 +115,17 @@ def figures(output: Path) -> dict[str, float]:
 
 def test_the_comparison_finds_a_fault(trained: Path) -> None:
     assert apart(gradient(trained / "one"), gradient(trained / "fault")) > 0.1
+
+
+def test_a_base_that_is_loaded_in_parts_is_the_whole_one(tmp_path: Path) -> None:
+    """And its fingerprint in the card is that of its file."""
+    parts = {**case(tmp_path / "parts", 3, target="t2i_adapter", steps=2), "fault": "never whole"}
+    whole = {**case(tmp_path / "whole", 3, target="t2i_adapter", steps=2), "fault": "loaded whole"}
+    plain = case(tmp_path / "plain", None, target="t2i_adapter", steps=2)
+    run([parts, whole, plain], 2, tmp_path)
+    first, second = (kept(tmp_path / name, 2, "weights") for name in ("parts", "whole"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    told = [(tmp_path / name / "result/README.md").read_text() for name in ("parts", "whole", "plain")]
+    hashes = [line for text in told for line in text.splitlines() if "| base |" in line]
+    assert len(hashes) == 3
+    assert len(set(hashes)) == 1

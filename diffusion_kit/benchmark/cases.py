@@ -7,7 +7,7 @@ from typing import Any
 
 WIDTHS = {"small": 64, "medium": 128, "large": 320}  # channels at the UNet's first level; large is SDXL itself
 CONTROLS = ("t2i_adapter", "controlnet")
-DTYPES = ("float32", "bfloat16")
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class Case:
 
     Attributes:
         width: of `WIDTHS`. controls: of `CONTROLS`.
-        dtype: of the weights; threads: of torch and of other runtimes.
+        dtype: of the weights; threads: of torch and of other runtimes; device: of the networks.
         steps: of one run, Euler's, with guidance. batch: pictures in it. side: of the latents.
         end: where in the run the controls' window ends.
     """
@@ -29,6 +29,7 @@ class Case:
     batch: int = 1
     side: int = 64
     end: float = 1.0
+    device: str = "cpu"
 
     @property
     def name(self) -> str:
@@ -36,7 +37,7 @@ class Case:
             self.width,
             *(self.controls or ("plain",)),
             self.dtype,
-            f"{self.threads}-threads",
+            f"{self.threads}-threads" if self.device == "cpu" else self.device,
             f"{self.steps}-steps",
         ]
         parts += [f"batch-{self.batch}"] * (self.batch > 1) + [f"side-{self.side}"] * (self.side != 64)

@@ -36,7 +36,7 @@ def peer(case: Case, folder: Path, *, compiled: bool = False) -> Runner:
     nets = load_controls(case, folder)
     given = {"adapter" if name == "t2i_adapter" else name: net for name, net in nets.items()}
     options: dict[str, Any] = {"torch_dtype": dtype, "add_watermarker": False, **given}
-    pipe = getattr(diffusers, names[case.controls]).from_pretrained(folder, **options)
+    pipe = getattr(diffusers, names[case.controls]).from_pretrained(folder, **options).to(case.device)
     if compiled:
         pipe.unet = torch.compile(pipe.unet)
         if "controlnet" in nets:
@@ -44,9 +44,9 @@ def peer(case: Case, folder: Path, *, compiled: bool = False) -> Runner:
     own = inputs(case)
     picture, call = own.pop("picture"), arguments(case)
     if "t2i_adapter" in nets:
-        call |= {"image": picture.to(dtype), "adapter_conditioning_factor": case.end}
+        call |= {"image": picture.to(case.device, dtype), "adapter_conditioning_factor": case.end}
     if "controlnet" in nets:
-        call |= {"image": picture.to(dtype), "control_guidance_end": case.end}
+        call |= {"image": picture.to(case.device, dtype), "control_guidance_end": case.end}
     return running(pipe, case, {**own, **call})
 
 
@@ -54,7 +54,7 @@ def kit(case: Case, folder: Path, *, level: str = "exact", engine: str = "eager"
     from diffusion_kit import Control, SDXLPipeline
 
     dtype = getattr(torch, case.dtype)
-    pipe = SDXLPipeline.from_pretrained(folder, torch_dtype=dtype, add_watermarker=False)
+    pipe = SDXLPipeline.from_pretrained(folder, torch_dtype=dtype, add_watermarker=False).to(case.device)
     nets = load_controls(case, folder)
     pipe.optimize(level, engine=engine)
     own = inputs(case)
@@ -76,7 +76,8 @@ def load_controls(case: Case, folder: Path) -> dict[str, Any]:
 
     classes = {"t2i_adapter": T2IAdapter, "controlnet": ControlNetModel}
     dtype = getattr(torch, case.dtype)
-    return {name: classes[name].from_pretrained(folder / "more" / name, torch_dtype=dtype) for name in case.controls}
+    nets = {name: classes[name].from_pretrained(folder / "more" / name, torch_dtype=dtype) for name in case.controls}
+    return {name: net.to(case.device) for name, net in nets.items()}
 
 
 def arguments(case: Case) -> dict[str, Any]:
@@ -94,7 +95,7 @@ def running(pipe: Any, case: Case, call: dict[str, Any]) -> Runner:
     pipe.set_progress_bar_config(disable=True)
 
     def run() -> Tensor:
-        return pipe(generator=torch.Generator().manual_seed(SEED), **call).images.float()
+        return pipe(generator=torch.Generator().manual_seed(SEED), **call).images.float().cpu()
 
     return run
 
@@ -191,23 +192,27 @@ def onnx_network(net: Plain, example: tuple[Tensor, ...], case: Case, folder: Pa
 
 
 Contender = Callable[[Case, Path], Runner]
+ENGINES = ("eager", "packed", "openvino", "cudagraph", "inductor", "aoti")
 CONTENDERS: dict[str, Contender] = {
     "diffusers": peer,
     "diffusers compiled": partial(peer, compiled=True),
     "openvino alone": partial(runtime, compiled=openvino_network),
     "onnxruntime alone": partial(runtime, compiled=onnx_network),
     **{
-        f"exact {engine}": partial(kit, engine=engine) for engine in ("eager", "packed", "openvino", "inductor", "aoti")
-    },
-    **{
         f"{level} {engine}": partial(kit, level=level, engine=engine)
-        for level in ("half", "fast")
-        for engine in ("eager", "packed", "openvino", "inductor", "aoti")
+        for level in ("exact", "half", "fast")
+        for engine in ENGINES
     },
 }
 SLOW = ("compiled", "inductor", "aoti")  # how names end of those that compile for minutes
 CONVERTING = (" openvino", " aoti")  # and of those that keep on disk what they made of networks
 NEEDS = {"openvino": "openvino", "onnxruntime": "onnxruntime"}  # a word of a contender's name: the package it needs
+
+
+def names_on(device: str) -> list[str]:
+    """Contenders that there are on such a device."""
+    own = (" alone", " packed", " openvino") if device != "cpu" else (" cudagraph",)
+    return [name for name in CONTENDERS if not name.endswith(own)]
 
 
 def absent(name: str, case: Case) -> str | None:
@@ -217,6 +222,8 @@ def absent(name: str, case: Case) -> str | None:
     half = name.split()[0] in ("half", "fast")
     if half == (case.dtype == "float32") and name.split()[0] in ("exact", "half", "fast"):
         return f"{name} is not of {case.dtype}"
+    if name not in names_on(case.device):
+        return f"it is not for {case.device}"
     for word, package in NEEDS.items():
         if word in name and importlib.util.find_spec(package) is None:
             return f"{package} is not installed"

@@ -19,6 +19,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from diffusion_kit.pipelines.engines import timed
+
 from .cases import Case
 from .contenders import CONTENDERS, CONVERTING, absent
 
@@ -34,6 +36,7 @@ class Row:
         seconds: of each timed run, in the order of the rounds.
         flops, operations: of one run, as torch dispatches them; None where another runtime does the work.
         peak, anonymous: bytes of the process from loading to the end of its first run, with and without pages of files.
+        card: bytes that torch held of a card's memory at most, in the same time; None without one.
         converting: the peak where networks were converted, too, before they were on disk; None where nothing is.
         error: relative difference of its latents from the reference's, in the 2-norm.
         absent: why there is nothing else.
@@ -46,6 +49,7 @@ class Row:
     operations: int | None = None
     peak: int = 0
     anonymous: int = 0
+    card: int | None = None
     converting: int | None = None
     error: float | None = None
     absent: str | None = None
@@ -153,7 +157,9 @@ def serve(line: Connection, name: str, case: Case, folder: Path) -> None:
                     run = CONTENDERS[name](case, folder)
                     latents = run()
                 ready = time.perf_counter() - start
-                line.send({"latents": latents, "ready": ready, **memory.peaks(), **counted(run, name)})
+                card = torch.cuda.max_memory_allocated() if case.device == "cuda" else None
+                peaks = {**memory.peaks(), "card": card}
+                line.send({"latents": latents, "ready": ready, **peaks, **counted(run, name)})
             else:
                 start = time.perf_counter()
                 run()
@@ -219,23 +225,22 @@ class Memory:
         self.thread.join()
 
 
-def machine_peak(dtype: torch.dtype, threads: int) -> float:
+def machine_peak(case: Case) -> float:
     """Most floating-point operations a second that a large product reaches here, by torch or by oneDNN."""
     from diffusion_kit.models import onednn
 
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    size, best = 2048, 0.0
-    a, layer = torch.randn(size, size, dtype=dtype), torch.nn.Linear(size, size, bias=False, dtype=dtype)
+    dtype, before = getattr(torch, case.dtype), torch.get_num_threads()
+    torch.set_num_threads(case.threads)
+    size, best = 2048 if case.device == "cpu" else 8192, 0.0
+    like: dict[str, Any] = {"dtype": dtype, "device": case.device}
+    a, layer = torch.randn(size, size, **like), torch.nn.Linear(size, size, bias=False, **like)
     ways: list[Any] = [layer]
-    if onednn.obstacle(dtype) is None:
+    if case.device == "cpu" and onednn.obstacle(dtype) is None:
         weight = onednn.laid_out(layer, layer.weight.detach())
         ways.append(lambda x: onednn.product(x, weight))
     with torch.no_grad():
         for way in ways:
             for _ in range(6):
-                start = time.perf_counter()
-                way(a)
-                best = max(best, 2 * size**3 / (time.perf_counter() - start))
+                best = max(best, 2 * size**3 / timed(lambda way=way: way(a), a.device))
     torch.set_num_threads(before)
     return best

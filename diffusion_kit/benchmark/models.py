@@ -15,18 +15,19 @@ TOKENS, STATES, POOLED = 77, 2048, 1280  # of SDXL's text encoders, whose embedd
 GAIN = 0.05  # of output layers that start at zero: what they add is seen, and drowns nothing
 
 
-def model_folder(width: str, root: Path) -> Path:
-    """A pipeline's folder with random weights, and beside it those of its controls; made where it is not there."""
-    folder = root / f"sdxl-{width}"
+def model_folder(case: Case, root: Path) -> Path:
+    """A pipeline's folder with random weights of the case's type, and beside it those of its controls; made where it is not
+    there."""
+    folder = root / f"sdxl-{case.width}-{case.dtype}"
     if not folder.is_dir():
         part = folder.with_name(f".{folder.name}.part")
         shutil.rmtree(part, ignore_errors=True)
-        _save_model(WIDTHS[width], part)
+        _save_model(WIDTHS[case.width], getattr(torch, case.dtype), part)
         part.rename(folder)
     return folder
 
 
-def _save_model(width: int, folder: Path) -> None:
+def _save_model(width: int, dtype: torch.dtype, folder: Path) -> None:
     from diffusers import (
         AutoencoderKL,
         ControlNetModel,
@@ -63,11 +64,11 @@ def _save_model(width: int, folder: Path) -> None:
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, timestep_spacing="leading"
     )
     pipe = StableDiffusionXLPipeline(vae=vae, unet=unet, scheduler=scheduler, add_watermarker=False, **parts)
-    pipe.save_pretrained(folder)
-    _shaken(ControlNetModel.from_unet(unet)).save_pretrained(folder / "more/controlnet")
+    _shaken(ControlNetModel.from_unet(unet)).to(dtype).save_pretrained(folder / "more/controlnet")
+    pipe.to(dtype).save_pretrained(folder)
     own = [*channels, channels[-1]]
     adapter = T2IAdapter(channels=own, num_res_blocks=2, downscale_factor=16, adapter_type="full_adapter_xl")
-    adapter.save_pretrained(folder / "more/t2i_adapter")
+    adapter.to(dtype).save_pretrained(folder / "more/t2i_adapter")
 
 
 def _shaken(net: Any) -> Any:
@@ -84,7 +85,7 @@ def inputs(case: Case) -> dict[str, torch.Tensor]:
     dtype = getattr(torch, case.dtype)
 
     def random(*shape: int) -> torch.Tensor:
-        return torch.randn(case.batch, *shape, generator=generator).to(dtype)
+        return torch.randn(case.batch, *shape, generator=generator).to(case.device, dtype)
 
     across = torch.linspace(-1, 1, 8 * case.side)
     rings = (torch.sin(20 * (across[:, None] ** 2 + across[None] ** 2)) > 0.9).float()

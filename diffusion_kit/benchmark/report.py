@@ -25,7 +25,8 @@ Every contender runs in a process of its own, in turn with the others; "times di
 the ratios of the rounds. A run is a pipeline's call without decoding, on random weights of SDXL's architecture, with
 guidance. GFLOP and operations are those that torch dispatches in a step; the share is of the fastest product of 2048 x 2048
 matrices measured beside. Peak memory is of the whole process from loading to the end of a first run, "anonymous" what is no
-page of a file; "converting" is the peak of the first use, in which networks are converted that later lie on disk. The
+page of a file; "converting" is the peak of the first use, in which networks are converted that later lie on disk; "card" is
+the most that torch held of a card's memory. The
 error is the relative difference of the latents from diffusers' in the 2-norm. Other runtimes have the UNet alone, with
 diffusers' scheduler in a plain loop."""
 RUNTIMES = ("openvino", "onnxruntime")
@@ -71,6 +72,7 @@ def machine() -> dict[str, str]:
     return {
         "processor": names[0] if names else platform.processor() or platform.machine(),
         "cores": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
+        **({"card": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}),
         "memory": f"{psutil.virtual_memory().total / 2**30:.0f} GiB",
         "system": platform.platform(),
         "versions": ", ".join([f"Python {platform.python_version()}", *versions]),
@@ -89,22 +91,24 @@ def lines_of(result: dict[str, Any]) -> list[str]:
         f"**{case.name}** (peak measured {result['peak'] / 1e9:.0f} GFLOP/s)",
         "",
         f"| | times {REFERENCE} | ms a step | GFLOP | operations | share of peak | peak MB | anonymous MB "
-        "| converting MB | error |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| converting MB | card MB | error |",
+        "| --- " * 11 + "|",
     ]
     for name, own in result["contenders"].items():
         if own.get("absent"):
-            lines.append(f"| {name} | {own['absent'].replace('|', '/')} | | | | | | | | |")
+            lines.append(f"| {name} | {own['absent'].replace('|', '/')} |" + " |" * 9)
             continue
         middle, low, high = own.get("ratio") or (float("nan"),) * 3
+        places = ",.0" if own["step"] > 0.1 else ",.1"
         flops = "" if own["flops"] is None else f"{own['flops'] / case.steps / 1e9:,.0f}"
         operations = "" if own["operations"] is None else f"{own['operations'] / case.steps:,.0f}"
         share = "" if own.get("share") is None else f"{100 * own['share']:.0f} %"
         converting = "" if own["converting"] is None else f"{own['converting'] / 1e6:,.0f}"
+        card = "" if own["card"] is None else f"{own['card'] / 1e6:,.0f}"
         error = "" if own["error"] is None else f"{own['error']:.0e}"
         lines.append(
-            f"| {name} | {middle:.2f} [{low:.2f}, {high:.2f}] | {1e3 * own['step']:,.0f} | {flops} | {operations} "
-            f"| {share} | {own['peak'] / 1e6:,.0f} | {own['anonymous'] / 1e6:,.0f} | {converting} | {error} |"
+            f"| {name} | {middle:.2f} [{low:.2f}, {high:.2f}] | {1e3 * own['step']:{places}f} | {flops} | {operations} "
+            f"| {share} | {own['peak'] / 1e6:,.0f} | {own['anonymous'] / 1e6:,.0f} | {converting} | {card} | {error} |"
         )
     return lines
 
@@ -124,8 +128,8 @@ def measured(cases: Sequence[Case], names: Sequence[str], out: Path, rounds: int
             wanted = {"case": case.to_json(), "about": about}
             known = next((own for own in results if wanted.items() <= own.items()), None)
             if known is None:
-                rows = compare(case, names, model_folder(case.width, Path(root)), rounds)
-                known = summary(case, rows, machine_peak(getattr(torch, case.dtype), case.threads)) | {"about": about}
+                rows = compare(case, names, model_folder(case, Path(root)), rounds)
+                known = summary(case, rows, machine_peak(case)) | {"about": about}
                 results = [own for own in results if own["case"] != wanted["case"]] + [known]
                 out.write_text(json.dumps(results, indent=1) + "\n")
             found.append(known)

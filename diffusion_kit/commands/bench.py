@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -20,7 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="LIST",
         help="repeatable: plain, t2i_adapter, controlnet, or t2i_adapter,controlnet; by default plain",
     )
-    add("--dtype", action="append", metavar="DTYPE", help="repeatable: float32 (the default), bfloat16")
+    add("--dtype", action="append", metavar="DTYPE", help="repeatable: float32 (the default), bfloat16, float16")
+    add("--device", choices=("cpu", "cuda"), help="of the networks; by default cuda where there is one")
     add("--threads", action="append", type=int, metavar="N", help="repeatable; by default 1")
     add("--steps", type=int, default=4, help="of one timed run")
     add("--batch", action="append", type=int, metavar="N", help="repeatable: pictures of a run; by default 1")
@@ -42,18 +44,24 @@ def run(options: argparse.Namespace) -> None:
         for number in given if isinstance(given, list) else [given]:
             if number is not None and number < 1:
                 raise ValueError(f"--{name} is {number}; it must be 1 or more")
-    cases = cases_of(options)
+    import torch
+
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: there is none here")
+    cases = [replace(case, device=device) for case in cases_of(options)]
     files = [Path(file) for file in (options.out, options.page) if file]
     writable(files)
-    from diffusion_kit.benchmark.contenders import CONTENDERS, SLOW
+    from diffusion_kit.benchmark.contenders import SLOW, names_on
     from diffusion_kit.benchmark.interleaved import REFERENCE
     from diffusion_kit.benchmark.report import kept, machine, measured, page
 
-    words = options.only or [name for name in CONTENDERS if not name.endswith(SLOW)]
+    known = names_on(device)
+    words = options.only or [name for name in known if not name.endswith(SLOW)]
     for word in words:
-        if not any(word in name for name in CONTENDERS):
-            raise ValueError(f"--only is {word!r}; there are {', '.join(CONTENDERS)}")
-    names = [name for name in CONTENDERS if name == REFERENCE or any(word in name for word in words)]
+        if not any(word in name for name in known):
+            raise ValueError(f"--only is {word!r}; there are {', '.join(known)}")
+    names = [name for name in known if name == REFERENCE or any(word in name for word in words)]
     measured(cases, names, files[0], options.rounds)
     if options.page:
         results = [own for own in kept(files[0]) if own["about"]["machine"] == machine()]

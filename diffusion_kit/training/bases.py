@@ -7,16 +7,18 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDIMScheduler
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 from torch.amp.autocast_mode import is_autocast_available
 
 from diffusion_kit.models.denoiser import UNetDenoiser, control_channels, takes_hint
-from diffusion_kit.models.sources import load_component
+from diffusion_kit.models.sources import load_component, locate
+from diffusion_kit.models.spread import load_spread
 from diffusion_kit.models.text import Layer, Text, encode_text
 from diffusion_kit.models.unet import obstacle
 from diffusion_kit.models.vae import scaling, statistics
@@ -42,7 +44,7 @@ class Base:
     Attributes:
         encoders: the text encoders with their tokenizers, in the order of the pipeline.
         prior: of a Kandinsky decoder, the prior's pipeline: its image encoder makes what the UNet is conditioned on.
-        before: fingerprint of a UNet that learns, as it was.
+        before: fingerprint of a UNet that learns, or will be spread over processes, as it was.
     """
 
     pipe: Any
@@ -259,6 +261,7 @@ def load_base(config: Config, device: torch.device) -> Base:
         learning(config), torch.float32
     )
     parts = {} if own.vae is None else {"vae": load_component(AutoencoderKL, own.vae, torch_dtype=fine)}
+    parts |= spread_unet(config)
     pipe = family.from_pretrained(own.model, torch_dtype=dtypes, **parts, **hub(config))
     if (why := obstacle(pipe.unet)) is not None:
         raise ValueError(f"base.model {own.model} cannot be trained with: {why}")
@@ -269,7 +272,32 @@ def load_base(config: Config, device: torch.device) -> Base:
     objective = make_objective(pipe.scheduler, config.objective)
     learns = "unet" in learning(config)
     tell_scheduler(pipe, objective, learns=learns)
-    return Base(pipe, objective, encoders, layer, prior, fingerprint(pipe.unet) if learns else None)
+    kept = learns or spread_in_engine(config)  # what will be changed, or no longer whole here
+    return Base(pipe, objective, encoders, layer, prior, fingerprint(pipe.unet) if kept else None)
+
+
+def spread_in_engine(config: Config) -> bool:
+    """Whether the frozen UNet is spread over the processes: in ZeRO's stage 3, unless it is not wanted."""
+    wanted = config.base.spread is not False and "unet" not in learning(config)
+    return wanted and zero_settings(config).get("stage") == 3
+
+
+def zero_settings(config: Config) -> dict[str, Any]:
+    """DeepSpeed's `zero_optimization`, without what is left to the trainer."""
+    from .parallel.settings import AUTO, read  # whose package imports this file
+
+    own = read(config.deepspeed or {}).get("zero_optimization", {})
+    return {name: value for name, value in own.items() if value != AUTO}
+
+
+def spread_unet(config: Config) -> dict[str, Any]:
+    """The frozen UNet of a folder, loaded in parts where it will be spread and nothing is copied from it: a target with a
+    copy of its encoder has it whole at first."""
+    place = locate(config.base.model)
+    if config.target != "t2i_adapter" or not spread_in_engine(config) or not isinstance(place, Path):
+        return {}
+    own = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero_settings(config)}
+    return {"unet": load_spread(UNet2DConditionModel, place / "unet", DTYPES[config.precision], own)}
 
 
 def hub(config: Config) -> dict[str, str]:

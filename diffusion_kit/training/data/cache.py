@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from diffusion_kit import __version__
+from diffusion_kit.models.spread import gathered
 from diffusion_kit.training.config import Config
 
 from .crops import Crop
@@ -99,9 +100,10 @@ def fingerprint(net: nn.Module) -> str:
     said = config.to_dict() if hasattr(config, "to_dict") else dict(config)
     own = {name: value for name, value in said.items() if name[0] != "_" and "version" not in name}
     found = hashlib.sha256(f"{type(net).__name__}{json.dumps(own, sort_keys=True, default=str)}".encode())
-    for name, value in net.state_dict().items():
+    for name, value in net.state_dict(keep_vars=True).items():
         found.update(name.encode())
-        found.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        with gathered([value]):
+            found.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return found.hexdigest()[:16]
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from diffusion_kit.training.bases import spread_in_engine
 from diffusion_kit.training.config import Config
 from diffusion_kit.training.optimizers import make_optimizer
 from diffusion_kit.training.targets.target import Target
@@ -43,11 +44,5 @@ def make_parallel(
 
 
 def spread(config: Config, target: Target) -> list[Any]:
-    """Frozen networks that are spread over the processes with what is trained: in stage 3, unless it is not wanted."""
-    from .settings import get, read
-
-    stage = get(read(config.deepspeed or {}), "zero_optimization.stage")
-    if stage != 3 or config.base.spread is False or target.base is None:
-        return []
-    trained = {id(net) for net in target.modules()}
-    return [net for net in [target.base.unet] if id(net) not in trained]
+    """Frozen networks that are spread over the processes with what is trained."""
+    return [] if target.base is None or not spread_in_engine(config) else [target.base.unet]
