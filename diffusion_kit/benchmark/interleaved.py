@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import threading
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -143,6 +144,11 @@ def threads_of(case: Case) -> Iterator[None]:
 
 def serve(line: Connection, name: str, case: Case, folder: Path) -> None:
     """Answers "load" and "run" until nobody asks."""
+    import diffusers
+
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+    warnings.simplefilter("ignore", FutureWarning)
     torch.set_num_threads(case.threads)
     run: Any = None
     while True:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from diffusion_kit.pipelines.optimize import without_empty_warnings
+
 from .cases import WIDTHS, Case
 
 TOKENS, STATES, POOLED = 77, 2048, 1280  # of SDXL's text encoders, whose embeddings are given
@@ -22,7 +24,8 @@ def model_folder(case: Case, root: Path) -> Path:
     if not folder.is_dir():
         part = folder.with_name(f".{folder.name}.part")
         shutil.rmtree(part, ignore_errors=True)
-        _save_model(WIDTHS[case.width], getattr(torch, case.dtype), part)
+        with without_empty_warnings():
+            _save_model(WIDTHS[case.width], getattr(torch, case.dtype), part)
         part.rename(folder)
     return folder
 
