@@ -118,7 +118,8 @@ def check_size(config: Config, accelerator: Accelerator) -> None:
     """
     launch, is_ = config.launch, accelerator.num_processes
     asked = os.environ.get("DIFFUSION_KIT_PROCESSES")
-    if asked is None and launch.processes is not None and launch.include is None:
+    elastic = launch.on == "kubernetes" and launch.kubernetes.elastic is not None  # as many as there are at the time
+    if asked is None and launch.processes is not None and launch.include is None and not elastic:
         asked = str(launch.processes * launch.machines)
     if asked is not None and int(asked) != is_:
         told = f"{asked} processes were asked for, and this training runs in {is_}"
