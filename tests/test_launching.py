@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from diffusion_kit.cli import main
 from diffusion_kit.training import group
 from diffusion_kit.training.config import parse
-from diffusion_kit.training.launching import kubernetes, launch, machine, mpi, slurm
+from diffusion_kit.training.launching import launch, machine, mpi, slurm
 from diffusion_kit.training.launching.job import Job
 from diffusion_kit.training.launching.process import Process
 
@@ -127,70 +126,6 @@ def test_a_batch_script(tmp_path: Path) -> None:
     assert made.argv == ("sbatch", "runs/edges.sbatch")
 
 
-def test_manifests_hold_what_was_asked_for() -> None:
-    own = {
-        "image": "registry/kit:1",
-        "namespace": "art",
-        "claim": "disk",
-        "cpu": 12,
-        "memory": "32Gi",
-        "node_selector": {"node-type": "spr"},
-        "preload": ["/usr/lib/libtcmalloc.so.4"],
-        "elastic": {"min": 2, "max": 5, "restarts": 7},
-    }
-    for kind in ("TrainJob", "PyTorchJob", "Job"):
-        made = kubernetes.manifests(job("kubernetes", processes=3, machines=2, kubernetes={**own, "kind": kind}))
-        assert {one["metadata"]["namespace"] for one in made} == {"art"}
-        assert made[-1]["kind"] == kind
-        spec = pod_of(made)
-        container = spec["containers"][0]
-        assert container["resources"]["requests"] == container["resources"]["limits"] == {"cpu": 12, "memory": "32Gi"}
-        values = {one["name"]: one.get("value") for one in container["env"]}
-        assert values["LD_PRELOAD"] == "/usr/lib/libtcmalloc.so.4"
-        assert values["HF_HOME"].startswith("/workspace/")
-        assert spec["nodeSelector"] == {"node-type": "spr"}
-        claim, memory = spec["volumes"]
-        assert claim["persistentVolumeClaim"] == {"claimName": "disk"}
-        assert memory["emptyDir"] == {"medium": "Memory"}
-        assert container["command"][0] == "torchrun"
-        assert container["command"][-1] == "--resume", "a pod may be another's successor"
-    made = kubernetes.manifests(job("kubernetes", machines=4, kubernetes={**own, "kind": "PyTorchJob"}))[0]["spec"]
-    elastic = {"rdzvBackend": "c10d", "minReplicas": 2, "maxReplicas": 5, "maxRestarts": 7}
-    assert made["elasticPolicy"] == elastic
-    worker = made["pytorchReplicaSpecs"]["Worker"]
-    assert (worker["replicas"], worker["restartPolicy"]) == (4, "OnFailure")
-    assert "LD_PRELOAD" not in str(kubernetes.manifests(job("kubernetes"))), "only where the image has it"
-
-
-def pod_of(made: list[dict[str, Any]]) -> Any:
-    """The pod's spec, wherever it is."""
-    for one in made:
-        found = [one]
-        while found:
-            node = found.pop()
-            if isinstance(node, dict):
-                if "containers" in node:
-                    return node
-                found += node.values()
-            elif isinstance(node, list):
-                found += node
-    raise AssertionError("no pod")
-
-
-def test_names_that_kubernetes_takes() -> None:
-    config = parse({"target": "unet", "output": "runs/My_Edges.2", "steps": 1}, "test")
-    assert kubernetes.name_of(Job(config, Path("x"))) == "my-edges-2"
-
-
-def test_commands_around_a_job() -> None:
-    own = job("kubernetes", kubernetes={"kind": "PyTorchJob", "namespace": "art"})
-    assert kubernetes.command(own, "submit").argv == ("kubectl", "apply", "-f", "runs/edges.k8s.yaml")
-    assert "training.kubeflow.org/job-name=edges" in kubernetes.command(own, "status").argv
-    assert kubernetes.command(own, "logs").argv[:2] == ("kubectl", "logs")
-    assert kubernetes.command(own, "delete").argv[:2] == ("kubectl", "delete")
-    assert "kubectl cp art/edges-fetch:/workspace/runs/edges" in kubernetes.command(own, "fetch").argv[2]
-
-
 def test_a_dry_run_prints_what_a_run_starts(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -198,7 +133,7 @@ def test_a_dry_run_prints_what_a_run_starts(
     file.write_text(f"target: t2i_adapter\nsteps: 1\noutput: {tmp_path}/run\n")
     for on in ("local", "deepspeed", "mpi", "slurm", "kubernetes"):
         started: list[Any] = []
-        arguments = ["launch", "--on", on, str(file), "launch.processes=2"]
+        arguments = ["launch", "--on", on, str(file), "launch.processes=2", "launch.kubernetes.claim=disk"]
         assert main([*arguments, "--dry-run"]) == 0
         printed = capsys.readouterr().out
 
@@ -264,9 +199,3 @@ def test_cores_are_shared_without_overlap(monkeypatch: pytest.MonkeyPatch, proce
     monkeypatch.setattr(machine, "sockets", lambda: cores)
     shares = [machine.share(rank, count) for rank in range(count)]
     assert sorted(core for own in shares for core in own) == sorted(core for own in cores for core in own)
-
-
-def test_manifests_are_yaml() -> None:
-    for kind in ("TrainJob", "PyTorchJob", "Job"):
-        text = kubernetes.text(job("kubernetes", kubernetes={"kind": kind}))
-        assert list(yaml.safe_load_all(text)) == kubernetes.manifests(job("kubernetes", kubernetes={"kind": kind}))

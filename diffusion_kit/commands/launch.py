@@ -23,9 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of the run")
     parser.add_argument("--dry-run", action="store_true", help="print what would be run, and the files it needs")
     around = parser.add_argument_group("a job on Kubernetes")
-    for name, line in zip(
-        AROUND, ("start it", "its pods", "what it prints", "copy the run here", "remove it"), strict=True
-    ):
+    for name, line in AROUND.items():
         around.add_argument(f"--{name}", action="store_true", help=line)
 
 

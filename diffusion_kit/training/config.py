@@ -220,6 +220,8 @@ class Config(Tree):
         steps: of the optimizer, in all.
         batch: pictures a step over all processes, or "auto".
         micro_batch: pictures that a process sends through the network at once; None: its share of the batch.
+        precision: of the networks that are not trained, and of the arithmetic.
+        tf32: whether GPUs multiply float32 matrices with 10 bits of mantissa; None: as torch does, in convolutions only.
         ema: decay of the average of the weights that is saved and shown, or None.
         deepspeed: DeepSpeed's configuration, a file or a tree, or None: every process holds all weights.
         launch: where it runs.
@@ -241,6 +243,7 @@ class Config(Tree):
     batch: int | Literal["auto"] = 8
     micro_batch: int | None = Field(None, ge=1)
     precision: Literal["no", "fp16", "bf16"] = "no"
+    tf32: bool | None = None
     gradient_checkpointing: bool = False
     ema: float | None = Field(None, gt=0, lt=1)
     seed: int = Field(0, ge=0, lt=2**63)

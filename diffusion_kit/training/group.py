@@ -24,6 +24,7 @@ from .config import Config
 from .launching import machine
 from .parallel.parallel import Parallel
 from .parallel.zero import Zero
+from .precision import set_tf32
 
 PATIENCE = timedelta(days=1)  # processes may wait long for one another: for a share of a cache, or a validation
 MPI = {  # what launchers of MPI say, under torch's names; Open MPI, Intel MPI and others of MPICH's kin
@@ -43,6 +44,7 @@ def join(config: Config) -> Accelerator:
     cpu = not torch.cuda.is_available()
     if cpu and config.precision == "fp16":
         raise ValueError("precision=fp16 needs a GPU: on a CPU take bf16, or no")
+    set_tf32(config.tf32)
     from_mpi()
     if config.deepspeed is not None:
         alone(cpu)
@@ -118,7 +120,8 @@ def check_size(config: Config, accelerator: Accelerator) -> None:
     """
     launch, is_ = config.launch, accelerator.num_processes
     asked = os.environ.get("DIFFUSION_KIT_PROCESSES")
-    if asked is None and launch.processes is not None and launch.include is None:
+    elastic = launch.on == "kubernetes" and launch.kubernetes.elastic is not None  # as many as there are at the time
+    if asked is None and launch.processes is not None and launch.include is None and not elastic:
         asked = str(launch.processes * launch.machines)
     if asked is not None and int(asked) != is_:
         told = f"{asked} processes were asked for, and this training runs in {is_}"

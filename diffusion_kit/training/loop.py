@@ -26,11 +26,13 @@ from .loader import MicroBatches, Part, batches
 from .optimizers import learning_rate
 from .parallel import make_parallel
 from .parallel.parallel import Moments
+from .precision import cure
 from .targets.target import Target
 
 BANDS = 10  # of noise levels, for the loss by band
 SPIKE = 6.0  # standard deviations above the running mean of the loss
 NAMED = 8  # samples in a line
+TROUBLE = 3  # steps with a loss or gradient that is not finite, one after the other, before a line says what helps
 PATIENCE = 20  # steps with a loss that is not finite, or without a picture, one after the other, before the run stops
 
 
@@ -88,6 +90,7 @@ class Trainer:
     Attributes:
         step: how many steps were made.
         say: takes a line for the user.
+        cured: whether what helps against numbers that are not finite was said.
     """
 
     config: Config
@@ -97,6 +100,7 @@ class Trainer:
     say: Callable[[str], None] = print
     step: int = 0
     figures: Figures = field(default_factory=Figures)
+    cured: bool = False
 
     def __post_init__(self) -> None:
         config = self.config
@@ -231,10 +235,11 @@ class Trainer:
             f"step {self.step + 1}: the {what} is not finite, the step is left out: {', '.join(names[:NAMED])}{more}"
         )
         if self.figures.lost >= PATIENCE:
-            raise RuntimeError(
-                f"the {what} was not finite in {PATIENCE} steps one after the other: lower optimizer.learning_rate, "
-                "or set precision=bf16 or no"
-            )
+            told = f"the {what} was not finite in {PATIENCE} steps one after the other"
+            raise RuntimeError(f"{told}: {cure(self.config, what)}")
+        if self.figures.lost >= TROUBLE and not self.cured:
+            self.cured = True
+            self.say(f"the {what} was not finite in {TROUBLE} steps one after the other: {cure(self.config, what)}")
 
     # State
 

@@ -17,7 +17,7 @@ from diffusion_kit.adapters.control import granularity
 from diffusion_kit.adapters.detectors import check_options, detector, missing
 from diffusion_kit.evaluation.measures import measures_of
 
-from . import caching, card, checkpoints, group, memory, run, trial
+from . import caching, card, checkpoints, group, memory, precision, run, trial
 from .bases import Base
 from .config import CacheConfig, Config
 from .data.cache import open_cache
@@ -88,6 +88,7 @@ def begin(config: Config, accelerator: Accelerator, resume: bool, allow: Sequenc
     accelerator.wait_for_everyone()
     start = run.newest(own.checkpoints, lambda steps: gather_object([steps])) if resume else None
     trainer = make_trainer(config, accelerator, own.say)
+    own.say(precision.told(config, accelerator.device))
     if start is not None:
         check_data(trainer, start, allow)
         trainer.load(start)

@@ -2,11 +2,57 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import re
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field, model_validator
 
 from diffusion_kit.training.tree import Tree
+
+LONGEST = 50  # characters of a job's name: those of its pods are longer, and have at most 63
+UNITS = {"k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
+SENSIBLE = 2**28, 2**45  # bytes of a machine's memory
+
+
+def _name(text: str) -> str:
+    """Of a job, and of its service (RFC 1035)."""
+    if len(text) > LONGEST or not re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", text):
+        raise ValueError(f"a name has at most {LONGEST} lower-case letters, digits and dashes, and a letter first")
+    return text
+
+
+def _label(text: str) -> str:
+    """Of a namespace (RFC 1123)."""
+    if "." in text:
+        raise ValueError("it has no dots")
+    return _labels(text)
+
+
+def _labels(text: str) -> str:
+    """Of a claim: labels with dots between them (RFC 1123)."""
+    if not all(len(part) <= 63 and re.fullmatch(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?", part) for part in text.split(".")):
+        raise ValueError("it has at most 63 lower-case letters, digits and dashes, and no dash at an end")
+    return text
+
+
+def _memory(text: str) -> str:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([A-Za-z]*)", text)
+    if found is None or (found[2] and found[2] not in UNITS):
+        near = f"{found[1]}{found[2][0].upper()}i" if found and found[2] else "16Gi"
+        raise ValueError(f"Kubernetes counts memory in Ki, Mi, Gi, Ti, or k, M, G, T; such as {near}")
+    size = float(found[1]) * UNITS.get(found[2], 1)
+    if not SENSIBLE[0] <= size <= SENSIBLE[1]:
+        raise ValueError(f"that is {size:.3g} bytes for a machine; such as 16Gi would be right")
+    return text
+
+
+def _absolute(text: str) -> str:
+    if not text.startswith("/") or text.strip("/") == "":
+        raise ValueError("it must be a whole path in the container, such as /workspace")
+    return text
+
+
+Absolute = Annotated[str, AfterValidator(_absolute)]
 
 
 class SlurmConfig(Tree):
@@ -40,6 +86,12 @@ class ElasticConfig(Tree):
     max: int = Field(4, ge=1)
     restarts: int = Field(10, ge=0)
 
+    @model_validator(mode="after")
+    def _ordered(self) -> ElasticConfig:
+        if self.min > self.max:
+            raise ValueError(f"min is {self.min}, and max {self.max}, which is less")
+        return self
+
 
 class KubernetesConfig(Tree):
     """
@@ -47,30 +99,30 @@ class KubernetesConfig(Tree):
         kind: what runs the job: Kubeflow's TrainJob, its older PyTorchJob, or a plain Job.
         name: of the job; None: the run's folder.
         image: with the kit in it; `Dockerfile` makes one.
-        runtime: of a TrainJob.
         claim: the PersistentVolumeClaim that holds configuration, data, caches and the run.
-        mount: where it is in the container.
+        mount: where it is in the container; relative paths of the configuration begin there.
+        group: number of the group that may write the claim, the one of the image's user; None: as the cluster says.
         cpu, memory, gpus: of each machine; requests and limits are the same.
         node_selector: labels of the machines that are to be used.
         elastic: of a PyTorchJob.
-        restart: policy of a worker.
+        restart: policy of a worker; "Always" and "ExitCode" are a PyTorchJob's.
         preload: libraries of the image that are loaded first, such as tcmalloc's.
     """
 
     kind: Literal["TrainJob", "PyTorchJob", "Job"] = "TrainJob"
-    name: str | None = None
-    namespace: str = "default"
-    image: str = "diffusion-kit:latest"
-    runtime: str = "torch-distributed"
-    claim: str = "diffusion-kit"
-    mount: str = "/workspace"
-    cpu: int = Field(4, ge=1)
-    memory: str = "16Gi"
-    gpus: int = Field(0, ge=0)
+    name: Annotated[str, AfterValidator(_name)] | None = None
+    namespace: Annotated[str, AfterValidator(_label)] = "default"
+    image: str = Field("diffusion-kit:latest", min_length=1)
+    claim: Annotated[str, AfterValidator(_labels)] | None = None
+    mount: Absolute = "/workspace"
+    group: int | None = Field(1000, ge=0)
+    cpu: int = Field(4, ge=1, le=1024)
+    memory: Annotated[str, AfterValidator(_memory)] = "16Gi"
+    gpus: int = Field(0, ge=0, le=64)
     node_selector: dict[str, str] = {}
     elastic: ElasticConfig | None = None
     restart: Literal["OnFailure", "Never", "Always", "ExitCode"] = "OnFailure"
-    preload: tuple[str, ...] = ()
+    preload: tuple[Absolute, ...] = ()
 
 
 class LaunchConfig(Tree):

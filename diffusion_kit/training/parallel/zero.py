@@ -79,6 +79,8 @@ class Zero(Parallel):
         )
         self.module = self.engine = engine
         self.scheduler, self.scheduled = scheduler, scheduler is not None
+        if hasattr(getattr(self.optimizer, "loss_scaler", None), "raise_error_at_min_scale"):
+            self.optimizer.loss_scaler.raise_error_at_min_scale = False  # the trainer says what helps, and ends the run
         if self.stage in (1, 2):
             self.optimizer.check_grad_overflow = True  # a gradient that is not finite is left out in float32 too
         if not self.sharded:
@@ -95,11 +97,21 @@ class Zero(Parallel):
         self.engine.backward(loss, scale_wrt_gas=False)  # the trainer's loss is a mean over the whole step already
 
     def update(self) -> bool:
-        if not (self.sharded or self.finite()):  # the engine itself steps down any gradient
+        scaled = self.engine.fp16_enabled()  # then the engine looks itself, and scales less the next time
+        if not (self.sharded or scaled or self.finite()):  # else it steps down any gradient
             self.engine.zero_grad()
             return False
+        falls = scaled and self.falls()
         self.engine.step()
-        return bool(self.engine.was_step_applied())
+        return bool(self.engine.was_step_applied()) or falls
+
+    def falls(self) -> bool:
+        """Whether a gradient that is too large makes the loss scale smaller, so that a later one may fit."""
+        own = getattr(self.optimizer, "loss_scaler", None)
+        if own is not None:
+            return bool(own.dynamic and own.cur_scale > own.min_scale)
+        own = self.optimizer.loss_scale_config
+        return bool(own.dynamic_loss_scale and own.cur_scale > own.min_loss_scale)
 
     def finite(self) -> bool:
         gradients = [weight.grad for weight in self.named.values() if weight.grad is not None]
