@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from diffusion_kit.models.sources import find_weights, tensor_shapes
-from diffusion_kit.models.unet import Net
+from diffusion_kit.models.unet import Net, absent
 
 from . import controlnet
 from .control import Control, EncodedControl, Site
@@ -97,13 +97,13 @@ class ControlLoRA:
         It is kept with the UNet, and made anew where weights of the UNet have changed.
 
         Raises:
-            ValueError: made for another base, or the UNet's weights are quantised or not in memory.
+            ValueError: made for another base, or the UNet's weights are quantised or not in memory, or not whole.
         """
         unet = getattr(unet, "_orig_mod", unet)
         base = {name.replace(".base_layer.", "."): p for name, p in unet.named_parameters() if ".lora_" not in name}
         for name, weight in base.items():
-            if weight.is_meta or not weight.is_floating_point() or weight.element_size() not in INTEGERS:
-                kind = "offloaded" if weight.is_meta else f"quantised ({weight.dtype})"
+            if (away := absent(weight)) or not weight.is_floating_point() or weight.element_size() not in INTEGERS:
+                kind = away or f"quantised ({weight.dtype})"
                 raise ValueError(
                     f"a Control-LoRA changes the base's weights; the UNet's {name} is {kind}: load it whole"
                 )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,24 @@ from diffusion_kit.recipes.recipe import printable
 PACKAGE = str(Path(__file__).parents[1])
 
 
+_kept: list[list[str]] = []  # notes of the blocks that keep them
+
+
 def note(text: str) -> None:
-    print(f"diffusion-kit: {printable(' '.join(text.split()))}", file=sys.stderr)
+    if _kept:
+        _kept[-1].append(text)
+    else:
+        print(f"diffusion-kit: {printable(' '.join(text.split()))}", file=sys.stderr)
+
+
+@contextmanager
+def kept_notes() -> Iterator[list[str]]:
+    """Notes inside the block are put into the list, for another process to say."""
+    _kept.append([])
+    try:
+        yield _kept[-1]
+    finally:
+        _kept.pop()
 
 
 def show_warnings(debug: bool) -> None:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import argparse
-from functools import cache
+from functools import partial
 
-from diffusion_kit.recipes import ForeignRecipe, Recipe, check, read, save
+from diffusion_kit.recipes import ForeignRecipe, Recipe, read, save
 
+from . import workers
 from .console import note
 from .execution import add_execution
-from .job_file import in_line, is_made
+from .job_file import in_line
 from .jobs import OPTIONS
 from .outputs import output_files
-from .plan import files_read, plan_of_call, plan_of_file
+from .plan import Planned, files_read, plan_of_call, plan_of_file
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,48 +62,88 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--embed-controls", action="store_true", help="keep the pictures given in the recipe, not only their hashes")
     add("--scheduler", metavar="CLASS", help="a diffusers scheduler, for example EulerAncestralDiscreteScheduler")
     add_execution(parser)
+    workers.add_arguments(parser, "the lines of --jobs")
+    add(
+        "--deepspeed",
+        metavar="FILE",
+        help="spread the network over the processes, as this configuration of ZeRO stage 3 says; with --jobs",
+    )
 
 
 def run(options: argparse.Namespace) -> None:
     """Checks what can be checked, then loads, makes and saves."""
+    from . import processes
+
+    workers.check(options)
+    if options.on is not None:
+        on_workers(options)
+    elif options.deepspeed is not None or processes.several():
+        processes.run(options)
+    else:
+        alone(options)
+
+
+def alone(options: argparse.Namespace) -> None:
+    """In this process."""
     old = read(options.again) if options.again else None
     if isinstance(old, ForeignRecipe):
         _note_of_foreign(old, options)
     own = old if isinstance(old, Recipe) else None
-    plan = plan_of_file(options) if options.jobs else plan_of_call(options, old)
-    from diffusion_kit.commands.fingerprint import fingerprint
+    plan = planned(options, old)
+    from . import pictures, shares
 
-    from . import pictures
-
-    for each in plan:
-        with in_line(options.jobs, each.line):
-            pictures.check(each.job, each.settings, each.seed)
     taken = [*(each.file for each in plan), *files_read(options, plan)]
     grid = output_files(options.grid, [""], taken=taken) if options.grid else []
     pipe = pictures.load_pipeline(plan[0].settings, debug=options.debug)
     if own is not None:
         _note_of_versions(own)
-    hash_of, recipes = cache(fingerprint), {}
-    for each in plan:
-        with in_line(options.jobs, each.line):
-            recipe = pictures.complete(pipe, each.job, each.settings, each.seed, hash_of)
-            check(each.file, recipe)
-            if each.line is None or not is_made(each.file, recipe):
-                recipes[each.file] = each.line, recipe
-    if len(recipes) < len(plan):
-        note(f"{len(plan) - len(recipes)} of {len(plan)} pictures are there")
+    maker = shares.Maker(pipe, options.jobs)
+    found = [(each, *maker.recipe(each)) for each in plan]
+    wanted = [(each, recipe) for each, recipe, is_there in found if not is_there]
+    note_there(len(plan) - len(wanted), len(plan))
     made = []
     with pipe.sharing():
-        for file, (line, recipe) in recipes.items():
-            with in_line(options.jobs, line):
-                picture = pictures.make_picture(pipe, recipe)
-                save(picture, file, recipe)
-            print(f"{file}  {recipe.width} x {recipe.height}, seed {recipe.seed}")
+        for each, recipe in wanted:
+            picture = maker.make(each, recipe)
+            print(shares.told(each.file, recipe))
             made += [picture] if grid else []
     for file in grid:
         columns = options.count if len(plan) > options.count > 1 else None
         save(pictures.grid_of(made, columns=columns), file)
         print(file)
+
+
+def planned(options: argparse.Namespace, old: Recipe | ForeignRecipe | None = None) -> list[Planned]:
+    """The pictures that are asked for, checked as far as that goes without a model."""
+    plan = plan_of_file(options) if options.jobs else plan_of_call(options, old)
+    from . import pictures
+
+    for each in plan:
+        with in_line(options.jobs, each.line):
+            pictures.check(each.job, each.settings, each.seed)
+    return plan
+
+
+def note_there(count: int, of: int) -> None:
+    if count:
+        note(f"{count} of {of} pictures are there")
+
+
+def on_workers(options: argparse.Namespace) -> None:
+    """By workers of Ray."""
+    if not options.jobs:
+        raise ValueError("--on ray shares the lines of a job file: give --jobs")
+    from . import shares
+
+    plan = planned(options)
+    report = shares.Report(options.jobs, {each.file for each in plan if each.file.exists()})
+    ready = partial(shares.ready, plan[0].settings, options.jobs, options.debug)
+    gpu = options.device != "cpu"
+    for each, found in zip(plan, workers.shared(plan, ready, options.workers, gpu=gpu), strict=True):
+        report.add(each, found)
+    note_there(report.there, len(plan))
+    if report.failures:
+        raise SystemExit(workers.code_of(report.failures))
 
 
 def _note_of_foreign(old: ForeignRecipe, options: argparse.Namespace) -> None:

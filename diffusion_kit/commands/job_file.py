@@ -62,7 +62,7 @@ def read_lines(options: argparse.Namespace) -> dict[int, argparse.Namespace]:
 
 
 @contextmanager
-def in_line(file: str | Path, number: int | None) -> Iterator[None]:
+def in_line(file: str | Path | None, number: int | None) -> Iterator[None]:
     """Errors say in which line of the job file they are; None is no line of one."""
     try:
         yield

@@ -94,8 +94,8 @@ def dtype_of(settings: Settings) -> torch.dtype:
     return getattr(torch, settings.dtype)
 
 
-def load_pipeline(settings: Settings, *, debug: bool) -> Any:
-    """The model on its device, quiet but for its progress bar."""
+def load_pipeline(settings: Settings, *, debug: bool, **components: Any) -> Any:
+    """The model on its device, quiet but for its progress bar; with `components` in place of its own."""
     if not debug:
         diffusers.utils.logging.set_verbosity_error()
         diffusers.utils.logging.disable_progress_bar()
@@ -106,7 +106,8 @@ def load_pipeline(settings: Settings, *, debug: bool) -> Any:
     name = settings.scheduler or (old.scheduler if old else None)
     scheduler = None if name is None else _scheduler(name)
     commit = (old.model_hash or "").partition("commit:")[2] if old else ""
-    more = {"revision": commit} if commit else {}  # what was compared is what is loaded
+    more: dict[str, Any] = {"revision": commit} if commit else {}  # what was compared is what is loaded
+    more |= components
     pipe = AutoPipelineForText2Image.from_pretrained(settings.model, torch_dtype=dtype_of(settings), **more)
     if scheduler is not None:
         pipe.scheduler = scheduler.from_config(old.scheduler_config if old else pipe.scheduler.config)

@@ -176,6 +176,8 @@ def obstacle(net: Net) -> str | None:
     """Why a network has to run through its own forward; None if the executor can run it."""
     if kandinsky3.is_kandinsky3(net):
         return kandinsky3.obstacle(net)
+    if hasattr(next(net.parameters()), "ds_id"):
+        return "its weights are spread over the processes"  # who gathers them is told by its own forward
     if (why := changed(net)) is not None:
         return why
     config = net.config
@@ -193,6 +195,15 @@ def obstacle(net: Net) -> str | None:
         return "it has GLIGEN layers"
     if not all(_stock(layer) for _, layer in attention_layers(net)):
         return "it has attention processors of its own"
+    return None
+
+
+def absent(weight: Tensor) -> str | None:
+    """What a weight is that this process does not hold whole; None where it does."""
+    if weight.is_meta:
+        return "offloaded"
+    if weight.numel() < getattr(weight, "ds_numel", 0):
+        return f"spread over the processes (ZeRO), with a placeholder of {weight.numel()} numbers here"
     return None
 
 

@@ -23,6 +23,7 @@ from .loader import quiet_worker
 TOGETHER = (8 * 1024**2, 64)  # pixels, and pictures, at most, that go through the autoencoder at once
 EVERY = 60.0  # seconds, where no bar shows how far it is
 CAPTIONS = 64  # captions that go through the encoders at once
+BLOCK = 32  # pictures that one share has together: who makes a block, makes it in the same groups, and so the same bits
 
 
 @dataclass(frozen=True)
@@ -85,15 +86,16 @@ def fill(
     """Puts what is missing into the cache; how many views were made.
 
     Args:
-        part: (k, n): the k-th of n shares of the pictures, for several processes.
+        part: (k, n): the k-th of n shares of the pictures, for several processes. What they make together is what one
+            makes alone, bit for bit.
     """
-    dtype = DTYPES_OF[config.cache.dtype]
+    dtype, blocks = DTYPES_OF[config.cache.dtype], blocks_of(len(pictures), part)
     if cache.text is not None and base is not None:
         with flushed(cache):
-            fill_text(base, pictures, cache, dtype, part)
+            fill_text(base, pictures, cache, dtype, blocks)
     if cache.latents is None and cache.conditions is None:
         return 0
-    jobs = [(k, view) for k in range(part[0], len(pictures), part[1]) for view in tried(pictures.views, k)]
+    jobs = [(k, view) for block in blocks for k in block for view in tried(pictures.views, k)]
     made, seen, told = 0, 0, time.monotonic()
     with tqdm(total=len(jobs), desc="cache", unit="view", disable=None) as bar, flushed(cache):
         for group in grouped(Missing(pictures, cache, jobs), config.data.workers):
@@ -109,6 +111,12 @@ def fill(
             keep(base, cache, group, dtype)
             made += sum(job.pixels is not None or job.condition is not None for job in group)
     return made
+
+
+def blocks_of(count: int, part: tuple[int, int]) -> list[range]:
+    """A share of so many pictures: every n-th block of them."""
+    starts = range(part[0] * BLOCK, count, part[1] * BLOCK)
+    return [range(start, min(start + BLOCK, count)) for start in starts]
 
 
 @contextmanager
@@ -145,7 +153,7 @@ def tried(read: Callable[[int], Sequence[Any]], index: int) -> Sequence[Any]:
 
 
 def grouped(missing: Missing, workers: int) -> Iterator[list[Job]]:
-    """Jobs whose pixels have one shape, a few at a time."""
+    """Jobs of one block whose pixels have one shape, a few at a time."""
     loader: DataLoader[Any] = DataLoader(
         missing,  # type: ignore[arg-type]
         batch_size=None,
@@ -154,9 +162,11 @@ def grouped(missing: Missing, workers: int) -> Iterator[list[Job]]:
         generator=torch.Generator(),
     )
     group: list[Job] = []
-    for job in loader:
+    block = None
+    for (index, _), job in zip(missing.jobs, loader, strict=True):
         shape = None if job.pixels is None else job.pixels.shape
         full = len(group) == TOGETHER[1] or (shape is not None and (len(group) + 1) * shape[1] * shape[2] > TOGETHER[0])
+        full, block = full or block != index // BLOCK, index // BLOCK
         if group and (full or any(own.pixels is not None and own.pixels.shape != shape for own in group)):
             yield group
             group = []
@@ -165,20 +175,26 @@ def grouped(missing: Missing, workers: int) -> Iterator[list[Job]]:
         yield group
 
 
-def fill_text(base: Base, pictures: Pictures, cache: Cache, dtype: torch.dtype, part: tuple[int, int]) -> None:
-    store = cache.text
+def fill_text(base: Base, pictures: Pictures, cache: Cache, dtype: torch.dtype, blocks: Sequence[range]) -> None:
+    """The captions of every block, and what is shared by all: the empty one and, with the first block, zeros."""
+    store, done = cache.text, {("", False), ("", True)}
     assert store is not None
 
     def captions_of(index: int) -> Sequence[str]:
         return pictures.record(index).captions
 
-    captions = {caption for k in range(part[0], len(pictures), part[1]) for caption in tried(captions_of, k)}
-    new = [(c, False) for c in sorted(captions - {""}) if caption_key(c, False) not in store]
-    if part[0] == 0:  # what all shares need is made by one
-        new += [("", zeros) for zeros in (False, True) if caption_key("", zeros) not in store]
-    for start in range(0, len(new), CAPTIONS):
-        some = new[start : start + CAPTIONS]
-        with torch.no_grad():
-            found = base.text([caption for caption, _ in some], [zeros for _, zeros in some])
-        for k, (caption, zeros) in enumerate(some):
-            store.put(caption_key(caption, zeros), {name: value[k].to(dtype) for name, value in found.items()})
+    def keep_all(captions: Sequence[tuple[str, bool]]) -> None:
+        new = [own for own in captions if caption_key(*own) not in store]
+        for start in range(0, len(new), CAPTIONS):
+            some = new[start : start + CAPTIONS]
+            with torch.no_grad():
+                found = base.text([caption for caption, _ in some], [zeros for _, zeros in some])
+            for k, own in enumerate(some):
+                store.put(caption_key(*own), {name: value[k].to(dtype) for name, value in found.items()})
+
+    for block in blocks:
+        if block.start == 0:  # what all shares need is made by one
+            keep_all(sorted(done))
+        captions = {(caption, False) for k in block for caption in tried(captions_of, k)} - done
+        keep_all(sorted(captions))
+        done |= captions

@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ from .bases import Base
 from .config import CacheConfig, Config
 from .data.cache import open_cache
 from .data.samples import Batch, Pictures, open_pictures
+from .data.store import Store
 from .loader import MicroBatches, Part, batches
 from .loop import Trainer
 from .optimizers import make_optimizer
@@ -158,7 +160,10 @@ def make_trainer(config: Config, accelerator: Accelerator, say: Callable[[str], 
     target, pictures = prepare(config, accelerator.device, say)
     if config.gradient_checkpointing:
         target.checkpoint_gradients()
-    fill_cache(config, target.base, pictures, (accelerator.process_index, accelerator.num_processes), say)
+    attach_cache(config, target.base, pictures)
+    filler = Filler(config, target.base, pictures, say)
+    if filler.stores:
+        say(held(filler.fill((accelerator.process_index, accelerator.num_processes)), filler.stores))
     accelerator.wait_for_everyone()
     for store in pictures.cache.stores:
         store.refresh()
@@ -223,25 +228,55 @@ def build_cache(config: Config, part: tuple[int, int], say: Callable[[str], None
     """
     with run.Signals(), memory.explained(config):
         try:
-            if config.threads:
-                torch.set_num_threads(config.threads)
-            target, pictures = prepare(config, group.join(config).device, say)
-            fill_cache(config, target.base, pictures, part, say)
+            filler = make_filler(config, say)
+            if filler.stores:
+                say(held(filler.fill(part), filler.stores))
         except run.Stopped:
             raise InterruptedError("stopped; what was made is kept, the same command goes on") from None
 
 
-def fill_cache(
-    config: Config, base: Base | None, pictures: Pictures, part: tuple[int, int], say: Callable[[str], None]
-) -> None:
-    """Opens the cache and fills a share of what is missing."""
+@dataclass(frozen=True)
+class Filler:
+    """What fills shares of a cache, one after another, in one process or in one of many."""
+
+    config: Config
+    base: Base | None
+    pictures: Pictures
+    say: Callable[[str], None]
+
+    @property
+    def stores(self) -> list[Store]:
+        return self.pictures.cache.stores
+
+    def fill(self, part: tuple[int, int]) -> int:
+        """How many views were made; what others made before is not made again."""
+        for store in self.stores:
+            store.refresh()
+        return caching.fill(self.config, self.base, self.pictures, self.pictures.cache, self.say, part)
+
+
+def make_filler(config: Config, say: Callable[[str], None]) -> Filler:
+    """Loads base and data, and opens the cache.
+
+    Raises:
+        FileNotFoundError, ValueError: they cannot be used, in one line.
+    """
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    target, pictures = prepare(config, group.join(config).device, say)
+    attach_cache(config, target.base, pictures)
+    return Filler(config, target.base, pictures, say)
+
+
+def attach_cache(config: Config, base: Base | None, pictures: Pictures) -> None:
+    """Opens the cache, from which pictures then take what it holds."""
     pictured, encoders = (base.pictured, base.frozen_encoders) if base is not None else ([], [])
     pictures.cache = open_cache(config, pictured, encoders, pictures.conditioned)
-    if not pictures.cache.stores:
-        return
-    made = caching.fill(config, base, pictures, pictures.cache, say, part)
-    held = ", ".join(f"{len(store)} in {store.folder}" for store in pictures.cache.stores)
-    say(f"{made} views are new; the cache holds {held}")
+
+
+def held(made: int, stores: Sequence[Store]) -> str:
+    own = ", ".join(f"{len(store)} in {store.folder}" for store in stores)
+    return f"{made} views are new; the cache holds {own}"
 
 
 def finish(trainer: Trainer, own: run.Run) -> Path:

@@ -207,11 +207,19 @@ def settings(config: Config, processes: int, width: int | None, say: Callable[[s
             put(tree, f"{kind}.enabled", config.precision == kind)
     if "amp" in tree:
         _fill_apex(tree["amp"])
-    _fill_zero(tree.get("zero_optimization", {}), width, say)
+    fill_zero(tree.get("zero_optimization", {}), width, say)
     _warn(tree, say)
+    check_filled(tree)
+    return tree
+
+
+def check_filled(tree: Tree) -> None:
+    """
+    Raises:
+        ValueError: a value is "auto" still.
+    """
     if left := next((name for name, value in _leaves(tree) if value == AUTO), None):
         raise ValueError(f'deepspeed: {left} is "auto", which nothing in the kit\'s configuration says: give a value')
-    return tree
 
 
 def _fill_optimizer(tree: Tree, config: Config) -> None:
@@ -238,7 +246,7 @@ def _fill_apex(node: Tree) -> None:
         node["opt_level"] = "O1"
 
 
-def _fill_zero(zero: Tree, width: int | None, say: Callable[[str], None]) -> None:
+def fill_zero(zero: Tree, width: int | None, say: Callable[[str], None]) -> None:
     """What belongs to a model's width, as the document says: h^2, 0.9 h^2, 10 h."""
     if AUTO not in zero.values():
         return

@@ -1,0 +1,123 @@
+"""A share of planned pictures: what one process, a worker, or one of several processes does with a loaded model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from diffusion_kit.commands.fingerprint import fingerprint
+from diffusion_kit.recipes import Recipe, check, save
+
+from . import pictures
+from .console import kept_notes, note, show_warnings
+from .job_file import in_line, is_made
+from .plan import Planned, Settings
+from .workers import Failed
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a planned picture.
+
+    Attributes:
+        told: the line about it.
+        notes: what was said while it was made.
+    """
+
+    told: str = ""
+    failed: Failed | None = None
+    notes: tuple[str, ...] = ()
+
+
+class Maker:
+    """A loaded model that makes planned pictures.
+
+    Args:
+        file: the job file, if they are of one.
+    """
+
+    def __init__(self, pipe: Any, file: str | None) -> None:
+        self.pipe, self.file, self.hash_of = pipe, file, cache(fingerprint)
+
+    def recipe(self, each: Planned) -> tuple[Recipe, bool]:
+        """The whole recipe, and whether its picture is there.
+
+        Raises:
+            ValueError, FileNotFoundError: it cannot be made, or its file is something else.
+        """
+        with in_line(self.file, each.line):
+            recipe = pictures.complete(self.pipe, each.job, each.settings, each.seed, self.hash_of)
+            check(each.file, recipe)
+            return recipe, each.line is not None and is_made(each.file, recipe)
+
+    def make(self, each: Planned, recipe: Recipe) -> Image.Image:
+        with in_line(self.file, each.line):
+            picture = pictures.make_picture(self.pipe, recipe)
+            save(picture, each.file, recipe)
+        return picture
+
+    def outcome(self, each: Planned) -> Outcome:
+        """Makes a picture, unless it is there. That it cannot be made does not stop the others of its share."""
+        with kept_notes() as notes:
+            try:
+                recipe, is_there = self.recipe(each)
+                if not is_there:
+                    self.make(each, recipe)
+                return Outcome(told(each.file, recipe), notes=tuple(notes))
+            except Exception as error:
+                return Outcome(failed=Failed.by(error), notes=tuple(notes))
+
+
+def told(file: Path, recipe: Recipe) -> str:
+    return f"{file}  {recipe.width} x {recipe.height}, seed {recipe.seed}"
+
+
+def ready(settings: Settings, file: str, debug: bool) -> Callable[[Planned], Outcome]:
+    """Loads the model in a worker, and gives what makes a picture there."""
+    show_warnings(debug)
+    with kept_notes() as notes:
+        pipe = pictures.load_pipeline(settings, debug=debug)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.sharing().__enter__()  # for the worker's life
+    maker = Maker(pipe, file)
+
+    def task(each: Planned) -> Outcome:
+        found = maker.outcome(each)
+        own = (*notes, *found.notes)
+        notes.clear()
+        return replace(found, notes=own)
+
+    return task
+
+
+class Report:
+    """Tells of pictures that several share what is told of those that one makes.
+
+    Args:
+        file: the job file.
+        before: pictures that were there.
+    """
+
+    def __init__(self, file: str, before: Collection[Path]) -> None:
+        self.file, self.before, self.there, self.failures = file, before, 0, list[Failed]()
+        self.noted: set[str] = set()
+
+    def add(self, each: Planned, found: Outcome | Failed) -> None:
+        found = found if isinstance(found, Outcome) else Outcome(failed=found)
+        for text in found.notes:
+            if text not in self.noted:  # every worker says it
+                note(text)
+            self.noted.add(text)
+        if found.failed is not None:
+            place, problem = f"{self.file}, line {each.line}: ", found.failed.problem
+            note(problem if problem.startswith(place) else place + problem)  # unforeseen ones do not say it
+            self.failures.append(found.failed)
+        elif each.file in self.before:
+            self.there += 1
+        else:
+            print(found.told, flush=True)
