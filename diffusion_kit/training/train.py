@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import gc
-import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 
 from diffusion_kit.adapters.control import granularity
 from diffusion_kit.adapters.detectors import check_options, detector, missing
@@ -50,15 +50,16 @@ def train(
     if config.launch.ipex:
         print("launch.ipex: Intel's extension has ended (archived March 2026); torch itself runs bf16 on CPUs")
     accelerator = group.join(config)
-    resume = resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0  # in place of one that died
     folder = Path(config.output)
     again = run.resume_command(command)
     with (
-        run.locked(folder) if accelerator.is_main_process else nullcontext(),
+        ExitStack() as held,
         run.Signals(accelerator.print) as signals,
         memory.explained(config) as told,
     ):
         try:
+            group.first(accelerator, lambda: held.enter_context(run.locked(folder)))
+            resume = resume or broadcast_object_list([run.restarted(folder)])[0]
             trainer, own = begin(config, accelerator, resume, allow)
             told.config, told.micro = trainer.config, trainer.part.micro
             signals.stepping = True
@@ -81,8 +82,7 @@ def train(
 def begin(config: Config, accelerator: Accelerator, resume: bool, allow: Sequence[str]) -> tuple[Trainer, run.Run]:
     """A training at the step from which it goes on, and its folder."""
     config = with_batch(derived(run.settled(config, resume), accelerator.num_processes), accelerator, print)
-    start = run.begin(config, resume, allow) if accelerator.is_main_process else None
-    accelerator.wait_for_everyone()
+    start = group.first(accelerator, lambda: run.begin(config, resume, allow))
     if not accelerator.is_main_process and resume:
         found = checkpoints.whole(Path(config.output) / "checkpoints")
         start = checkpoints.read(found[-1]) if found else None
