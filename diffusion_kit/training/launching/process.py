@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import signal
 import sys
 from collections.abc import Mapping
@@ -40,9 +41,8 @@ class Process:
         for path, text in self.files.items():
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
+        if shutil.which(self.argv[0]) is None:
+            raise FileNotFoundError(f"{self.argv[0]} is not here: install it, or look with --dry-run")
         sys.stdout.flush()
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # which Python ignores, and others do not expect to be
-        try:
-            os.execvpe(self.argv[0], self.argv, {**os.environ, **self.environment})
-        except FileNotFoundError:
-            raise FileNotFoundError(f"{self.argv[0]} is not here: install it, or look with --dry-run") from None
+        os.execvpe(self.argv[0], self.argv, {**os.environ, **self.environment})
