@@ -6,17 +6,22 @@ import os
 import shlex
 import subprocess
 import sys
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from diffusion_kit.cli import main
-from diffusion_kit.training import group
+from diffusion_kit.training import group, run
 from diffusion_kit.training.config import parse
 from diffusion_kit.training.launching import launch, machine, mpi, slurm
 from diffusion_kit.training.launching.job import Job
 from diffusion_kit.training.launching.process import Process
+from diffusion_kit.training.parallel.zero import Zero
 
 TWO = {"processes": 2, "machines": 2, "address": "node0", "hosts": ["node0", "node1"]}
 
@@ -47,7 +52,7 @@ def after(process: Process, name: str) -> str:
 
 def test_one_machine() -> None:
     made = launch.build(job(processes=2, restarts=3, resume=True))
-    assert made.argv[:3] == (sys.executable, "-m", "torch.distributed.run")
+    assert made.argv[:3] == (sys.executable, "-m", "diffusion_kit.training.launching.elastic")
     assert after(made, "--nproc_per_node") == "2"
     assert after(made, "--max-restarts") == "3"
     assert "--standalone" in made.argv
@@ -71,15 +76,21 @@ def test_deepspeeds_launcher(tmp_path: Path) -> None:
     assert Path(made.argv[0]).name == "deepspeed"
     assert after(made, "--num_nodes") == "2"
     assert after(made, "--module") == "diffusion_kit.cli"
-    assert list(made.files.values()) == ["node0 slots=2\nnode1 slots=2\n"]
-    assert after(made, "--hostfile") == str(next(iter(made.files)))
+    hosts, environment = made.files
+    assert made.files[hosts] == "node0 slots=2\nnode1 slots=2\n"
+    assert after(made, "--hostfile") == str(hosts)
+    assert made.environment["DS_ENV_FILE"] == str(environment), "other machines are given nothing else"
+    assert "DIFFUSION_KIT_PROCESSES=4\n" in made.files[environment]
     chosen = launch.build(job("deepspeed", include="node0:1"))
     assert after(chosen, "--include") == "node0:1"
-    assert "DIFFUSION_KIT_PROCESSES" not in chosen.environment, "as many as it names"
+    assert chosen.environment["DIFFUSION_KIT_PROCESSES"] == "", "as many as it names"
+    both = launch.build(job("deepspeed", **TWO, include="node0:1"))
+    assert "--hostfile" in both.argv
+    assert "--num_nodes" not in both.argv, "DeepSpeed takes only one of them"
     (tmp_path / "hosts").write_text("a slots=1\n")
     given = launch.build(job("deepspeed", hosts=str(tmp_path / "hosts")))
     assert after(given, "--hostfile") == str(tmp_path / "hosts")
-    assert not given.files
+    assert [file.name for file in given.files] == ["edges.env"]
     with pytest.raises(FileNotFoundError, match="no host file"):
         launch.build(job("deepspeed", hosts=str(tmp_path / "none")))
 
@@ -137,15 +148,14 @@ def test_a_dry_run_prints_what_a_run_starts(
         assert main([*arguments, "--dry-run"]) == 0
         printed = capsys.readouterr().out
 
-        def run(argv: Any, started: list[Any] = started, **more: Any) -> Any:
-            started.append((list(argv), more["env"]))
-            return subprocess.CompletedProcess(argv, 0)
+        def become(program: str, argv: Any, environment: Any, started: list[Any] = started) -> None:
+            assert program == argv[0]
+            started.append((list(argv), environment))
 
         with monkeypatch.context() as patch:
-            patch.setattr("diffusion_kit.training.launching.process.subprocess.run", run)
-            with pytest.raises(SystemExit) as end:
-                main(arguments)
-        assert not end.value.code
+            patch.setattr("diffusion_kit.training.launching.process.shutil.which", lambda name: name)
+            patch.setattr("diffusion_kit.training.launching.process.os.execvpe", become)
+            assert main(arguments) == 0
         words = shlex.split(printed.splitlines()[-1])
         argv, environment = started[0]
         assert words[-len(argv) :] == argv
@@ -160,6 +170,88 @@ def test_what_is_not_installed(tmp_path: Path, capsys: pytest.CaptureFixture[str
         Process(("not-here",)).run()
     assert main(["launch", str(file), "--status"]) == 2
     assert "add --on kubernetes" in capsys.readouterr().err
+
+
+def test_what_a_launcher_cannot_do() -> None:
+    for on in ("deepspeed", "mpi"):
+        with pytest.raises(ValueError, match=r"^launch.restarts is torch's launcher's[^\n]*$"):
+            launch.build(job(on, restarts=2))
+        with pytest.raises(ValueError, match=r"^launch.hosts names 2 machines, and launch.machines is 1$"):
+            launch.build(job(on, hosts=["node0", "node1"]))
+
+
+def test_mpi_is_told_the_first_machine(tmp_path: Path) -> None:
+    """Else every machine would wait for itself."""
+    (tmp_path / "hosts").write_text("a slots=1\nb slots=1\n")
+    assert mpi.build(job("mpi")).environment["MASTER_ADDR"] == "127.0.0.1"
+    assert mpi.build(job("mpi", machines=2, hosts=["b", "c"])).environment["MASTER_ADDR"] == "b"
+    with pytest.raises(ValueError, match=r"^launch.address is missing[^\n]*$"):
+        mpi.build(job("mpi", machines=2, hosts=str(tmp_path / "hosts")))
+
+
+# Ends
+
+
+def elastic(tmp_path: Path, program: str, *flags: str) -> subprocess.CompletedProcess[str]:
+    """Two processes of a program."""
+    file = tmp_path / "program.py"
+    file.write_text(f"import os, signal, sys\nrank = os.environ['RANK']\n{program}\n")
+    command = [
+        sys.executable,
+        "-m",
+        "diffusion_kit.training.launching.elastic",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*command, *flags, str(file)], capture_output=True, text=True, env=environment, timeout=300, check=False
+    )
+
+
+def test_a_launcher_says_nothing_behind_a_process_that_failed(tmp_path: Path) -> None:
+    done = elastic(tmp_path, "rank == '1' and sys.exit(2)\nsignal.pause()")
+    assert (done.returncode, done.stdout + done.stderr) == (2, "")
+
+
+def test_a_launcher_says_what_was_killed_and_by_what(tmp_path: Path) -> None:
+    done = elastic(tmp_path, "os.kill(os.getpid(), signal.SIGKILL) if rank == '1' else signal.pause()")
+    line = "diffusion-kit: process 1 was killed by SIGKILL; --resume goes on from the last checkpoint\n"
+    assert (done.returncode, done.stdout + done.stderr) == (1, line)
+
+
+def test_what_the_first_process_refuses_is_said_once(tmp_path: Path) -> None:
+    """The others have no error of their own, such as that the first is gone."""
+    program = """
+from accelerate import Accelerator
+from diffusion_kit.training import group
+def refused():
+    raise ValueError("refused")
+try:
+    group.first(Accelerator(cpu=True), refused)
+except ValueError as error:
+    print(error, flush=True)
+    sys.exit(2)
+"""
+    done = elastic(tmp_path, program)
+    assert (done.returncode, done.stdout) == (2, "refused\n")
+    assert "Error" not in done.stderr
+
+
+def test_a_process_started_again_goes_on_only_in_a_run_that_it_was_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another that was refused, because the folder holds a run, would else go on with that run at its second try."""
+    (tmp_path / "run").mkdir()
+    config = parse({"target": "unet", "output": str(tmp_path / "run"), "steps": 1}, "test")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "first")
+    run.begin(config, False, ())
+    assert not run.restarted(tmp_path / "run"), "it is the first of its place"
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert run.restarted(tmp_path / "run")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "second")
+    assert not run.restarted(tmp_path / "run")
 
 
 # The group of processes
@@ -186,6 +278,80 @@ def test_another_number_of_processes_than_was_asked_for(monkeypatch: pytest.Monk
         group.join(config)
     monkeypatch.setenv("DIFFUSION_KIT_PROCESSES", "1")
     group.join(config)
+
+
+def beside(count: int, autocast: Any = nullcontext) -> Any:
+    """An accelerator of one process among several."""
+    return SimpleNamespace(num_processes=count, device=torch.device("cpu"), autocast=autocast)
+
+
+def test_processes_that_train_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = parse({"target": "unet", "output": "x", "steps": 1}, "test")
+    plain: Any = SimpleNamespace(module=torch.nn.Linear(1, 1))
+    group.check(config, beside(1), plain)
+    with pytest.raises(RuntimeError, match="2 processes were started and are not joined"):
+        group.check(config, beside(2), plain)
+    monkeypatch.setattr(group.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(group.dist, "get_world_size", lambda: 2)
+    with pytest.raises(RuntimeError, match="gradients are not averaged"):
+        group.check(config, beside(2), plain)
+
+
+def test_another_precision_than_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """accelerate takes fp16 on a CPU and trains in float32."""
+    plain: Any = SimpleNamespace(module=torch.nn.Linear(1, 1))
+    tree = {"target": "unet", "output": "x", "steps": 1}
+    half = partial(torch.autocast, "cpu", torch.bfloat16)
+    group.check(parse({**tree, "precision": "bf16"}, "test"), beside(1, half), plain)
+    for precision, autocast, runs in (("bf16", nullcontext, "float32"), ("no", half, "bfloat16")):
+        with pytest.raises(
+            RuntimeError, match=f"precision={precision} was asked for, and networks run in torch.{runs}"
+        ):
+            group.check(parse({**tree, "precision": precision}, "test"), beside(1, autocast), plain)
+    monkeypatch.setattr(group.torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=r"^precision=fp16 needs a GPU[^\n]*$"):
+        group.join(parse({**tree, "precision": "fp16"}, "test"))
+
+
+def engine(stage: int, count: int, half: bool = False) -> Any:
+    """DeepSpeed's, of another stage, number of processes or precision than was asked for."""
+    own = Zero.__new__(Zero)
+    own.stage = 2
+    own.module = own.engine = SimpleNamespace(
+        zero_optimization_stage=lambda: stage,
+        dp_world_size=count,
+        fp16_enabled=lambda: False,
+        bfloat16_enabled=lambda: half,
+    )
+    return own
+
+
+def test_deepspeed_runs_as_it_was_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = parse({"target": "unet", "output": "x", "steps": 1, "deepspeed": {}}, "test")
+    monkeypatch.setattr(group.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(group.dist, "get_world_size", lambda: 2)
+    group.check(config, beside(2), engine(2, 2))
+    for wrong, told in (
+        (engine(0, 2), "does not run as it was asked"),
+        (engine(2, 1), "DeepSpeed averages over 1"),
+        (engine(2, 2, half=True), "networks run in torch.bfloat16"),
+        (SimpleNamespace(module=None), "does not run as it was asked"),
+    ):
+        with pytest.raises(RuntimeError, match=told):
+            group.check(config, beside(2), wrong)
+
+
+def test_processes_of_deepspeeds_launcher_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It says how many there are under a name of its own."""
+    monkeypatch.setattr(machine, "sockets", lambda: [[0, 1, 2, 3]])
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.setenv("LOCAL_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    given: list[Any] = []
+    monkeypatch.setattr(group.os, "sched_setaffinity", lambda process, cores: given.append(cores))
+    monkeypatch.setattr(group.torch, "set_num_threads", lambda count: None)
+    group.bind(job("deepspeed", bind=True).config)
+    assert given == [[2, 3]]
 
 
 def test_intels_backend_is_missing() -> None:

@@ -373,6 +373,9 @@ def test_the_line_that_says_how_to_go_on_names_the_launcher(monkeypatch: pytest.
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     launched = "torchrun --nproc_per_node 2 -m diffusion_kit.cli train a.yaml steps=3 --resume"
     assert run.resume_command(command) == launched
+    monkeypatch.setenv("DIFFUSION_KIT_PROCESSES", "2")
+    assert run.resume_command(command) == "diffusion-kit launch a.yaml steps=3 --resume"
+    assert run.resume_command([]) == "train(config, resume=True)", "in a notebook nobody typed a command"
 
 
 def test_an_autoencoder_learns_from_pictures_of_several_shapes(tmp_path: Path) -> None:

@@ -9,14 +9,15 @@ from __future__ import annotations
 import importlib.util
 import os
 import socket
+from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, gather_object
 from torch.nn.parallel import DistributedDataParallel
 
 from .bases import DTYPES
@@ -26,6 +27,7 @@ from .parallel.parallel import Parallel
 from .parallel.zero import Zero
 from .precision import set_tf32
 
+T = TypeVar("T")
 PATIENCE = timedelta(days=1)  # processes may wait long for one another: for a share of a cache, or a validation
 MPI = {  # what launchers of MPI say, under torch's names; Open MPI, Intel MPI and others of MPICH's kin
     "RANK": ("OMPI_COMM_WORLD_RANK", "PMI_RANK"),
@@ -93,7 +95,10 @@ def free_port() -> str:
 
 def bind(config: Config) -> None:
     """Keeps this process, and its threads, on its share of the cores."""
-    rank, count = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    count = int(
+        os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE", "1")
+    )  # as torch, or DeepSpeed, says it
+    rank = int(os.environ.get("LOCAL_RANK", "0"))
     cores = machine.share(rank, count)
     os.sched_setaffinity(0, cores)
     torch.set_num_threads(config.threads or len(cores))
@@ -123,9 +128,30 @@ def check_size(config: Config, accelerator: Accelerator) -> None:
     elastic = launch.on == "kubernetes" and launch.kubernetes.elastic is not None  # as many as there are at the time
     if asked is None and launch.processes is not None and launch.include is None and not elastic:
         asked = str(launch.processes * launch.machines)
-    if asked is not None and int(asked) != is_:
+    if asked and int(asked) != is_:
         told = f"{asked} processes were asked for, and this training runs in {is_}"
         raise ValueError(f"{told}: start it with diffusion-kit launch, or set launch.processes")
+
+
+def first(accelerator: Accelerator, does: Callable[[], T], chosen: bool | None = None) -> T | None:
+    """What the first process does, or those that are chosen, while the others wait. Where it fails they end without a word:
+    it says why.
+
+    Raises:
+        SystemExit: in the others.
+    """
+    found, error = None, None
+    if accelerator.is_main_process if chosen is None else chosen:
+        try:
+            found = does()
+        except Exception as own:
+            error = own
+    failed = any(gather_object([error is not None]))
+    if error is not None:
+        raise error
+    if failed:
+        raise SystemExit(2)
+    return found
 
 
 def check(config: Config, accelerator: Accelerator, parallel: Parallel) -> None:

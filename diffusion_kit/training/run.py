@@ -15,6 +15,7 @@ import math
 import os
 import shlex
 import signal
+import socket
 import sys
 import threading
 import time
@@ -32,6 +33,7 @@ from . import checkpoints
 from .config import Config, parse, read
 
 LOGS = ("metrics", "timing")
+LAUNCHER = ".launcher"  # file of a run that says who started it
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 # What a run may change without being another: places, and how long it lasts and what it keeps.
 FREE = {
@@ -150,6 +152,8 @@ def begin(config: Config, resume: bool, allow: Sequence[str]) -> None:
         check_same(read(file), config, allow, found[-1] if found else None)
     elif found or (folder / "result").exists():
         raise ValueError(f"output {folder} holds a run already: add --resume to go on with it, or give another folder")
+    if (own := launcher()) is not None:
+        (folder / LAUNCHER).write_text(own)
     beside = file.with_suffix(".part")
     beside.write_text(config.dump())
     os.replace(beside, file)
@@ -169,6 +173,20 @@ def newest(root: Path, in_all: Callable[[list[int]], list[list[int]]]) -> checkp
     if not common and any(found):
         raise ValueError(f"{root} holds no checkpoint that all machines have: see checkpoints.each_machine")
     return checkpoints.read(checkpoints.folder_of(root, max(common))) if common else None
+
+
+def launcher() -> str | None:
+    """Names torch's launcher, if it started this process, as its parent: the same for those that it starts again."""
+    run = os.environ.get("TORCHELASTIC_RUN_ID")
+    return None if run is None else f"{socket.gethostname()} {os.getppid()} {run}"
+
+
+def restarted(folder: Path) -> bool:
+    """Whether this process stands for one that died in this run. One that was refused was never in it: whoever is
+    started in its place is refused too."""
+    file = folder / LAUNCHER
+    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    return again and file.is_file() and file.read_text() == launcher()
 
 
 def written(file: Path) -> bool:
@@ -288,6 +306,10 @@ class Signals:
 def resume_command(arguments: Sequence[str]) -> str:
     """The command line again, with --resume."""
     parts = [part for part in arguments if part != "--resume"]
+    if not parts:
+        return "train(config, resume=True)"
+    if "DIFFUSION_KIT_PROCESSES" in os.environ:  # which `diffusion-kit launch` says
+        return shlex.join(["launch" if part == "train" else part for part in parts[:2]] + [*parts[2:], "--resume"])
     if "TORCHELASTIC_RUN_ID" in os.environ:
         parts[:1] = ["torchrun", "--nproc_per_node", os.environ["LOCAL_WORLD_SIZE"], "-m", "diffusion_kit.cli"]
     return shlex.join([*parts, "--resume"])

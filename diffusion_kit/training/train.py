@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import gc
-import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 
 from diffusion_kit.adapters.control import granularity
 from diffusion_kit.adapters.detectors import check_options, detector, missing
@@ -53,15 +52,16 @@ def train(
     if config.launch.ipex:
         print("launch.ipex: Intel's extension has ended (archived March 2026); torch itself runs bf16 on CPUs")
     accelerator = group.join(config)
-    resume = resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0  # in place of one that died
     folder = Path(config.output)
     again = run.resume_command(command)
     with (
-        run.locked(folder) if writes(config, accelerator) else nullcontext(),
+        ExitStack() as held,
         run.Signals(accelerator.print) as signals,
         memory.explained(config) as told,
     ):
         try:
+            group.first(accelerator, lambda: held.enter_context(run.locked(folder)), writes(config, accelerator))
+            resume = resume or broadcast_object_list([run.restarted(folder)])[0]
             trainer, own = begin(config, accelerator, resume, allow)
             told.config, told.micro = trainer.config, trainer.part.micro
             signals.stepping = True
@@ -85,9 +85,7 @@ def begin(config: Config, accelerator: Accelerator, resume: bool, allow: Sequenc
     """A training at the step from which it goes on, and its folder."""
     config = with_batch(derived(run.settled(config, resume), accelerator.num_processes), accelerator, print)
     own = run.Run(Path(config.output), accelerator.is_main_process, writes(config, accelerator))
-    if own.writes:
-        run.begin(config, resume, allow)
-    accelerator.wait_for_everyone()
+    group.first(accelerator, lambda: run.begin(config, resume, allow), own.writes)
     start = run.newest(own.checkpoints, lambda steps: gather_object([steps])) if resume else None
     trainer = make_trainer(config, accelerator, own.say)
     own.say(precision.told(config, accelerator.device))

@@ -23,4 +23,6 @@ def build(job: Job) -> Process:
     Raises:
         ValueError, FileNotFoundError: the configuration lacks what the launcher needs, in one line.
     """
+    if job.launch.restarts and job.launch.on in ("deepspeed", "mpi"):
+        raise ValueError(f"launch.restarts is torch's launcher's: on={job.launch.on} starts no process again")
     return LAUNCHERS[job.launch.on](job)

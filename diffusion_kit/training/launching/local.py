@@ -24,7 +24,7 @@ def build(job: Job) -> Process:
 
 def elastic(launch: LaunchConfig, count: str, rank: str | None = None, address: str | None = None) -> tuple[str, ...]:
     """The launcher's part of the command line; `rank` and `address` may be what a shell says."""
-    argv = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", count]
+    argv = [sys.executable, "-m", "diffusion_kit.training.launching.elastic", "--nproc_per_node", count]
     if launch.machines > 1:
         address = address or launch.address
         if address is None:

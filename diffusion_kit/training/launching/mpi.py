@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from . import deepspeed, local
+from .config import LaunchConfig
 from .job import Job
 from .process import Process
 
@@ -27,7 +28,7 @@ def build(job: Job, kind: Flavour | None = None) -> Process:
     launch, kind = job.launch, kind or flavour()
     count = local.processes(launch)
     environment = job.environment(count)
-    environment["MASTER_ADDR"] = launch.address or "127.0.0.1"
+    environment["MASTER_ADDR"] = address(launch)
     environment["MASTER_PORT"] = str(launch.port)
     argv = ["mpirun", "-n", str(count * launch.machines)]
     files: dict[Path, str] = {}
@@ -40,6 +41,23 @@ def build(job: Job, kind: Flavour | None = None) -> Process:
         argv += ["--map-by", f"ppr:{count}:node"] if kind == "open" else ["-ppn", str(count)]
     if kind == "open":
         argv += ["--bind-to", "none"]  # else every process has one core
+        if launch.hosts is None:
+            argv += ["--oversubscribe"]  # else no more processes than cores
     for name, value in environment.items():
         argv += ["-x", name] if kind == "open" else ["-genv", name, value]
     return Process((*argv, *job.python()), environment, files)
+
+
+def address(launch: LaunchConfig) -> str:
+    """Of the first machine.
+
+    Raises:
+        ValueError: there are several, and the first is not named.
+    """
+    if launch.address is not None:
+        return launch.address
+    if launch.machines == 1:
+        return "127.0.0.1"
+    if not isinstance(launch.hosts, tuple):
+        raise ValueError("launch.address is missing: name the first of the machines")
+    return launch.hosts[0]

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import shlex
-import subprocess
+import shutil
+import signal
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NoReturn
 
 
 @dataclass(frozen=True)
@@ -29,8 +32,8 @@ class Process:
         own = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items()]
         return "\n".join([*texts, " ".join([*own, shlex.join(self.argv)])])
 
-    def run(self) -> int:
-        """Its exit code.
+    def run(self) -> NoReturn:
+        """Becomes it: so signals are heard by the launcher alone, and its exit code is that of this process.
 
         Raises:
             FileNotFoundError: the program is not installed.
@@ -38,7 +41,8 @@ class Process:
         for path, text in self.files.items():
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
-        try:
-            return subprocess.run(self.argv, env={**os.environ, **self.environment}, check=False).returncode
-        except FileNotFoundError:
-            raise FileNotFoundError(f"{self.argv[0]} is not here: install it, or look with --dry-run") from None
+        if shutil.which(self.argv[0]) is None:
+            raise FileNotFoundError(f"{self.argv[0]} is not here: install it, or look with --dry-run")
+        sys.stdout.flush()
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # which Python ignores, and others do not expect to be
+        os.execvpe(self.argv[0], self.argv, {**os.environ, **self.environment})

@@ -1,0 +1,1 @@
+"""The parts of scripts/verify_scale.py: trainings in several processes, really run."""

@@ -1,0 +1,65 @@
+"""Launchers that start processes on several machines by ssh; here loopback addresses, and a stand-in for ssh."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from . import runs
+from .runs import finish, hosts_asked, must_be_near, must_be_same, need, new, stand_in_for_ssh, trained
+
+HOSTS = ["127.0.0.1", "127.0.0.2"]
+TWO_HOSTS = {"processes": 1, "machines": 2, "hosts": HOSTS}
+
+
+def mpi() -> dict[str, Any]:
+    """`mpirun` of Open MPI over two hosts with one process each: the bits of two processes of torch's launcher."""
+    runs.installed("mpirun", "openmpi-bin")
+    ssh = stand_in_for_ssh(runs.WORK / "ssh-mpi")
+    root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    out = new("mpi", launch={**TWO_HOSTS, "on": "mpi", "environment": root})
+    finish(out, OMPI_MCA_plm_rsh_agent=str(ssh))
+    asked = hosts_asked(ssh.parent)
+    need(HOSTS[1] in asked, f"the second host was not asked: {asked}")
+    need(runs.processes(out) == 2, "two processes did not join")
+    version = subprocess.run(["mpirun", "--version"], capture_output=True, text=True, check=False).stdout.split("\n")[0]
+    return {"mpirun": version, "hosts by ssh": asked, "same bits": must_be_same(trained("two", 2), out)}
+
+
+def deepspeed_launcher() -> dict[str, Any]:
+    """DeepSpeed's launcher under ZeRO 2: on one host of a host file with two devices, and on two hosts by pdsh."""
+    runs.installed("pdsh", "pdsh")
+    python = with_deepspeed()
+    ssh = stand_in_for_ssh(runs.WORK / "ssh-deepspeed")
+    path = f"{ssh.parent}:{os.environ['PATH']}"
+    figures: dict[str, Any] = {}
+    one_host = {"processes": 2, "machines": 1, "hosts": ["localhost"], "include": "localhost:0,1", "bind": True}
+    for name, own in {"one host": one_host, "two hosts": {**TWO_HOSTS, "address": HOSTS[0]}}.items():
+        zero = {"zero_optimization": {"stage": 2}}
+        out = new(f"deepspeed-{name.replace(' ', '-')}", deepspeed=zero, launch={"on": "deepspeed", **own})
+        finish(out, python=python, PATH=path)
+        need(runs.processes(out) == 2, f"{name}: two processes did not join")
+        gap = must_be_near(trained("two", 2), out)
+        figures[name] = {"apart from DDP": gap, "same bits": not runs.differing(trained("two", 2), out)}
+    asked = hosts_asked(ssh.parent)
+    need(set(HOSTS) <= set(asked), f"not all hosts were asked: {asked}")
+    return {**figures, "hosts by ssh": asked}
+
+
+def with_deepspeed() -> str:
+    """A Python that has DeepSpeed: this one, or one of a folder of its own, which sees all that this one has."""
+    if importlib.util.find_spec("deepspeed") is not None:
+        return sys.executable
+    folder = runs.WORK / "python"
+    python = folder / "bin" / "python"
+    if not (folder / "bin" / "deepspeed").is_file():
+        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+        seen = [path for path in sys.path if path.endswith("site-packages")]
+        (next(folder.glob("lib/*/site-packages")) / "seen.pth").write_text("".join(f"{path}\n" for path in seen))
+        pip = [str(python), "-m", "pip", "install", "-q", "deepspeed>=0.19.8,<0.20"]
+        subprocess.run(pip, check=True, env={**os.environ, "DS_BUILD_OPS": "0"})
+    return str(Path(python))
