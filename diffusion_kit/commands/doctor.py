@@ -21,6 +21,7 @@ OPTIONAL = {  # module: what it is for, and how to get it
     "openvino": ("the engine openvino", "pip install 'diffusion_kit[openvino]'"),
     "torchao": ("weights of 8 bits", "pip install 'diffusion_kit[quantised]'"),
     "deepspeed": ("trainings that are spread over processes", "pip install 'diffusion_kit[deepspeed]'"),
+    "ray": ("caches and job files shared among workers", "pip install 'diffusion_kit[ray]'"),
     "xformers": ("memory-efficient attention on CUDA", "pip install 'diffusion_kit[xformers]'"),
     "imwatermark": ("SDXL's invisible watermark", "pip install invisible-watermark"),
 }

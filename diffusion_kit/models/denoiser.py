@@ -80,7 +80,7 @@ class PeerDenoiser(OwnForward):
 
     def __call__(self, tensors: Tree, x: Tensor, answer: Answer) -> tuple[Tensor, Tensor | None]:
         if answer.tokens:
-            raise ValueError("cross_attention_kwargs are for the UNet's own forward, which takes no IP-Adapter")
+            raise ValueError("the UNet's own forward, of cross_attention_kwargs or --deepspeed, takes no IP-Adapter")
         added = added_conditions(tensors)
         if takes_hint(self.net):
             added["hint"] = answer.channels
