@@ -120,7 +120,7 @@ def environment(job: Job) -> dict[str, str]:
         "LOGLEVEL": "INFO",
     }
     if own.elastic is not None:
-        found["DIFFUSION_KIT_PROCESSES"] = ""  # as many as there are at the time
+        del found["DIFFUSION_KIT_PROCESSES"]  # as many as there are at the time
     if job.launch.backend == "ccl":
         found["CCL_WORKER_COUNT"] = "1"
     if own.preload:
