@@ -221,6 +221,6 @@ def hosts_asked(folder: Path) -> list[str]:
 def installed(program: str, package: str) -> None:
     """Installs a package of Debian's, if a program of it is not there."""
     if shutil.which(program, path=f"{os.environ['PATH']}:/usr/sbin") is None:
-        command = ["apt-get", "install", "-y", "-qq", "--no-install-recommends", *package.split()]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        need(done.returncode == 0, f"{' '.join(command)}\n{done.stderr[-2000:]}")
+        command = f"apt-get update -qq && apt-get install -y -qq --no-install-recommends {package}"
+        done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+        need(done.returncode == 0, f"{command}\n{done.stderr[-2000:]}")
