@@ -39,8 +39,8 @@ def need(fact: bool, told: str) -> None:
         sys.exit(told)
 
 
-def commit() -> str:
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
+def commit(what: str = "HEAD") -> str:
+    done = subprocess.run(["git", "rev-parse", "--short", what], cwd=ROOT, capture_output=True, text=True, check=True)
     return done.stdout.strip()
 
 
@@ -138,8 +138,8 @@ def last_step(out: Path) -> int:
 
 
 def trained(name: str, processes: int, **more: Any) -> Path:
-    """An undisturbed run by torch's launcher, made once for each state of the code."""
-    out = WORK / f"{name}-{commit()}"
+    """An undisturbed run by torch's launcher, made once for each state of the package."""
+    out = WORK / f"{name}-{commit('HEAD:diffusion_kit')}"
     if not (out / "result").is_dir():
         finish(new(out.name, **more), f"launch.processes={processes}")
     return out
