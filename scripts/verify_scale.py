@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -53,6 +54,7 @@ def main() -> None:
     parser.add_argument("--only", metavar="PART", action="append", choices=list(PARTS), help="run this part, again too")
     parser.add_argument("--json", action="store_true", help="all that is kept in one line at the end")
     options = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # not ignored, as behind a shell's "&": a part sends it
     runs.WORK.mkdir(parents=True, exist_ok=True)
     for name in options.only or [name for name in PARTS if name not in kept()]:
         began = time.monotonic()

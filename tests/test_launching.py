@@ -126,7 +126,10 @@ def test_a_batch_script(tmp_path: Path) -> None:
     assert "module load x" in lines
     assert "export DIFFUSION_KIT_PROCESSES=4" in lines
     step = next(line for line in lines if line.startswith("srun"))
-    started = shlex.split(shlex.split(step)[4])  # what bash is given
+    assert "--cpus-per-task=8" in step, "else the processes of a machine share one core"
+    given = shlex.split(step)
+    started = shlex.split(given[given.index("-c") + 1])
+    assert started[0] == "exec", "signals are for torch's launcher: a shell would die of them"
     assert started[started.index("--node_rank") + 1] == "$SLURM_NODEID"
     assert started[started.index("--master_addr") + 1] == "$MASTER_ADDR"
     assert started[-1] == "$RESUME"

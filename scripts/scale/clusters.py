@@ -37,10 +37,14 @@ def deepspeed_launcher() -> dict[str, Any]:
     ssh = stand_in_for_ssh(runs.WORK / "ssh-deepspeed")
     path = f"{ssh.parent}:{os.environ['PATH']}"
     figures: dict[str, Any] = {}
-    one_host = {"processes": 2, "machines": 1, "hosts": ["localhost"], "include": "localhost:0,1", "bind": True}
-    for name, own in {"one host": one_host, "two hosts": {**TWO_HOSTS, "address": HOSTS[0]}}.items():
+    one_host = {"processes": 2, "hosts": ["localhost"], "include": "localhost:0,1", "bind": True}
+    for name, own in {"one host": one_host, "two hosts": TWO_HOSTS}.items():
         zero = {"zero_optimization": {"stage": 2}}
-        out = new(f"deepspeed-{name.replace(' ', '-')}", deepspeed=zero, launch={"on": "deepspeed", **own})
+        out = new(
+            f"deepspeed-{name.replace(' ', '-')}",
+            deepspeed=zero,
+            launch={"on": "deepspeed", "address": HOSTS[0], **own},
+        )
         finish(out, python=python, PATH=path)
         need(runs.processes(out) == 2, f"{name}: two processes did not join")
         gap = must_be_near(trained("two", 2), out)

@@ -39,8 +39,8 @@ def need(fact: bool, told: str) -> None:
         sys.exit(told)
 
 
-def commit() -> str:
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
+def commit(what: str = "HEAD") -> str:
+    done = subprocess.run(["git", "rev-parse", "--short", what], cwd=ROOT, capture_output=True, text=True, check=True)
     return done.stdout.strip()
 
 
@@ -138,8 +138,8 @@ def last_step(out: Path) -> int:
 
 
 def trained(name: str, processes: int, **more: Any) -> Path:
-    """An undisturbed run by torch's launcher, made once for each state of the code."""
-    out = WORK / f"{name}-{commit()}"
+    """An undisturbed run by torch's launcher, made once for each state of the package."""
+    out = WORK / f"{name}-{commit('HEAD:diffusion_kit')}"
     if not (out / "result").is_dir():
         finish(new(out.name, **more), f"launch.processes={processes}")
     return out
@@ -221,6 +221,6 @@ def hosts_asked(folder: Path) -> list[str]:
 def installed(program: str, package: str) -> None:
     """Installs a package of Debian's, if a program of it is not there."""
     if shutil.which(program, path=f"{os.environ['PATH']}:/usr/sbin") is None:
-        command = ["apt-get", "install", "-y", "-qq", "--no-install-recommends", *package.split()]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        need(done.returncode == 0, f"{' '.join(command)}\n{done.stderr[-2000:]}")
+        command = f"apt-get update -qq && apt-get install -y -qq --no-install-recommends {package}"
+        done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+        need(done.returncode == 0, f"{command}\n{done.stderr[-2000:]}")

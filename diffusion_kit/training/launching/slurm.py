@@ -43,7 +43,9 @@ def script(job: Job) -> str:
     start = local.elastic(launch, count, "$SLURM_NODEID", "$MASTER_ADDR")
     command = shlex.join([*start, *job.module()]).replace("'$SLURM_NODEID'", "$SLURM_NODEID")
     command = command.replace("'$MASTER_ADDR'", "$MASTER_ADDR")
-    return "\n".join([*head, *own.setup, *exports, BODY.format(command=shlex.quote(f"{command} $RESUME"))])
+    cpus = f" --cpus-per-task={own.cpus}" if own.cpus else ""  # which srun does not take from the job
+    body = BODY.format(cpus=cpus, command=shlex.quote(f"exec {command} $RESUME"))
+    return "\n".join([*head, *own.setup, *exports, body])
 
 
 BODY = """\
@@ -51,7 +53,7 @@ export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export RESUME=
 [ "${{SLURM_RESTART_COUNT:-0}}" -gt 0 ] && RESUME=--resume
 
-srun --kill-on-bad-exit=1 bash -c {command} &
+srun --kill-on-bad-exit=1{cpus} bash -c {command} &
 run=$!
 trap 'told=1; scancel --signal=USR1 "$SLURM_JOB_ID.0"' USR1 TERM
 wait $run; code=$?
