@@ -9,6 +9,7 @@ import os
 import platform
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 OPTIONAL = {  # module: what it is for, and how to get it
     "controlnet_aux": (
@@ -28,11 +29,16 @@ OPTIONAL = {  # module: what it is for, and how to get it
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    del parser  # it takes none
+    parser.add_argument(
+        "--report", metavar="FILE", nargs="?", const="-", help="what a bug report needs, as Markdown; - prints it"
+    )
 
 
 def run(options: argparse.Namespace) -> None:
     """Prints; fails where a package that the kit needs is missing or of a version it does not work with."""
+    if options.report is not None:
+        write(options.report)
+        return
     wrong = []
     for label, value, bad in report():
         print(f"{label:24}{value}")
@@ -41,12 +47,26 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError(f"not as needed: {'; '.join(wrong)}")
 
 
+def write(file: str) -> None:
+    """A bug report's part of this machine, to a file or "-" for the output."""
+    from diffusion_kit.commands.report import report
+
+    text = report()
+    if file == "-":
+        print(text, end="")
+        return
+    beside = Path(f"{file}.part")
+    beside.write_text(text)
+    beside.replace(file)
+    print(f"{file}: add the command, its configuration and what it printed")
+
+
 def report() -> Iterator[tuple[str, str, bool]]:
     """Label, text, and whether it is wrong."""
     yield "python", f"{platform.python_version()} at {sys.executable}", sys.version_info < (3, 11)
-    yield "system", f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {_memory()}", False
+    yield "system", f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {memory()}", False
     yield from _packages()
-    yield from _devices()
+    yield from devices()
     yield from _optional()
     yield from _models()
 
@@ -73,7 +93,7 @@ def _packages() -> Iterator[tuple[str, str, bool]]:
         yield needed.name, found if fits else f"{found}, but {needed} is needed: pip install '{needed}'", not fits
 
 
-def _devices() -> Iterator[tuple[str, str, bool]]:
+def devices() -> Iterator[tuple[str, str, bool]]:
     import torch
 
     yield "device cpu", f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}", False
@@ -114,7 +134,7 @@ def _models() -> Iterator[tuple[str, str, bool]]:
     yield "hub", f"cache {HF_HUB_CACHE}{', offline' if HF_HUB_OFFLINE else ''}", False
 
 
-def _memory() -> str:
+def memory() -> str:
     try:
         return f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB"
     except (AttributeError, ValueError, OSError):  # not on Windows

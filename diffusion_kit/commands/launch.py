@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from diffusion_kit.commands.console import note
+
+if TYPE_CHECKING:
+    from diffusion_kit.training.config import Config
 
 ON = ("local", "deepspeed", "mpi", "slurm", "kubernetes")
 AROUND = {
@@ -21,6 +28,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--on", choices=ON, help="what starts the processes, in place of launch.on")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of the run")
     parser.add_argument("--dry-run", action="store_true", help="print what would be run, and the files it needs")
+    ahead = parser.add_argument_group("before a run with DeepSpeed")
+    ahead.add_argument("--prebuild", action="store_true", help="compile the operators that its first step would")
+    ahead.add_argument(
+        "--tune-aio", metavar="FOLDER", help="measure offload to FOLDER; prints `aio` for its configuration"
+    )
     around = parser.add_argument_group("a job on Kubernetes")
     for name, line in AROUND.items():
         around.add_argument(f"--{name}", action="store_true", help=line)
@@ -34,6 +46,9 @@ def run(options: argparse.Namespace) -> None:
     overrides = [*options.overrides, *([f"launch.on={options.on}"] if options.on else [])]
     config = read(options.config, overrides)
     job = Job(config, Path(options.config), tuple(overrides), options.resume)
+    if options.prebuild or options.tune_aio:
+        prepare(config, options)
+        return
     asked = [name for name in AROUND if getattr(options, name)]
     if asked and config.launch.on != "kubernetes":
         raise ValueError(f"--{asked[0]} is for a job on Kubernetes: add --on kubernetes")
@@ -42,3 +57,21 @@ def run(options: argparse.Namespace) -> None:
         print(process)
         return
     process.run()
+
+
+def prepare(config: Config, options: argparse.Namespace) -> None:
+    """Does, or names, what can be done before a run with DeepSpeed."""
+    import torch
+
+    from diffusion_kit.training.parallel import aio, operators
+
+    if config.deepspeed is None:
+        raise ValueError("the configuration has no deepspeed, for which --prebuild and --tune-aio are")
+    if options.prebuild and options.dry_run:
+        print(" ".join(operators.needed(config, not torch.cuda.is_available())))
+    elif options.prebuild:
+        operators.build(config, print)
+    if options.tune_aio and options.dry_run:
+        print(f"{aio.count()} ways to write and read {aio.BYTES >> 20} MiB in {options.tune_aio}")
+    elif options.tune_aio:
+        print(json.dumps({"aio": aio.tune(options.tune_aio, note)}, indent=4))

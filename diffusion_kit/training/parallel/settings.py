@@ -194,7 +194,7 @@ def settings(config: Config, processes: int, width: int | None, say: Callable[[s
         "gradient_accumulation_steps": share // micro,
     }
     tree.setdefault("steps_per_print", 2000)
-    _fill_optimizer(tree, config)
+    fill_optimizer(tree, config)
     for pair in SHARED[2:]:
         node = get(tree, pair.theirs.rpartition(".")[0]) if "." in pair.theirs else tree
         leaf = pair.theirs.rpartition(".")[2]
@@ -222,7 +222,7 @@ def check_filled(tree: Tree) -> None:
         raise ValueError(f'deepspeed: {left} is "auto", which nothing in the kit\'s configuration says: give a value')
 
 
-def _fill_optimizer(tree: Tree, config: Config) -> None:
+def fill_optimizer(tree: Tree, config: Config) -> None:
     """The kit's own optimizer, unless another is named; offloaded, DeepSpeed's for the CPU, which is made for that."""
     offload = get(tree, "zero_optimization.offload_optimizer.device") in ("cpu", "nvme")
     own = config.optimizer.name
