@@ -5,6 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from diffusion_kit.training.config import Config
 
 ON = ("local", "deepspeed", "mpi", "slurm", "kubernetes")
 AROUND = {
@@ -15,6 +19,15 @@ AROUND = {
     "delete": "remove it",
 }
 
+PLANNED: dict[str, tuple[str, type, str]] = {
+    "memory": ("GB", float, "of each device; by default what this machine has"),
+    "devices": ("N", int, "of many: what each sends, what bounds a step, and what to use"),
+    "rate": ("TFLOPS", float, "that a device really makes (150)"),
+    "inside": ("GB/S", float, "that a device sends within its machine (300)"),
+    "between": ("GB/S", float, "that a device sends to other machines (25)"),
+    "each": ("N", int, "devices of a machine (8)"),
+}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG.yaml", help="of the training; its `launch` says where it runs")
@@ -22,6 +35,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--on", choices=ON, help="what starts the processes, in place of launch.on")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of the run")
     parser.add_argument("--dry-run", action="store_true", help="print what would be run, and the files it needs")
+    planned = parser.add_argument_group("a plan, without running")
+    planned.add_argument("--plan", action="store_true", help="print what it needs, and the first way in which it fits")
+    for name, (metavar, kind, line) in PLANNED.items():
+        planned.add_argument(f"--{name}", metavar=metavar, type=kind, help=line)
     around = parser.add_argument_group("a job on Kubernetes")
     for name, line in zip(
         AROUND, ("start it", "its pods", "what it prints", "copy the run here", "remove it"), strict=True
@@ -33,9 +50,13 @@ def run(options: argparse.Namespace) -> None:
     from diffusion_kit.training.config import read
     from diffusion_kit.training.launching import kubernetes, launch
     from diffusion_kit.training.launching.job import Job
+    from diffusion_kit.training.planning.guard import check_fits
 
     overrides = [*options.overrides, *([f"launch.on={options.on}"] if options.on else [])]
     config = read(options.config, overrides)
+    if options.plan:
+        make_plan(config, options)
+        return
     job = Job(config, Path(options.config), tuple(overrides), options.resume)
     asked = [name for name in AROUND if getattr(options, name)]
     if asked and config.launch.on != "kubernetes":
@@ -44,4 +65,21 @@ def run(options: argparse.Namespace) -> None:
     if options.dry_run:
         print(process)
         return
+    if not asked:
+        check_fits(config)
     sys.exit(process.run() and 1)
+
+
+def make_plan(config: Config, options: argparse.Namespace) -> None:
+    """Says what a run needs.
+
+    Raises:
+        ValueError: nothing fits, or a number that is none.
+    """
+    from diffusion_kit.training.planning.plan import plan
+
+    given = {name: getattr(options, name) for name in PLANNED if getattr(options, name) is not None}
+    if wrong := next((name for name, value in given.items() if not value > 0), None):
+        raise ValueError(f"--{wrong} is {given[wrong]}: it must be more than 0")
+    devices = given.pop("devices", None)
+    plan(config, print, devices, given)
