@@ -69,6 +69,12 @@ class Memory:
         self.thread.join()
 
 
+def mapped() -> int:
+    """Of it what are pages of files, which the kernel may take back."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(own for own in lines if own.startswith("RssFile")).split()[1])
+
+
 def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
@@ -133,7 +139,7 @@ def worker(file: str) -> None:
     memory = Memory()
     trainer.run(after)
     each = {name: value / (LAST - FIRST) for name, value in sent.items()}
-    found = {"idle": idle, "peak": peaks[0], "bytes": sum(each.values()), "collectives": each}
+    found = {"idle": idle, "peak": peaks[0], "mapped": mapped(), "bytes": sum(each.values()), "collectives": each}
     Path(f"{file}.{accelerator.process_index}").write_text(json.dumps(found))
     if dist.is_initialized():
         dist.barrier()

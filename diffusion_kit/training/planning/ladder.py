@@ -1,4 +1,4 @@
-"""The ladder of the DeepSpeed document, "how to choose which ZeRO stage and offloads": from the fastest to the leanest way."""
+"""The ladder of the DeepSpeed document (how to choose which ZeRO stage and offloads), from the fastest to the leanest."""
 
 from __future__ import annotations
 

@@ -12,7 +12,6 @@ from .ladder import Rung
 from .scaling import BATCHES, WAYS, Machines, Step, best, step, steps
 from .trace import Trace
 
-
 FIGURES = ("device GB", "sent GB", "of it weights", "sending s", "TFLOP", "computing s", "bound by")
 
 

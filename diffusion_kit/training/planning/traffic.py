@@ -1,9 +1,10 @@
 """Bytes that a device sends in a step, by the costs of a ring: of S bytes a gather, or a reduce-scatter, sends
 (N - 1) / N S, an all-reduce twice that (Rajbhandari et al. 2020, arXiv 1910.02054, section 7).
 
-With Psi trained numbers the paper has 2 Psi for DDP and ZeRO 1 and 2, 3 Psi for ZeRO 3. Here a frozen base has no gradients:
-it is gathered, forward and backward, and nothing else. DeepSpeed 0.19 averages gradients in stages 1 and 2 by an all-reduce,
-which is 3 Psi, unless `use_multi_rank_bucket_allreduce` is false; in stages 2 and 3 it does so for every micro-batch.
+With Psi trained numbers the paper has 2 Psi for DDP and ZeRO 1 and 2, 3 Psi for ZeRO 3. Here a frozen base has no
+gradients: it is gathered, forward and backward, and nothing else. DeepSpeed 0.19 averages gradients in stages 1 and 2 by an
+all-reduce, which is 3 Psi, unless `use_multi_rank_bucket_allreduce` is false; in stages 2 and 3 it does so for every
+micro-batch.
 """
 
 from __future__ import annotations
