@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 FIRST, LAST = 2, 5  # steps that are watched: in the first ones buckets and caches are made
 SIDE = 256  # pixels
-WIDTHS = (192, 384, 768)  # of the base's UNet
+WIDTHS = (128, 256, 512)  # of the base's UNet
 
 # Configurations, and in how many processes each is run.
 CASES: dict[str, tuple[dict[str, Any], int]] = {
@@ -182,7 +182,7 @@ def make_base(folder: Path) -> None:
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         transformer_layers_per_block=(1, 1, 3),
-        attention_head_dim=(3, 6, 12),
+        attention_head_dim=(2, 4, 8),
         cross_attention_dim=128,
         use_linear_projection=True,
         addition_embed_type="text_time",

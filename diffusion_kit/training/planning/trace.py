@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import weakref
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from diffusion_kit.models.attention import installed
@@ -22,6 +25,7 @@ from diffusion_kit.training.keyed import Place
 from diffusion_kit.training.targets.target import Target
 
 aten = torch.ops.aten
+FINE = (F.group_norm, F.layer_norm, F.softmax, torch.softmax, Tensor.softmax)
 FLASH = {  # which torch does not count by itself
     aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
     aten._scaled_dot_product_flash_attention_for_cpu_backward: (
@@ -71,6 +75,17 @@ class Live(TorchDispatchMode):
         self.gradients += weight.grad.untyped_storage().nbytes()
 
 
+class FineNorms(TorchFunctionMode):
+    """What CUDA's autocast does and a CPU's does not: norms and softmax are computed, and kept, in float32."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in FINE:
+            args, kwargs = tree_map_only(
+                Tensor, lambda own: own.float() if own.is_floating_point() else own, (args, kwargs)
+            )
+        return func(*args, **(kwargs or {}))
+
+
 @dataclass(frozen=True)
 class Trace:
     """Of a micro-batch.
@@ -86,9 +101,11 @@ class Trace:
     flops: float
 
     def times(self, other: Trace, size: int) -> Trace:
-        """Of `size` pictures, from this one of 1 and another of 2: all of them are straight lines."""
+        """Of `size` pictures, from this one of 1 and another of 2: activations and operations are straight lines, and with
+        the gradients they are the higher of two."""
         pairs = [(getattr(self, name), getattr(other, name)) for name in ("activations", "rising", "flops")]
-        return Trace(*(one + (two - one) * (size - 1) for one, two in pairs))
+        activations, rising, flops = (one + (two - one) * (size - 1) for one, two in pairs)
+        return Trace(activations, max(rising, activations), flops)
 
 
 def trace(target: Target, config: Config, size: int, *, cpu: bool) -> Trace:
@@ -97,13 +114,11 @@ def trace(target: Target, config: Config, size: int, *, cpu: bool) -> Trace:
     live = Live(tensors_of(target))
     hooks = [weight.register_post_accumulate_grad_hook(live.aside) for weight in weights]
     counter = FlopCounterMode(display=False, custom_mapping=FLASH)
-    precise = config.precision == "no"
-    slow = cpu and config.precision == "bf16"  # as the trainer's loop has it
     try:
-        with torch.enable_grad(), installed(*target.executed), sdpa_kernel(SDPBackend.MATH) if slow else nullcontext():
+        with torch.enable_grad(), installed(*target.executed), arithmetic(config, cpu=cpu):
             batch = blank(target, config, size)
             with live, counter:
-                with torch.autocast("cpu", DTYPES[config.precision]) if not precise else nullcontext():
+                with torch.autocast("cpu", DTYPES[config.precision], enabled=config.precision != "no"):
                     loss = target(batch).loss.float().sum()
                 loss.backward()
                 del loss
@@ -112,6 +127,17 @@ def trace(target: Target, config: Config, size: int, *, cpu: bool) -> Trace:
             hook.remove()
         target.zero_grad(set_to_none=True)
     return Trace(live.lean, live.peak, counter.get_total_flops())
+
+
+@contextmanager
+def arithmetic(config: Config, *, cpu: bool) -> Iterator[None]:
+    """As the trainer's loop has it in half precision on a CPU, or as autocast has it on CUDA."""
+    half = config.precision != "no"
+    with (
+        sdpa_kernel(SDPBackend.MATH) if cpu and half else nullcontext(),
+        FineNorms() if half and not cpu else nullcontext(),
+    ):
+        yield
 
 
 def tensors_of(target: Target) -> list[Tensor]:

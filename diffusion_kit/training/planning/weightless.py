@@ -60,10 +60,13 @@ def converted(net: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = Tr
     """`nn.Module._apply`, by which networks change number type or device: torch's own cannot exchange fake tensors."""
     made: dict[Any, Tensor] = {}
 
-    def once(own: Tensor) -> Tensor:  # for a weight that several modules have
+    def once(own: Tensor) -> Tensor:  # for a weight that several modules have; one that stays as it is stays itself
         if own not in made:
-            new = fn(own.detach())
-            made[own] = nn.Parameter(new, own.requires_grad) if isinstance(own, nn.Parameter) else new
+            old = own.detach()
+            new = fn(old)
+            made[own] = (
+                own if new is old else nn.Parameter(new, own.requires_grad) if isinstance(own, nn.Parameter) else new
+            )
         return made[own]
 
     for part in net.modules() if recurse else [net]:
