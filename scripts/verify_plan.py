@@ -5,19 +5,18 @@ scripts/verify_plan.py             all cases that can run here (ZeRO needs `deep
 scripts/verify_plan.py CASE...     some of them
 
 Each run is a training of a base of random weights, large enough that interpreter and libraries are the smaller part. Memory
-is the resident set of a process, sampled while its third to fifth step are made; bytes are counted in a communication hook
-of DDP, and in ZeRO by wrapping the collectives of torch.distributed, each at what a ring sends for it.
+is the largest resident set of a process in its third to fifth step, as the kernel counts it. Bytes are counted in a hook of
+DDP, and in ZeRO by wrapping the collectives of torch.distributed, each at what a ring sends for it.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
 import sys
 import tempfile
-import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,6 +31,7 @@ WIDTHS = (128, 256, 512)  # of the base's UNet
 
 # Configurations, and in how many processes each is run.
 CASES: dict[str, tuple[dict[str, Any], int]] = {
+    "cache": ({"batch": 1}, 1),  # fills the cache of the others, and is not compared
     "adapter-one": ({"micro_batch": 2, "batch": 2}, 1),
     "adapter-ddp": ({"micro_batch": 1, "batch": 2}, 2),
     "adapter-ddp-checkpointing": ({"micro_batch": 2, "batch": 4, "gradient_checkpointing": True}, 2),
@@ -48,35 +48,15 @@ CASES: dict[str, tuple[dict[str, Any], int]] = {
 # In a process of a run
 
 
-class Memory:
-    """The resident set of this process, sampled while it is watched."""
-
-    def __init__(self) -> None:
-        self.peak, self.watched = 0, True
-        self.thread = threading.Thread(target=self.watch, daemon=True)
-
-    def watch(self) -> None:
-        while self.watched:
-            self.peak = max(self.peak, resident())
-            time.sleep(0.002)
-
-    def __enter__(self) -> Memory:
-        self.thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.watched = False
-        self.thread.join()
+def forget_peak() -> None:
+    """The largest resident set so far becomes that of now."""
+    Path("/proc/self/clear_refs").write_text("5")
 
 
-def mapped() -> int:
-    """Of it what are pages of files, which the kernel may take back."""
+def resident(name: str) -> int:
+    """Bytes of this process: VmRSS now, VmHWM at most, RssFile of it in pages of files, which the kernel may take back."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(own for own in lines if own.startswith("RssFile")).split()[1])
-
-
-def resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return 1024 * int(next(own for own in lines if own.startswith(name)).split()[1])
 
 
 def ring(name: str, tensors: list[Any], size: int) -> float:
@@ -120,26 +100,21 @@ def worker(file: str) -> None:
 
     config = parse(case["config"], "case")
     accelerator = group.join(config)
-    idle = resident()
     Path(config.output).mkdir(parents=True, exist_ok=True)
     trainer = train.make_trainer(derived(config, accelerator.num_processes), accelerator, lambda line: None)
     if accelerator.num_processes > 1 and config.deepspeed is None:
         hook(trainer.parallel.module, sent)
-    peaks: list[int] = []
 
     def after(own: Trainer) -> bool:
         if own.step == FIRST:
             sent.clear()
-            memory.__enter__()
-        if own.step == LAST:
-            memory.__exit__()
-            peaks.append(memory.peak)
+            forget_peak()
         return own.step == LAST
 
-    memory = Memory()
     trainer.run(after)
+    peak = resident("VmHWM")
     each = {name: value / (LAST - FIRST) for name, value in sent.items()}
-    found = {"idle": idle, "peak": peaks[0], "mapped": mapped(), "bytes": sum(each.values()), "collectives": each}
+    found = {"peak": peak, "files": resident("RssFile"), "bytes": sum(each.values()), "collectives": each}
     Path(f"{file}.{accelerator.process_index}").write_text(json.dumps(found))
     if dist.is_initialized():
         dist.barrier()
@@ -245,19 +220,51 @@ def measure(name: str, root: Path) -> list[dict[str, Any]]:
     return [json.loads(Path(f"{file}.{rank}").read_text()) for rank in range(processes)]
 
 
+def planned(name: str, root: Path, known: dict[Any, Any]) -> dict[str, float]:
+    """What the plan says of it; networks are measured once."""
+    from diffusion_kit.training.config import parse
+    from diffusion_kit.training.parallel.settings import derived
+    from diffusion_kit.training.planning.footprint import footprint
+    from diffusion_kit.training.planning.ladder import way_of
+    from diffusion_kit.training.planning.plan import Networks
+    from diffusion_kit.training.planning.traffic import traffic
+
+    processes = CASES[name][1]
+    config = derived(parse(tree_of(name, root), "case"), processes)
+    networks = known.setdefault((config.target, bool(config.ema)), Networks(config, cpu=True))
+    way = way_of(config, {}, processes, cpu=True)
+    own = networks.measured(way.checkpointing)[0]
+    need = footprint(own, way, networks.trace(way.checkpointing, way.micro))
+    return {"numbers": own.trained + own.spread, "peak": sum(need.sums[:2]), "bytes": traffic(own, way).bytes}
+
+
+def compared(name: str, root: Path, known: dict[Any, Any]) -> dict[str, Any]:
+    """Both, and the plan's errors against the fullest process."""
+    found, plan = measure(name, root), planned(name, root, known)
+    errors = {}
+    for key in ("peak", "bytes"):
+        most = max(own[key] for own in found)
+        errors[key] = round(plan[key] / most - 1, 4) if most else 0.0
+    return {"processes": len(found), "plan": plan, "measured": found, "error": errors}
+
+
 @contextmanager
 def folder() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="plan") as name:
         root = Path(name)
         make_base(root / "base")
         make_pictures(root / "pictures")
+        measure("cache", root)
         yield root
 
 
+def main(names: list[str]) -> None:
+    known: dict[Any, Any] = {}
+    can = importlib.util.find_spec("deepspeed") is not None
+    with folder() as root:
+        wanted = names or [name for name, (own, _) in CASES.items() if can or "deepspeed" not in own]
+        print(json.dumps({name: compared(name, root, known) for name in wanted if name != "cache"}, indent=2))
+
+
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["worker"]:
-        worker(sys.argv[2])
-    else:
-        with folder() as root:
-            for name in sys.argv[1:] or CASES:
-                print(name, json.dumps(measure(name, root)), flush=True)
+    worker(sys.argv[2]) if sys.argv[1:2] == ["worker"] else main(sys.argv[1:])

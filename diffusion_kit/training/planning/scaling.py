@@ -81,8 +81,8 @@ class Step:
 
 
 def sending(sent: Traffic, devices: int, machines: Machines) -> float:
-    """Seconds: bytes over the slowest link, and N - 1 hops for every collective."""
-    return sent.bytes / machines.link(devices) + sent.calls * (devices - 1) * machines.latency
+    """Seconds: bytes over the slowest link, and N - 1 hops for every round."""
+    return sent.bytes / machines.link(devices) + sent.rounds * (devices - 1) * machines.latency
 
 
 def step(name: str, own: Sizes, way: Way, trace: Trace, machines: Machines) -> Step:

@@ -16,11 +16,11 @@ from .footprint import FULL, Sizes, Way
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes that a device sends in a step, for gradients and for weights, and how many collectives that are."""
+    """Bytes that a device sends in a step, for gradients and for weights, and how often a ring goes round for them."""
 
     gradients: float
     weights: float
-    calls: float
+    rounds: float
 
     @property
     def bytes(self) -> float:
@@ -31,18 +31,20 @@ def traffic(own: Sizes, way: Way) -> Traffic:
     """Of a step; none of one process."""
     part = (way.processes - 1) / way.processes
     if way.stage is None:
-        return Traffic(2 * part * FULL * own.trained, 0, -(-FULL * own.trained // 25e6))
+        return Traffic(
+            2 * part * FULL * own.trained, 0, 2 * -(-FULL * own.trained // 25e6)
+        )  # DDP's buckets are of 25 MB
     grads = part * own.half * own.trained
     reduced = way.count if way.stage >= 2 else 1
     buckets = -(-own.trained // way.setting("reduce_bucket_size"))
     if way.stage == 0:
-        return Traffic(2 * grads, 0, buckets)
+        return Traffic(2 * grads, 0, 2 * buckets)
     if way.stage < 3:
-        several = way.zero.get("use_multi_rank_bucket_allreduce", True)
-        return Traffic((2 if several else 1) * reduced * grads, grads, reduced * buckets + 1)
+        times = 2 if way.zero.get("use_multi_rank_bucket_allreduce", True) else 1
+        return Traffic(times * reduced * grads, grads, times * reduced * buckets + 1)
     weights, numbers = gathers(own, way)
-    calls = way.count * (-(-numbers // way.setting("stage3_prefetch_bucket_size")) + buckets)
-    return Traffic(reduced * grads, part * weights, calls)
+    rounds = way.count * (-(-numbers // way.setting("stage3_prefetch_bucket_size")) + buckets)
+    return Traffic(reduced * grads, part * weights, rounds)
 
 
 def gathers(own: Sizes, way: Way) -> tuple[float, float]:
