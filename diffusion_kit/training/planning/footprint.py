@@ -22,9 +22,10 @@ from diffusion_kit.training.targets.target import Target
 from .trace import Trace, networks
 
 FULL = 4  # bytes of a float32
-# Bytes of the interpreter with torch, diffusers and transformers on a CPU, and with DeepSpeed: measured on trainings of three
-# million numbers, less their own tensors (torch 2.14, DeepSpeed 0.19, Linux).
+# Bytes of the interpreter with torch, diffusers and transformers on a CPU, and with DeepSpeed: measured on trainings of
+# three million numbers, less their own tensors (torch 2.14, DeepSpeed 0.19, Linux).
 LIBRARIES, WITH_DEEPSPEED = 0.97e9, 1.07e9
+HEAP = 0.07  # share by which a CPU's heap (glibc's) is larger than the tensors in it: 6 to 9 % were measured
 DEFAULTS = {  # DeepSpeed's, in numbers
     "reduce_bucket_size": 5e8,
     "allgather_bucket_size": 5e8,
@@ -168,6 +169,7 @@ def footprint(own: Sizes, way: Way, trace: Trace) -> Footprint:
     parts = replicated(own, way, trace) if way.stage in (None, 0) else spread_out(own, way, trace)
     parts.host["frozen"] = own.away
     if way.cpu:
+        parts.device["heap"] = HEAP * sum(parts.sums[:2])
         parts.device["libraries"] = LIBRARIES if way.stage is None else WITH_DEEPSPEED
     return parts
 
@@ -237,8 +239,8 @@ def reused(way: Way) -> float:
 
 
 def buffers(way: Way, width: int) -> float:
-    """Of gradients, on an accelerator: two of `reduce_bucket_size` where sending overlaps, one where not."""
-    return way.setting("reduce_bucket_size") * width * (2 if way.overlapping else 1)
+    """Of gradients, on an accelerator: stages 1 and 2 have two of `reduce_bucket_size` where sending overlaps, else one."""
+    return way.setting("reduce_bucket_size") * width * (2 if way.overlapping and way.stage != 3 else 1)
 
 
 def overlap(way: Way, width: int = 2) -> float:

@@ -83,7 +83,7 @@ def ladder(
         way = way_of(config, keys, processes, cpu=cpu)
         found = traces(way.checkpointing, way.micro)
         assert found is not None
-        yield Rung(name, keys, way, footprint(own, way, found), overlap(way, own.half) if way.stage else 0)
+        yield Rung(name, keys, way, footprint(own, way, found), overlap(way, own.half) if way.stage in (1, 2) else 0)
 
 
 def changed(config: Config, keys: Tree, more: Tree) -> Tree:

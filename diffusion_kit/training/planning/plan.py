@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from diffusion_kit.training.config import Config
 from diffusion_kit.training.launching import machine
 from diffusion_kit.training.memory import limit
-from diffusion_kit.training.parallel.settings import derived, read
+from diffusion_kit.training.parallel.settings import derived
 
 from . import report
-from .footprint import Sizes, sizes
+from .footprint import Sizes, footprint, sizes
 from .ladder import Rung, ladder
 from .scaling import Machines
 from .trace import Trace, trace
@@ -96,15 +95,11 @@ def plan(
     found = climb(config, networks, processes, room, host, say) if shared else None
     if devices is not None:
         machines = Machines.of(room, given)
-        say(report.scaling(networks.sizes(), networks, config, devices, machines, zero_of(config)))
+        lean = found.way.checkpointing if found else config.gradient_checkpointing
+        say(report.scaling(networks, config.model_copy(update={"gradient_checkpointing": lean}), devices, machines))
     if shared and found is None:
         raise ValueError(report.nothing_fits(room))
     return found
-
-
-def zero_of(config: Config) -> dict[str, Any]:
-    """DeepSpeed's settings of a configuration."""
-    return read(config.deepspeed).get("zero_optimization", {}) if config.deepspeed is not None else {}
 
 
 def climb(
@@ -122,9 +117,20 @@ def climb(
         fits = rung.fits(room, host)
         say(report.row(rung, fits))
         if fits:
-            say(report.chosen(rung))
+            share = rung.way.micro * rung.way.count
+            sizes = (size for size in range(share, rung.way.micro, -1) if share % size == 0)
+            more = next((size for size in sizes if taking(rung, size, networks).fits(room, host)), None)
+            say(report.chosen(rung, more))
             return rung
     return None
+
+
+def taking(rung: Rung, micro: int, networks: Networks) -> Rung:
+    """The same rung with more pictures at once."""
+    way = replace(rung.way, micro=micro, count=rung.way.micro * rung.way.count // micro)
+    found = networks.trace(way.checkpointing, micro)
+    assert found is not None
+    return replace(rung, way=way, need=footprint(networks.sizes(), way, found))
 
 
 def rooms(config: Config, processes: int, wanted: float | None, *, cpu: bool, here: bool) -> tuple[float, float | None]:

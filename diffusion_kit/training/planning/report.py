@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any, Protocol
 
 from diffusion_kit.training.config import Config
+from diffusion_kit.training.parallel.settings import read
 
 from .footprint import Sizes, Way
 from .ladder import Rung
@@ -15,7 +16,9 @@ from .trace import Trace
 FIGURES = ("device GB", "sent GB", "of it weights", "sending s", "TFLOP", "computing s", "bound by")
 
 
-class Traced(Protocol):
+class Measured(Protocol):
+    def sizes(self) -> Sizes: ...
+
     def trace(self, checkpointing: bool, micro: int) -> Trace | None: ...
 
 
@@ -55,7 +58,7 @@ def row(rung: Rung, fits: bool) -> str:
     return line((rung.name, count, device, activations, host, disk, buffers, "yes" if fits else "no"))
 
 
-def chosen(rung: Rung) -> str:
+def chosen(rung: Rung, more: int | None) -> str:
     parts = ", ".join(f"{name} {gb(value)}" for name, value in rung.need.device.items() if value)
     lines = ["", f"a device holds, in GB: {parts}"]
     if rung.overlap:
@@ -63,7 +66,8 @@ def chosen(rung: Rung) -> str:
             f"with overlap_comm=true its buffers are {gb(rung.overlap)} GB, by DeepSpeed's document: 4.5 x "
             "(reduce_bucket_size + allgather_bucket_size); smaller buckets take less"
         )
-    return "\n".join([*lines, f"use: {rung.arguments}" if rung.keys else "it fits as it is"])
+    lines.append(f"use: {rung.arguments}" if rung.keys else "it fits as it is")
+    return "\n".join([*lines, *([f"micro_batch={more} fits too, and is faster"] if more else [])])
 
 
 def nothing_fits(room: float) -> str:
@@ -73,33 +77,32 @@ def nothing_fits(room: float) -> str:
 # Many devices
 
 
-def scaling(own: Sizes, traced: Traced, config: Config, devices: int, machines: Machines, zero: dict[str, Any]) -> str:
-    """What each way of sharing sends for one micro-batch, and what every batch takes in the best way."""
+def scaling(networks: Measured, config: Config, devices: int, machines: Machines) -> str:
+    """What each way of sharing sends for one picture a device, and what every batch takes in the best way."""
+    own, lean, zero = networks.sizes(), config.gradient_checkpointing, zero_of(config)
 
     def trace(micro: int) -> Trace:
-        found = traced.trace(config.gradient_checkpointing, micro)
+        found = networks.trace(lean, micro)
         assert found is not None
         return found
 
     found = {
-        batch: list(steps(batch, devices, own, trace, machines, zero, checkpointing=config.gradient_checkpointing))
+        batch: list(steps(batch, devices, own, trace, machines, zero, checkpointing=lean))
         for batch in BATCHES
         if batch % devices == 0
     }
-    left = [str(batch) for batch in BATCHES if batch not in found]
-    told = f"a batch of {', '.join(left)} cannot be shared by {devices} devices\n" if left else ""
-    one = ways(own, trace, config, devices, machines, zero)
-    return "\n\n".join([f"\n## {devices} devices", str(machines), one, f"{batches(found)}\n{told}"])
-
-
-def ways(own: Sizes, trace: Any, config: Config, devices: int, machines: Machines, zero: dict[str, Any]) -> str:
-    """One picture on each device."""
-    first = ("one picture a device", *FIGURES)
-    rows = []
+    rows: list[tuple[str, ...]] = [("one picture a device", *FIGURES)]
     for name, (stage, spread) in WAYS.items():
-        way = Way(devices, 1, 1, config.gradient_checkpointing, stage, spread=spread, zero=zero)
+        way = Way(devices, 1, 1, lean, stage, spread=spread, zero=zero)
         rows.append((name, *figures(step(name, own, way, trace(1), machines))))
-    return table([first, *rows])
+    left = [str(batch) for batch in BATCHES if batch not in found]
+    told = f"\na batch of {', '.join(left)} cannot be shared by {devices} devices\n" if left else ""
+    return "\n\n".join([f"\n## {devices} devices", str(machines), table(rows), f"{batches(found)}\n{told}"])
+
+
+def zero_of(config: Config) -> dict[str, Any]:
+    """DeepSpeed's settings of a configuration."""
+    return read(config.deepspeed).get("zero_optimization", {}) if config.deepspeed is not None else {}
 
 
 def figures(own: Step) -> tuple[str, ...]:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
@@ -25,7 +25,7 @@ from diffusion_kit.training.keyed import Place
 from diffusion_kit.training.targets.target import Target
 
 aten = torch.ops.aten
-FINE = (F.group_norm, F.layer_norm, F.softmax, torch.softmax, Tensor.softmax)
+FINE = ("group_norm", "layer_norm", "softmax")
 FLASH = {  # which torch does not count by itself
     aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
     aten._scaled_dot_product_flash_attention_for_cpu_backward: (
@@ -75,17 +75,6 @@ class Live(TorchDispatchMode):
         self.gradients += weight.grad.untyped_storage().nbytes()
 
 
-class FineNorms(TorchFunctionMode):
-    """What CUDA's autocast does and a CPU's does not: norms and softmax are computed, and kept, in float32."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in FINE:
-            args, kwargs = tree_map_only(
-                Tensor, lambda own: own.float() if own.is_floating_point() else own, (args, kwargs)
-            )
-        return func(*args, **(kwargs or {}))
-
-
 @dataclass(frozen=True)
 class Trace:
     """Of a micro-batch.
@@ -131,13 +120,25 @@ def trace(target: Target, config: Config, size: int, *, cpu: bool) -> Trace:
 
 @contextmanager
 def arithmetic(config: Config, *, cpu: bool) -> Iterator[None]:
-    """As the trainer's loop has it in half precision on a CPU, or as autocast has it on CUDA."""
-    half = config.precision != "no"
-    with (
-        sdpa_kernel(SDPBackend.MATH) if cpu and half else nullcontext(),
-        FineNorms() if half and not cpu else nullcontext(),
-    ):
+    """In half precision: attention as the trainer's loop has it on a CPU; or norms and softmax as on CUDA, whose autocast
+    computes them in float32."""
+    with ExitStack() as stack:
+        if config.precision != "no" and cpu:
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        elif config.precision != "no":
+            for name in FINE:
+                stack.enter_context(mock.patch.object(F, name, fine(getattr(F, name))))
         yield
+
+
+def fine(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A function of float32."""
+
+    def own(*args: Any, **kwargs: Any) -> Tensor:
+        args, kwargs = tree_map_only(Tensor, Tensor.float, (args, kwargs))
+        return function(*args, **kwargs)
+
+    return own
 
 
 def tensors_of(target: Target) -> list[Tensor]:
