@@ -10,9 +10,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import planning_toy
 import pytest
 import torch
-import torch.distributed as dist
 import training_models
 from torch import nn
 
@@ -21,7 +21,7 @@ from diffusion_kit.training import group, train
 from diffusion_kit.training.config import Config, read
 from diffusion_kit.training.launching import machine
 from diffusion_kit.training.planning import guard, scaling
-from diffusion_kit.training.planning.footprint import Sizes, Way, footprint, moment, nbytes, overlap
+from diffusion_kit.training.planning.footprint import Sizes, Way, footprint, moment, nbytes, overlap, sizes
 from diffusion_kit.training.planning.ladder import Rung, ladder, way_of
 from diffusion_kit.training.planning.plan import Networks, plan
 from diffusion_kit.training.planning.trace import Live, Trace, networks, trace
@@ -77,6 +77,24 @@ def test_configurations_without_weights_are_enough(tmp_path: Path) -> None:
     shutil.copytree(training_models.base(), bare, ignore=shutil.ignore_patterns("*.safetensors", "vocab*", "merges*"))
     own = Networks(config("t2i_adapter", base={"model": str(bare)}), cpu=True)
     assert own.measured(False) == measured("t2i_adapter").measured(False)
+
+
+def test_sdxl_without_its_weights() -> None:
+    """The published counts: UNet 2.57 B, T2I-Adapter 79 M, CLIP ViT-L 123 M, OpenCLIP bigG 695 M, autoencoder 84 M."""
+    folder = Path(__file__).parents[1] / "examples" / "sdxl_plan"
+    own = read(folder / "t2i_adapter.yaml", [f"base.model={folder / 'base'}"])
+    with weightless():
+        target = make_weightless(own)
+        found = sizes(target, own, cpu=False)
+    assert target.base is not None
+    parts = {
+        name: sum(p.numel() for p in net.parameters())
+        for name, net in target.base.pipe.components.items()
+        if isinstance(net, nn.Module)
+    }
+    assert found.spread == parts["unet"] == 2_567_463_684
+    assert found.trained == pytest.approx(79e6, rel=0.01)
+    assert [round(parts[name] / 1e6) for name in ("text_encoder", "text_encoder_2", "vae")] == [123, 695, 84]
 
 
 def test_a_base_that_is_not_on_this_disk() -> None:
@@ -184,7 +202,10 @@ def test_overlap_is_what_the_document_says() -> None:
     assert overlap(replace(way, zero={"reduce_bucket_size": 2e8, "allgather_bucket_size": 2e8})) == 3.6e9
 
 
-def test_it_stops_at_the_first_that_fits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_stops_at_the_first_that_fits(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("diffusion_kit.training.planning.plan.Networks", lambda config, cpu: measured("unet"))
     file = tmp_path / "config.yaml"
     file.write_text(config("unet").dump())
     device = [own.need.sums[0] for own in rungs("unet", 2)]
@@ -205,6 +226,7 @@ def test_processes_on_cpus_share_their_machine(monkeypatch: pytest.MonkeyPatch) 
     """And what is offloaded lies in the same memory."""
     monkeypatch.setattr(machine, "memory", lambda: 8e12)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("diffusion_kit.training.planning.plan.Networks", lambda config, cpu: measured("unet"))
     said: list[str] = []
     found = plan(config("unet", launch={"processes": 4}), said.append)
     assert found is not None
@@ -218,42 +240,14 @@ def test_processes_on_cpus_share_their_machine(monkeypatch: pytest.MonkeyPatch) 
 # What is sent
 
 
-class Toy(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(nn.Linear(300, 400), nn.ReLU(), nn.Linear(400, 50))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.layers(x)
-
-
-def hooked(rank: int, folder: str) -> None:
-    """One of two processes: a step of DDP, whose gradients are counted as they are sent."""
-    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    net = nn.parallel.DistributedDataParallel(Toy())
-    counts = []
-
-    def counting(state, bucket):
-        counts.append(nbytes(bucket.buffer()))
-        return allreduce_hook(state, bucket)
-
-    net.register_comm_hook(None, counting)
-    with torch.enable_grad():
-        net(torch.ones(4, 300)).sum().backward()
-    Path(folder, str(rank)).write_text(str(sum(counts)))
-    dist.destroy_process_group()
-
-
 def sized(trained: int, spread: int = 0, **more: Any) -> Sizes:
     weights = {"weights": (trained, spread), "count": 1, "width": 2, "half": 2, "frozen": 0, "away": 0}
     return Sizes(trained=trained, spread=spread, **{**weights, "moment": 8.0, "average": 0, **more})
 
 
 def test_bytes_of_a_step_in_a_communication_hook(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(hooked, (str(tmp_path),), nprocs=2)
-    own = sized(sum(p.numel() for p in Toy().parameters()))
+    torch.multiprocessing.spawn(planning_toy.hooked, (str(tmp_path),), nprocs=2)
+    own = sized(sum(p.numel() for p in planning_toy.net().parameters()))
     sent = traffic(own, Way(2, 1, 1, False))
     for rank in range(2):
         reduced = int(Path(tmp_path, str(rank)).read_text())
@@ -317,9 +311,9 @@ def test_what_is_refused_needs_more_than_there_is(target: str, precision: str) -
     for zero in offloads():
         more = {"deepspeed": {"zero_optimization": zero}} if zero else {}
         own = config(target, precision=precision, **more)
-        sizes = replace(measured(target).sizes(), **({"half": 2, "width": 2} if precision == "bf16" else {}))
+        own_sizes = replace(measured(target).sizes(), **({"half": 2, "width": 2} if precision == "bf16" else {}))
         way = way_of(own, {}, 2, cpu=False)
-        assert guard.least(own, 2) <= sum(footprint(sizes, way, Trace(0, 0, 0)).sums[:2])
+        assert guard.least(own, 2) <= sum(footprint(own_sizes, way, Trace(0, 0, 0)).sums[:2])
 
 
 def test_a_run_that_would_be_killed_is_refused(
