@@ -219,7 +219,9 @@ def test_it_stops_at_the_first_that_fits(
     assert "NVMe" in captured.out
     assert captured.err.count("\n") == 1
     assert "no rung of the ladder fits" in captured.err
-    assert main(["launch", str(file), "--plan", "--memory", "-1"]) == 2
+    for wrong in (["--plan", "--memory", "-1"], ["--memory", "8"], ["--plan", "--rate", "9"]):
+        assert main(["launch", str(file), *wrong]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_processes_on_cpus_share_their_machine(monkeypatch: pytest.MonkeyPatch) -> None:

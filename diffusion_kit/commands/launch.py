@@ -52,6 +52,7 @@ def run(options: argparse.Namespace) -> None:
     from diffusion_kit.training.launching.job import Job
     from diffusion_kit.training.planning.guard import check_fits
 
+    check_options(options)
     overrides = [*options.overrides, *([f"launch.on={options.on}"] if options.on else [])]
     config = read(options.config, overrides)
     if options.plan:
@@ -70,16 +71,28 @@ def run(options: argparse.Namespace) -> None:
     sys.exit(process.run() and 1)
 
 
+def check_options(options: argparse.Namespace) -> None:
+    """
+    Raises:
+        ValueError: an option of a plan without one, or a number that is none.
+    """
+    given = {name: getattr(options, name) for name in PLANNED if getattr(options, name) is not None}
+    if given and not options.plan:
+        raise ValueError(f"--{next(iter(given))} belongs to a plan: add --plan")
+    if rates := [name for name in given if name not in ("memory", "devices") and options.devices is None]:
+        raise ValueError(f"--{rates[0]} is of many devices: say how many with --devices")
+    if wrong := next((name for name, value in given.items() if not value > 0), None):
+        raise ValueError(f"--{wrong} is {given[wrong]}: it must be more than 0")
+
+
 def make_plan(config: Config, options: argparse.Namespace) -> None:
     """Says what a run needs.
 
     Raises:
-        ValueError: nothing fits, or a number that is none.
+        ValueError: nothing fits.
     """
     from diffusion_kit.training.planning.plan import plan
 
     given = {name: getattr(options, name) for name in PLANNED if getattr(options, name) is not None}
-    if wrong := next((name for name, value in given.items() if not value > 0), None):
-        raise ValueError(f"--{wrong} is {given[wrong]}: it must be more than 0")
     devices = given.pop("devices", None)
     plan(config, print, devices, given)
