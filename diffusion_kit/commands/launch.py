@@ -21,6 +21,15 @@ AROUND = {
     "delete": "remove it",
 }
 
+PLANNED: dict[str, tuple[str, type, str]] = {
+    "memory": ("GB", float, "of each device; by default what this machine has"),
+    "devices": ("N", int, "of many: what each sends, what bounds a step, and what to use"),
+    "rate": ("TFLOPS", float, "that a device really makes (150)"),
+    "inside": ("GB/S", float, "that a device sends within its machine (300)"),
+    "between": ("GB/S", float, "that a device sends to other machines (25)"),
+    "each": ("N", int, "devices of a machine (8)"),
+}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG.yaml", help="of the training; its `launch` says where it runs")
@@ -33,6 +42,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ahead.add_argument(
         "--tune-aio", metavar="FOLDER", help="measure offload to FOLDER; prints `aio` for its configuration"
     )
+    planned = parser.add_argument_group("a plan, without running")
+    planned.add_argument("--plan", action="store_true", help="print what it needs, and the first way in which it fits")
+    for name, (metavar, kind, line) in PLANNED.items():
+        planned.add_argument(f"--{name}", metavar=metavar, type=kind, help=line)
     around = parser.add_argument_group("a job on Kubernetes")
     for name, line in AROUND.items():
         around.add_argument(f"--{name}", action="store_true", help=line)
@@ -42,9 +55,14 @@ def run(options: argparse.Namespace) -> None:
     from diffusion_kit.training.config import read
     from diffusion_kit.training.launching import kubernetes, launch
     from diffusion_kit.training.launching.job import Job
+    from diffusion_kit.training.planning.guard import check_fits
 
+    check_options(options)
     overrides = [*options.overrides, *([f"launch.on={options.on}"] if options.on else [])]
     config = read(options.config, overrides)
+    if options.plan:
+        make_plan(config, options)
+        return
     job = Job(config, Path(options.config), tuple(overrides), options.resume)
     if options.prebuild or options.tune_aio:
         prepare(config, options)
@@ -56,6 +74,8 @@ def run(options: argparse.Namespace) -> None:
     if options.dry_run:
         print(process)
         return
+    if not asked:
+        check_fits(config)
     process.run()
 
 
@@ -75,3 +95,30 @@ def prepare(config: Config, options: argparse.Namespace) -> None:
         print(f"{aio.count()} ways to write and read {aio.BYTES >> 20} MiB in {options.tune_aio}")
     elif options.tune_aio:
         print(json.dumps({"aio": aio.tune(options.tune_aio, note)}, indent=4))
+
+
+def check_options(options: argparse.Namespace) -> None:
+    """
+    Raises:
+        ValueError: an option of a plan without one, or a number that is none.
+    """
+    given = {name: getattr(options, name) for name in PLANNED if getattr(options, name) is not None}
+    if given and not options.plan:
+        raise ValueError(f"--{next(iter(given))} belongs to a plan: add --plan")
+    if rates := [name for name in given if name not in ("memory", "devices") and options.devices is None]:
+        raise ValueError(f"--{rates[0]} is of many devices: say how many with --devices")
+    if wrong := next((name for name, value in given.items() if not value > 0), None):
+        raise ValueError(f"--{wrong} is {given[wrong]}: it must be more than 0")
+
+
+def make_plan(config: Config, options: argparse.Namespace) -> None:
+    """Says what a run needs.
+
+    Raises:
+        ValueError: nothing fits.
+    """
+    from diffusion_kit.training.planning.plan import plan
+
+    given = {name: getattr(options, name) for name in PLANNED if getattr(options, name) is not None}
+    devices = given.pop("devices", None)
+    plan(config, print, devices, given)

@@ -7,20 +7,19 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from .config import Config
 from .data.samples import Batch
+from .launching import machine
 from .loader import MicroBatches, batches
 from .loop import Trainer
 
 LARGEST = 256  # pictures at once
 SHARE = 0.8  # of the free memory that may be used
 WORTH = 1.05  # a doubled batch must make so many times the pictures a second
-CGROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
 @dataclass(frozen=True)
@@ -111,9 +110,7 @@ def limit(device: torch.device) -> int:
     """Bytes that this process may hold: of the device, or of the machine and its control group."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    own = [int(text) for file in CGROUPS if Path(file).is_file() and (text := Path(file).read_text().strip()).isdigit()]
-    available = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemTotal"))
-    return min([*own, int(available.split()[1]) * 1024])
+    return machine.memory()
 
 
 @dataclass

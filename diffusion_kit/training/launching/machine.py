@@ -1,4 +1,4 @@
-"""The processors of this machine, and which of them a process is given."""
+"""The processors of this machine, and which of them a process is given; its memory."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 TOPOLOGY = Path("/sys/devices/system/cpu")
+CGROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
 def sockets(root: Path = TOPOLOGY) -> list[list[int]]:
@@ -40,3 +41,10 @@ def share(rank: int, count: int) -> list[int]:
 def threads(count: int) -> int:
     """For each of so many processes."""
     return max(1, len(os.sched_getaffinity(0)) // count)
+
+
+def memory() -> int:
+    """Bytes of this machine, or of the control group that this process is in."""
+    own = [int(text) for file in CGROUPS if Path(file).is_file() and (text := Path(file).read_text().strip()).isdigit()]
+    available = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemTotal"))
+    return min([*own, int(available.split()[1]) * 1024])
