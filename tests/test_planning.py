@@ -336,10 +336,8 @@ def test_a_run_that_would_be_killed_is_refused(
     assert "--plan" in told
     assert not started
     for arguments in (["launch.processes=2", "--on", "slurm"], ["launch.processes=1"]):
-        with pytest.raises(SystemExit):
-            main(["launch", str(file), *arguments])
+        assert main(["launch", str(file), *arguments]) == 0
     assert len(started) == 2
     monkeypatch.setattr(machine, "memory", lambda: need)
-    with pytest.raises(SystemExit):
-        main(["launch", str(file), "launch.processes=2"])
+    assert main(["launch", str(file), "launch.processes=2"]) == 0
     assert len(started) == 3
