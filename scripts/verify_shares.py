@@ -167,7 +167,7 @@ def ray_generate(folder: Path) -> dict[str, Any]:
 
 
 def ray_cache(folder: Path) -> dict[str, Any]:
-    """A cache by two workers, of which one is killed after the first shard."""
+    """A cache by two workers, of which one is killed when the texts of its share are there."""
     import numpy as np
     from PIL import Image
 
@@ -181,7 +181,7 @@ def ray_cache(folder: Path) -> dict[str, Any]:
     (data / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (folder / "config.yaml").write_text(json.dumps(CONFIG))  # which is YAML too
     alone = run(folder, "cache", "config.yaml", "cache.folder=alone")
-    first: Callable[[], bool] = lambda: any(folder.glob("ray/latents-*/[!.]*"))  # noqa: E731
+    first: Callable[[], bool] = lambda: any(folder.glob("ray/text-*/[!.]*"))  # noqa: E731
     shared = ["cache", "config.yaml", "cache.folder=ray", "--on", "ray", "--workers", "2"]
     two = struck(folder, first, *shared)
     before = times(folder / "ray")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import signal
 from collections.abc import Callable
@@ -13,7 +14,10 @@ import pytest
 from diffusion_kit.commands import workers
 from diffusion_kit.commands.workers import Failed
 
-pytest.importorskip("ray", reason="the extra ray is not installed: scripts/verify scale installs it")
+pytestmark = pytest.mark.skipif(  # found, not imported: what it says is settled when it is
+    importlib.util.find_spec("ray") is None, reason="the extra ray is not installed: scripts/verify scale installs it"
+)
+TESTS = Path(__file__).parent
 
 
 def mortal(mark: str) -> Callable[[int], tuple[int, str]]:
@@ -34,7 +38,7 @@ def test_a_killed_workers_task_is_done_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, (TESTS, TESTS.parent))))  # of the workers
     ready = partial(mortal, str(tmp_path / "mark"))
     found = list(workers.shared(range(5), ready, 2, gpu=False))
     assert (tmp_path / "mark").exists()

@@ -75,11 +75,7 @@ class Worker:
     """
 
     def __init__(self, ready: Callable[[], Task], folder: str, threads: int) -> None:
-        import torch
-
-        os.chdir(folder)
-        torch.set_num_threads(threads)
-        self.ready = ready
+        self.ready, self.folder, self.threads = ready, folder, threads
         self.task: Task | None = None
 
     def __call__(self, rows: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
@@ -90,13 +86,20 @@ class Worker:
     def answer(self, task: Any) -> tuple[bool, Any]:
         """Whether the worker was ready, and the answer or `Failed`."""
         try:
-            self.task = self.task or self.ready()
+            self.task = self.task or self.begin()
         except Exception as error:
             return False, Failed.by(error)
         try:
             return True, self.task(task)
         except Exception as error:
             return True, Failed.by(error)
+
+    def begin(self) -> Task:
+        import torch
+
+        os.chdir(self.folder)
+        torch.set_num_threads(self.threads)
+        return self.ready()
 
 
 def shared(tasks: Sequence[Any], ready: Callable[[], Task], workers: int | None, *, gpu: bool) -> Iterator[Any]:
@@ -109,13 +112,15 @@ def shared(tasks: Sequence[Any], ready: Callable[[], Task], workers: int | None,
     Raises:
         ValueError, RuntimeError: no worker could make itself ready; why, in one line.
     """
-    with muted(), connected(workers) as (count, threads):
+    with muted(), connected(workers) as (count, cpus):
         import ray
 
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars, context.print_on_execution_start = False, False
         context.max_errored_blocks = -1  # a task that kills its workers does not stop the others
         logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+        said = os.environ.get("OMP_NUM_THREADS", "")
+        threads = int(said) if said.isdigit() else cpus
         gpus = min(1.0, ray.cluster_resources().get("GPU", 0) / count) if gpu else 0
         rows = [{"number": k, "task": pickle.dumps(task)} for k, task in enumerate(tasks)]
         answers = ray.data.from_items(rows, override_num_blocks=min(len(rows), BLOCKS)).map_batches(
@@ -123,7 +128,7 @@ def shared(tasks: Sequence[Any], ready: Callable[[], Task], workers: int | None,
             fn_constructor_args=(ready, os.getcwd(), threads),
             batch_size=1,
             compute=ray.data.ActorPoolStrategy(size=count, max_tasks_in_flight_per_actor=1),
-            num_cpus=threads,
+            num_cpus=cpus,
             num_gpus=gpus or None,
             max_task_retries=RETRIES,
         )
@@ -148,23 +153,31 @@ def in_order(rows: Iterable[Mapping[str, Any]], count: int) -> Iterator[Any]:
 
 @contextmanager
 def connected(workers: int | None) -> Iterator[tuple[int, int]]:
-    """Joins the cluster that RAY_ADDRESS names, or starts Ray here; how many workers, and threads of each."""
+    """Joins the cluster that RAY_ADDRESS names, or starts Ray here; how many workers, and cores of each.
+
+    Raises:
+        ValueError: no such cluster.
+    """
     from diffusion_kit.training.launching import machine
 
     os.environ.update({name: value for name, value in QUIET.items() if name not in os.environ})
     import ray
 
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(**quiet)
+    if address := os.environ.get("RAY_ADDRESS"):
+        try:
+            ray.init(**quiet)
+        except ConnectionError:
+            token = "; where it asks for a token, set RAY_AUTH_MODE=token"
+            raise ValueError(f"no cluster of Ray lets this command in at {address} (RAY_ADDRESS){token}") from None
         count = workers or int(ray.cluster_resources().get("GPU", 0)) or len(ray.nodes())
-        threads = max(1, int(ray.cluster_resources().get("CPU", 1)) // count)
+        cpus = max(1, int(ray.cluster_resources().get("CPU", 1)) // count)
     else:
         count = machine.processes(workers)
-        threads = machine.threads(count)
-        ray.init("local", num_cpus=count * threads + 1, include_dashboard=False, object_store_memory=STORE, **quiet)
+        cpus = machine.threads(count)
+        ray.init("local", num_cpus=count * cpus + 1, include_dashboard=False, object_store_memory=STORE, **quiet)
     try:
-        yield count, int(os.environ.get("OMP_NUM_THREADS", threads))
+        yield count, cpus
     finally:
         ray.shutdown()
 
