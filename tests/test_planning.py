@@ -28,6 +28,7 @@ from diffusion_kit.training.planning.trace import Live, Trace, networks, trace
 from diffusion_kit.training.planning.traffic import traffic
 from diffusion_kit.training.planning.weightless import make_weightless, weightless
 
+PLAN = "diffusion_kit.training.planning.plan"
 TARGETS = {
     "t2i_adapter": "sdxl",
     "controlnet": "sd15",
@@ -205,7 +206,7 @@ def test_overlap_is_what_the_document_says() -> None:
 def test_it_stops_at_the_first_that_fits(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("diffusion_kit.training.planning.plan.Networks", lambda config, cpu: measured("unet"))
+    monkeypatch.setattr(PLAN + ".Networks", lambda config, cpu: replace(measured("unet"), cpu=cpu))
     file = tmp_path / "config.yaml"
     file.write_text(config("unet").dump())
     device = [own.need.sums[0] for own in rungs("unet", 2)]
@@ -228,7 +229,7 @@ def test_processes_on_cpus_share_their_machine(monkeypatch: pytest.MonkeyPatch) 
     """And what is offloaded lies in the same memory."""
     monkeypatch.setattr(machine, "memory", lambda: 8e12)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr("diffusion_kit.training.planning.plan.Networks", lambda config, cpu: measured("unet"))
+    monkeypatch.setattr(PLAN + ".Networks", lambda config, cpu: replace(measured("unet"), cpu=cpu))
     said: list[str] = []
     found = plan(config("unet", launch={"processes": 4}), said.append)
     assert found is not None
