@@ -146,7 +146,7 @@ def load(own: Settings, debug: bool, tree: dict[str, Any] | None) -> tuple[Any, 
     if not debug:
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     dtype, folder = pictures.dtype_of(own), network_folder(own.model)
-    more = {} if folder is None else {"unet": inference.load_spread(folder, tree, dtype)}
+    more = {} if folder is None else {"unet": inference.load_inference(folder, tree, dtype)}
     pipe = pictures.load_pipeline(own, debug=debug, **more)
     return pipe, inference.Together(pipe.unet, tree, dtype)
 

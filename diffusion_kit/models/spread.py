@@ -12,14 +12,16 @@ import torch
 import torch.distributed as dist
 from diffusers.models.modeling_utils import no_init_weights
 from safetensors import safe_open
-from torch import nn
 
 
-def load_spread(cls: Any, folder: Path, dtype: torch.dtype, settings: Mapping[str, Any]) -> Any:
+def load_spread(
+    cls: Any, folder: Path, dtype: torch.dtype, settings: Mapping[str, Any], variant: str | None = None
+) -> Any:
     """A network of diffusers from its folder, weight by weight: no process ever holds more than a layer of it.
 
     Args:
         settings: DeepSpeed's configuration, with `zero_optimization.stage` 3; the processes are joined already.
+        variant: of the files, as "fp16".
 
     Raises:
         ValueError: the folder's files are not those of the network.
@@ -31,7 +33,7 @@ def load_spread(cls: Any, folder: Path, dtype: torch.dtype, settings: Mapping[st
         net = cls.from_config(config)
     tensors = dict(net.named_parameters()) | dict(net.named_buffers())
     left = set(net.state_dict())
-    for name, file in _files(folder):
+    for name, file in _tensors(folder, variant):
         if name not in left:
             raise ValueError(f"{folder} is no {cls.__name__} as its config.json says: it has no {name}")
         _fill(tensors[name], file, name)
@@ -41,9 +43,15 @@ def load_spread(cls: Any, folder: Path, dtype: torch.dtype, settings: Mapping[st
     return net
 
 
-def _files(folder: Path) -> Iterator[tuple[str, Any]]:
+def weight_files(folder: Path, variant: str | None) -> list[Path]:
+    """Of a network, with shards: "model.safetensors", "model.fp16-00001-of-00002.safetensors"."""
+    files = sorted(folder.glob("*.safetensors"))
+    return [file for file in files if file.name.split(".")[1].partition("-")[0] == (variant or "safetensors")]
+
+
+def _tensors(folder: Path, variant: str | None) -> Iterator[tuple[str, Any]]:
     """Names of weights with their open files, in the same order in every process."""
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in weight_files(folder, variant):
         with safe_open(path, "pt") as file:
             for name in sorted(file.keys()):
                 yield name, file
@@ -79,15 +87,3 @@ def gathered(weights: Iterable[Any], *, changed: bool = False) -> AbstractContex
     import deepspeed
 
     return deepspeed.zero.GatheredParameters(own, modifier_rank=0 if changed else None)
-
-
-def check_whole(net: nn.Module, what: str) -> None:
-    """
-    Raises:
-        ValueError: weights of it are placeholders, as the others hold them.
-    """
-    name = next((name for name, weight in net.named_parameters() if is_spread(weight) and not weight.numel()), None)
-    if name is not None:
-        raise ValueError(
-            f"{what}: {name} is spread over the processes, and here a placeholder: use it inside gathered()"
-        )

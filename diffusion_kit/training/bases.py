@@ -297,7 +297,8 @@ def spread_unet(config: Config) -> dict[str, Any]:
     if config.target != "t2i_adapter" or not spread_in_engine(config) or not isinstance(place, Path):
         return {}
     own = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero_settings(config)}
-    return {"unet": load_spread(UNet2DConditionModel, place / "unet", DTYPES[config.precision], own)}
+    dtype, variant = DTYPES[config.precision], config.base.variant
+    return {"unet": load_spread(UNet2DConditionModel, place / "unet", dtype, own, variant)}
 
 
 def hub(config: Config) -> dict[str, str]:

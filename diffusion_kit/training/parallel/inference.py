@@ -7,16 +7,17 @@ whatever each makes of it: before every call they agree on who is still at work,
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
+
+from diffusion_kit.models.spread import load_spread
 
 from .settings import Tree, check_filled, fill_zero, get, put, read, width_of
 
@@ -75,34 +76,17 @@ class _Config:
         self.config = config
 
 
-def load_spread(folder: Path, tree: Tree, dtype: torch.dtype) -> nn.Module:
-    """The network of a folder, of which no process ever holds more than one weight whole.
+def load_inference(folder: Path, tree: Tree, dtype: torch.dtype) -> nn.Module:
+    """The network of a folder, of which no process ever holds more than one layer whole.
 
     Raises:
         ValueError: weights are missing, or have other shapes.
     """
-    import deepspeed
-
     config = json.loads((folder / "config.json").read_text())
     settle(tree, dtype, _Config(config))
     if (kind := KINDS.get(config["_class_name"])) is None:
         raise ValueError(f"{folder} holds a {config['_class_name']}; spread are {', '.join(KINDS)}")
-    with deepspeed.zero.Init(config_dict_or_path=tree, dtype=dtype):
-        net = kind.from_config(config)
-    places = {name: file for file in sorted(folder.glob("*.safetensors")) for name in _names(file)}
-    for name, weight in net.named_parameters():
-        if name not in places:
-            raise ValueError(f"{folder} has no weight {name}")
-        with deepspeed.zero.GatheredParameters([weight], modifier_rank=0), torch.no_grad():
-            if dist.get_rank() == 0:
-                with safe_open(places[name], "pt") as tensors:
-                    weight.copy_(tensors.get_tensor(name))
-    return net
-
-
-def _names(file: Path) -> Iterator[str]:
-    with safe_open(file, "pt") as tensors:
-        yield from tensors.keys()  # noqa: SIM118
+    return load_spread(kind, folder, dtype, tree)
 
 
 class Together:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from diffusion_kit.models.sources import locate
+from diffusion_kit.models.spread import weight_files
 from diffusion_kit.training.config import Config
 from diffusion_kit.training.launching import machine
 from diffusion_kit.training.parallel.settings import get, read
@@ -84,9 +85,7 @@ def unet_folder(config: Config) -> Path | None:
 def numbers(folder: Path, variant: str | None) -> dict[str, int]:
     """How many numbers of each type a folder's safetensors files hold; only headers are read."""
     found: dict[str, int] = {}
-    for file in folder.glob("*.safetensors"):
-        if file.name.split(".")[1].partition("-")[0] != (variant or "safetensors"):
-            continue
+    for file in weight_files(folder, variant):
         with file.open("rb") as data:
             header = json.loads(data.read(int.from_bytes(data.read(8), "little")))
         for name, entry in header.items():
