@@ -19,7 +19,6 @@ from diffusion_kit.models.sources import locate
 from diffusion_kit.models.spread import weight_files
 from diffusion_kit.training.config import Config
 from diffusion_kit.training.launching import machine
-from diffusion_kit.training.parallel.settings import get, read
 
 TYPES = {"no": ("F32", 4), "bf16": ("BF16", 2), "fp16": ("F16", 2)}  # of safetensors, and their bytes
 TRAINED = 16  # bytes a number: float32 weights, gradients, AdamW's two moments
@@ -50,15 +49,23 @@ def least(config: Config, processes: int) -> float:
         return 0
     found = numbers(folder, config.base.variant)
     total = sum(found.values())
-    zero = get(read(config.deepspeed), "zero_optimization") or {} if config.deepspeed is not None else None
+    zero = zero_of(config)
     if config.target in ("unet", "hint_decoder"):
         return total * trained(config, zero, processes)
     kind, width = TYPES[config.precision]
     copied = total - found.get(kind, 0)
-    spread = zero is not None and zero.get("stage") == 3 and config.base.spread is not False
-    return (
-        0 if spread and get(zero, "offload_param.device") == "nvme" else copied * width / (processes if spread else 1)
-    )
+    if zero is None or zero.get("stage") != 3 or config.base.spread is False:
+        return copied * width
+    return 0 if (zero.get("offload_param") or {}).get("device") == "nvme" else copied * width / processes
+
+
+def zero_of(config: Config) -> dict[str, Any] | None:
+    """DeepSpeed's settings of ZeRO, where it is used."""
+    if config.deepspeed is None:
+        return None
+    from diffusion_kit.training.parallel.settings import read  # which brings more with it than a launch needs
+
+    return read(config.deepspeed).get("zero_optimization") or {}
 
 
 def trained(config: Config, zero: Mapping[str, Any] | None, processes: int) -> float:
