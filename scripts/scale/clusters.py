@@ -10,10 +10,32 @@ from pathlib import Path
 from typing import Any
 
 from . import runs
-from .runs import finish, hosts_asked, must_be_near, must_be_same, need, new, stand_in_for_ssh, trained
+from .runs import (
+    ended,
+    given,
+    hosts_asked,
+    must_be_near,
+    must_be_same,
+    need,
+    new,
+    stand_in_for_ssh,
+    start,
+    trained,
+    wait_for_step,
+)
 
 HOSTS = ["127.0.0.1", "127.0.0.2"]
+TOLD = {"DIFFUSION_KIT_TOLD": "as it is"}
 TWO_HOSTS = {"processes": 1, "machines": 2, "hosts": HOSTS}
+
+
+def finish_told(out: Path, **more: Any) -> None:
+    """A run, both of whose processes were given the environment that its configuration names."""
+    process = start(out, **more)
+    wait_for_step(out, 1, process)
+    found = given(out, next(iter(TOLD)))
+    ended(out, process)
+    need(found == dict.fromkeys("01", "as it is"), f"{out.name}: the environment was not forwarded: {found}")
 
 
 def mpi() -> dict[str, Any]:
@@ -21,8 +43,8 @@ def mpi() -> dict[str, Any]:
     runs.installed("mpirun", "openmpi-bin")
     ssh = stand_in_for_ssh(runs.WORK / "ssh-mpi")
     root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-    out = new("mpi", launch={**TWO_HOSTS, "on": "mpi", "environment": root})
-    finish(out, OMPI_MCA_plm_rsh_agent=str(ssh))
+    out = new("mpi", launch={**TWO_HOSTS, "on": "mpi", "environment": root | TOLD})
+    finish_told(out, OMPI_MCA_plm_rsh_agent=str(ssh))
     asked = hosts_asked(ssh.parent)
     need(HOSTS[1] in asked, f"the second host was not asked: {asked}")
     need(runs.processes(out) == 2, "two processes did not join")
@@ -43,9 +65,9 @@ def deepspeed_launcher() -> dict[str, Any]:
         out = new(
             f"deepspeed-{name.replace(' ', '-')}",
             deepspeed=zero,
-            launch={"on": "deepspeed", "address": HOSTS[0], **own},
+            launch={"on": "deepspeed", "address": HOSTS[0], "environment": TOLD, **own},
         )
-        finish(out, python=python, PATH=path)
+        finish_told(out, python=python, PATH=path)
         need(runs.processes(out) == 2, f"{name}: two processes did not join")
         gap = must_be_near(trained("two", 2), out)
         figures[name] = {"apart from DDP": gap, "same bits": not runs.differing(trained("two", 2), out)}

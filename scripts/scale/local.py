@@ -28,7 +28,7 @@ def restart() -> dict[str, Any]:
     two, out = trained("two", 2), new("restart")
     process = start(out, *TWO, "launch.restarts=2")
     wait_for_step(out, STEPS // 2 + 1, process)
-    victim = next(pid for pid in workers(process.pid) if variable(pid, "RANK") == "1")
+    victim = next(pid for pid in workers(process.pid) if runs.variables(pid).get("RANK") == "1")
     os.kill(victim, signal.SIGKILL)
     runs.ended(out, process)
     again = [line for line in said(out) if line.startswith("goes on at step")]
@@ -97,12 +97,6 @@ def workers(pid: int) -> list[int]:
     return [
         int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()
     ]
-
-
-def variable(pid: int, name: str) -> str | None:
-    """In the environment of a process."""
-    pairs = Path(f"/proc/{pid}/environ").read_text().split("\0")
-    return dict(pair.split("=", 1) for pair in pairs if "=" in pair).get(name)
 
 
 def accelerate_trap() -> dict[str, Any]:

@@ -137,6 +137,26 @@ def last_step(out: Path) -> int:
     return max((json.loads(line)["step"] for line in file.read_text().splitlines()), default=0) if file.is_file() else 0
 
 
+def variables(pid: int) -> dict[str, str]:
+    """The environment of a process; nothing of one that has ended."""
+    try:
+        pairs = Path(f"/proc/{pid}/environ").read_text().split("\0")
+    except OSError:
+        return {}
+    return dict(pair.split("=", 1) for pair in pairs if "=" in pair)
+
+
+def given(out: Path, name: str) -> dict[str, str | None]:
+    """What a variable of the environment is in every process that trains a run, by its rank."""
+    found = {}
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        own = variables(int(file.parent.name))
+        rank = own.get("RANK") or own.get("OMPI_COMM_WORLD_RANK")
+        if rank is not None and str(out.with_suffix(".yaml")) in file.read_text().split("\0"):
+            found[rank] = own.get(name)
+    return found
+
+
 def trained(name: str, processes: int, **more: Any) -> Path:
     """An undisturbed run by torch's launcher, made once for each state of the package."""
     out = WORK / f"{name}-{commit('HEAD:diffusion_kit')}"

@@ -45,7 +45,7 @@ PartitionName=main Nodes=ALL Default=YES State=UP
 def cluster() -> Iterator[dict[str, str]]:
     """Inside the block there is a cluster of two nodes; the environment of its commands."""
     runs.installed("slurmctld", "slurm-wlm munge")
-    folder = runs.WORK / "slurm"
+    folder = runs.WORK / "cluster"
     for name in ("state", *(f"spool-{node}" for node in NODES)):
         (folder / name).mkdir(parents=True, exist_ok=True)
     host = socket.gethostname().partition(".")[0]
