@@ -21,7 +21,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "scripts"), str(ROOT)]
 
-from scale import clusters, local, notebook, runs, slurm  # noqa: E402
+from scale import clusters, local, notebook, runs, scripts, slurm  # noqa: E402
 
 KEPT = ROOT / "outputs" / "scale.json"
 PARTS: dict[str, Callable[[], dict[str, Any]]] = {
@@ -36,6 +36,7 @@ PARTS: dict[str, Callable[[], dict[str, Any]]] = {
     "deepspeed_launcher": clusters.deepspeed_launcher,
     "slurm": slurm.slurm,
     "slurm_requeue": slurm.slurm_requeue,
+    **scripts.PARTS,
 }
 
 

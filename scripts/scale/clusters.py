@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -77,15 +75,4 @@ def deepspeed_launcher() -> dict[str, Any]:
 
 
 def with_deepspeed() -> str:
-    """A Python that has DeepSpeed: this one, or one of a folder of its own, which sees all that this one has."""
-    if importlib.util.find_spec("deepspeed") is not None:
-        return sys.executable
-    folder = runs.WORK / "python"
-    python = folder / "bin" / "python"
-    if not (folder / "bin" / "deepspeed").is_file():
-        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-        seen = [path for path in sys.path if path.endswith("site-packages")]
-        (next(folder.glob("lib/*/site-packages")) / "seen.pth").write_text("".join(f"{path}\n" for path in seen))
-        pip = [str(python), "-m", "pip", "install", "-q", "deepspeed>=0.19.8,<0.20"]
-        subprocess.run(pip, check=True, env={**os.environ, "DS_BUILD_OPS": "0"})
-    return str(Path(python))
+    return runs.python_with("deepspeed", "deepspeed>=0.19.8,<0.20")

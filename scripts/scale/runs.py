@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -239,8 +240,24 @@ def hosts_asked(folder: Path) -> list[str]:
 
 
 def installed(program: str, package: str) -> None:
-    """Installs a package of Debian's, if a program of it is not there."""
-    if shutil.which(program, path=f"{os.environ['PATH']}:/usr/sbin") is None:
+    """Installs a package of Debian's, if a program, or a file, of it is not there."""
+    if shutil.which(program, path=f"{os.environ['PATH']}:/usr/sbin") is None and not Path(program).is_file():
         command = f"apt-get update -qq && apt-get install -y -qq --no-install-recommends {package}"
         done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
         need(done.returncode == 0, f"{command}\n{done.stderr[-2000:]}")
+
+
+def python_with(package: str, wanted: str) -> str:
+    """A Python that has a package: this one, or one of a folder of its own, which sees all that this one has."""
+    if importlib.util.find_spec(package) is not None:
+        return sys.executable
+    folder = WORK / f"python-{package}"
+    python = folder / "bin" / "python"
+    if not (folder / "whole").is_file():
+        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+        seen = [path for path in sys.path if path.endswith("site-packages")]
+        (next(folder.glob("lib/*/site-packages")) / "seen.pth").write_text("".join(f"{path}\n" for path in seen))
+        pip = [str(python), "-m", "pip", "install", "-q", wanted]
+        subprocess.run(pip, check=True, env={**os.environ, "DS_BUILD_OPS": "0"})
+        (folder / "whole").touch()
+    return str(python)
