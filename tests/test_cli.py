@@ -161,15 +161,15 @@ def test_a_control_is_fetched_before_it_is_hashed_and_never_for_an_old_recipe(
     model: Path, work: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A hub id is not in the cache before its first use; a picture from elsewhere must not fetch what it names."""
-    from diffusion_kit.commands import fingerprint as module
+    from diffusion_kit.commands import shares
     from diffusion_kit.pipelines.base import ControlledPipeline
 
     events: list[str] = []
-    load, digest = ControlledPipeline.load_control, module.fingerprint
+    load, digest = ControlledPipeline.load_control, shares.fingerprint
     monkeypatch.setattr(
         ControlledPipeline, "load_control", lambda self, name: (events.append("load"), load(self, name))[1]
     )
-    monkeypatch.setattr(module, "fingerprint", lambda source: (events.append(f"hash {source}"), digest(source))[1])
+    monkeypatch.setattr(shares, "fingerprint", lambda source: (events.append(f"hash {source}"), digest(source))[1])
     net = str(model / "more" / "net")
     assert run(model, "--control", f"{net}=lines.png", "--out", "a.png") == 0
     assert events.index("load") < events.index(f"hash {net}")
