@@ -140,8 +140,8 @@ def slurm() -> dict[str, Any]:
     with cluster() as environment:
         out = run("slurm")
         over(submitted(out, environment), out, environment)
+        version = asked(["sbatch", "--version"], environment).strip()
     need(runs.processes(out) == 2, "two nodes did not join")
-    version = asked(["sbatch", "--version"], {}).strip()
     return {"version": version, "nodes": len(NODES), "same bits": must_be_same(trained("two", 2), out)}
 
 
