@@ -35,6 +35,7 @@ PARTS: dict[str, Callable[[], dict[str, Any]]] = {
     "mpi": clusters.mpi,
     "deepspeed_launcher": clusters.deepspeed_launcher,
     "slurm": slurm.slurm,
+    "slurm_told": slurm.slurm_told,
     "slurm_requeue": slurm.slurm_requeue,
     **scripts.PARTS,
 }
