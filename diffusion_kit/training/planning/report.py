@@ -43,7 +43,7 @@ def networks(own: Sizes, config: Config) -> str:
 
 
 def head(config: Config, processes: int, room: float, host: float | None, *, cpu: bool) -> str:
-    shared = ", its share of the machine's," if cpu else ""
+    shared = " as its share of the machine's" if cpu else ""
     beside = f" and {gb(host)} GB of the host" if host is not None else ""
     first = ("rung", "micro-batch x count", "device GB", "activations GB", "host GB", "disk GB", "overlap GB", "fits")
     limits = f"each of {processes} processes may take {gb(room)} GB{shared}{beside}"
