@@ -59,9 +59,9 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # not ignored, as behind a shell's "&": a part sends it
     runs.WORK.mkdir(parents=True, exist_ok=True)
     for name in options.only or [name for name in PARTS if name not in kept()]:
-        began = time.monotonic()
+        began, commit = time.monotonic(), runs.commit()
         figures = PARTS[name]()
-        keep(name, {"commit": runs.commit(), "seconds": round(time.monotonic() - began), "figures": figures})
+        keep(name, {"commit": commit, "seconds": round(time.monotonic() - began), "figures": figures})
         print(f"{name}: {json.dumps(figures)}", file=sys.stderr, flush=True)
     found = {name: result for name, result in kept().items() if name in PARTS}
     print(json.dumps(found, indent=None if options.json else 1))

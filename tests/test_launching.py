@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import shlex
 import subprocess
 import sys
+import time
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -16,7 +18,7 @@ import pytest
 import torch
 
 from diffusion_kit.cli import main
-from diffusion_kit.training import group, run
+from diffusion_kit.training import group, loader, run
 from diffusion_kit.training.config import parse
 from diffusion_kit.training.launching import launch, machine, mpi, slurm
 from diffusion_kit.training.launching.job import Job
@@ -255,6 +257,22 @@ def test_a_process_started_again_goes_on_only_in_a_run_that_it_was_in(
     assert run.restarted(tmp_path / "run")
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "second")
     assert not run.restarted(tmp_path / "run")
+
+
+def test_what_a_cluster_sends_to_all_processes_leaves_the_loaders_alone() -> None:
+    """SLURM ends every process, and torch's launcher sends it again: pictures are still wanted until the step is made."""
+    context = multiprocessing.get_context("fork")
+    ready = context.Event()
+    worker = context.Process(target=lambda: (loader.quiet_worker(0), ready.set(), time.sleep(60)), daemon=True)
+    worker.start()
+    assert ready.wait(60)
+    for _ in range(3):
+        subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)
+        worker.join(0.2)
+        assert worker.is_alive()
+    worker.terminate()
+    worker.join(60)
+    assert worker.exitcode == 0
 
 
 # The group of processes

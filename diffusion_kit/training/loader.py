@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import resource
 import signal
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -69,12 +72,22 @@ def allow_open_files() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
+def end_with_parent() -> None:
+    """Takes this process's SIGTERMs, as many as there come, until the one of the process that started it."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent.pid:
+        pass
+    os._exit(0)
+
+
 def quiet_worker(_: int) -> None:
-    """One thread each: the workers are the parallelism. What a terminal or a cluster sends to the whole group is the main
-    process's to answer, which still wants its pictures; the second SIGTERM is its own."""
-    for number in SIGNALS:
+    """One thread each: the workers are the parallelism. What a terminal, a launcher or a cluster sends to all processes is
+    the main process's to answer, which still wants its pictures: its own SIGTERM alone ends a worker."""
+    for number in set(SIGNALS) - {signal.SIGTERM}:
         signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, _: signal.signal(number, signal.SIG_DFL))
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=end_with_parent, daemon=True).start()
     import cv2
 
     cv2.setNumThreads(0)

@@ -88,7 +88,8 @@ def folder() -> dict[str, Any]:
     codes = [process.wait(runs.PATIENCE) for process in processes]
     need(sorted(codes) == [0, 2], f"exit codes {codes}")
     lines = [line for line in said(both[codes.index(2)]) if not line.startswith("There are modules")]
-    need(len(lines) == 1 and "is being written by another run" in lines[0], f"not refused in one line: {lines}")
+    told = ("is being written by another run", "holds a run already")  # which it is by then, on a busy machine
+    need(len(lines) == 1 and any(part in lines[0] for part in told), f"not refused in one line: {lines}")
     return {"refused": lines[0].replace(f"{runs.ROOT}/", ""), "same bits": must_be_same(trained("two", 2), out)}
 
 
