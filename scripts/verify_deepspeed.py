@@ -69,8 +69,8 @@ def rows(nvme: Path) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
     )
     adam = {"type": "Adam", "params": {**ADAMW["params"], "torch_adam": True}}
     yield "Adam, torch's", {**zero(1), "optimizer": adam}, {}
-    untested = {**zero(2), "zero_allow_untested_optimizer": True}
-    yield "an untested optimizer", untested, {"optimizer": {"name": "schedule_free"}}
+    radam = {"type": "RAdam", "params": {"lr": AUTO}}
+    yield "an untested optimizer", {**zero(2), "zero_allow_untested_optimizer": True, "optimizer": radam}, {}
     free = {**zero(2, offload_optimizer={"device": "cpu"}), "zero_force_ds_cpu_optimizer": False}
     yield "offload, another optimizer than DeepSpeed's", free, {}
     yield (

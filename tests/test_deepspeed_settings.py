@@ -10,7 +10,7 @@ import pytest
 
 from diffusion_kit.training.config import Config, parse
 from diffusion_kit.training.parallel import keys
-from diffusion_kit.training.parallel.settings import derived, read, settings, width_of
+from diffusion_kit.training.parallel.settings import derived, precise, read, settings, width_of
 
 AUTO = "auto"
 DOCUMENT: dict[str, Any] = {  # the ZeRO-3 configuration that the guide gives, with what it leaves to the trainer
@@ -178,11 +178,13 @@ def test_whose_optimizer_steps() -> None:
     assert "optimizer" not in final(config({"zero_optimization": {"stage": 2}})), "the kit's own"
     assert final(config(offload))["optimizer"]["type"] == "AdamW", "DeepSpeed's for the CPU"
     assert "optimizer" not in final(config({**offload, "zero_force_ds_cpu_optimizer": False}))
-    free = {"name": "schedule_free"}
-    with pytest.raises(ValueError, match="zero_allow_untested_optimizer"):
+    free, small = {"name": "schedule_free"}, {"name": "adamw8bit"}
+    with pytest.raises(ValueError, match="keeps an average that DeepSpeed's engine does not know"):
         final(config({"zero_optimization": {"stage": 2}}, optimizer=free))
+    with pytest.raises(ValueError, match="zero_allow_untested_optimizer"):
+        final(config({"zero_optimization": {"stage": 2}}, optimizer=small))
     tested = {"zero_optimization": {"stage": 2}, "zero_allow_untested_optimizer": True}
-    assert "optimizer" not in final(config(tested, optimizer=free))
+    assert "optimizer" not in final(config(tested, optimizer=small))
     with pytest.raises(ValueError, match="optimizer.type is Lamb, optimizer.name is schedule_free"):
         final(config({"optimizer": {"type": "Lamb"}}, optimizer=free))
     assert final(config({"optimizer": {"type": "SGD"}}))["optimizer"]["params"] == {"lr": 1e-5}
@@ -237,3 +239,21 @@ def test_the_keys_are_those_of_deepspeed() -> None:
     }
     for theirs, own in pairs.items():
         assert {field.alias or name for name, field in theirs.model_fields.items()} == set(own), theirs.__name__
+
+
+def test_processes_are_joined_in_deepspeeds_precision() -> None:
+    assert precise(config({"bf16": {"enabled": True}})).precision == "bf16"
+    assert precise(config({"bf16": {"enabled": AUTO}})).precision == "no"
+    own = config({"bf16": {"enabled": True}}, precision="no")
+    assert precise(own) is own, "where both say something, and not the same, there is an error later"
+    with pytest.raises(ValueError, match="bf16.enabled makes precision"):
+        derived(own, 1)
+    assert derived(precise(config({"bf16": {"enabled": True}})), 1).precision == "bf16"
+
+
+@pytest.mark.parametrize(("steps", "told"), [(0, 1), (5, 5)])
+def test_a_warm_up_of_deepspeed_has_a_step_at_least(steps: int, told: int) -> None:
+    """It knows none of no steps."""
+    scheduler = {"type": "WarmupLR", "params": {"warmup_num_steps": AUTO}}
+    own = final(config({"scheduler": scheduler}, optimizer={"warmup_steps": steps}))
+    assert own["scheduler"]["params"]["warmup_num_steps"] == told

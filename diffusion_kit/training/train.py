@@ -26,7 +26,7 @@ from .data.store import Store
 from .loader import MicroBatches, Part, batches
 from .loop import Trainer
 from .optimizers import make_optimizer
-from .parallel.settings import derived
+from .parallel.settings import derived, precise
 from .targets import make_target
 from .targets.target import Target
 from .watch import Watch
@@ -51,6 +51,7 @@ def train(
         torch.set_num_threads(config.threads)
     if config.launch.ipex:
         print("launch.ipex: Intel's extension has ended (archived March 2026); torch itself runs bf16 on CPUs")
+    config = precise(config)
     accelerator = group.join(config)
     folder = Path(config.output)
     again = run.resume_command(command)
@@ -127,6 +128,7 @@ def check(config: Config, say: Callable[[str], None]) -> bool:
     """Looks at a training before it is begun: see `trial`; whether one batch could be learned."""
     if config.threads:
         torch.set_num_threads(config.threads)
+    config = precise(config)
     with memory.explained(config):
         config = with_batch(
             config.model_copy(update={"cache": CacheConfig(), "deepspeed": None}), group.join(config), say
@@ -261,6 +263,7 @@ def make_filler(config: Config, say: Callable[[str], None]) -> Filler:
     """
     if config.threads:
         torch.set_num_threads(config.threads)
+    config = precise(config)
     target, pictures = prepare(config, group.join(config).device, say)
     attach_cache(config, target.base, pictures)
     return Filler(config, target.base, pictures, say)

@@ -49,7 +49,7 @@ SHARED = (
     Shared("optimizer.params.eps", "optimizer.epsilon", float),
     Shared("optimizer.params.weight_decay", "optimizer.weight_decay", float),
     Shared("scheduler.params.warmup_max_lr", "optimizer.learning_rate", float),
-    Shared("scheduler.params.warmup_num_steps", "optimizer.warmup_steps", int),
+    Shared("scheduler.params.warmup_num_steps", "optimizer.warmup_steps", int, lambda steps: max(1, steps)),
     Shared("scheduler.params.total_num_steps", "steps", int),
 )
 
@@ -109,6 +109,14 @@ def said(config: Config, name: str) -> bool:
             return False
         node = getattr(node, key)
     return True
+
+
+def precise(config: Config) -> Config:
+    """The kit's configuration with DeepSpeed's precision, where it says none: processes are joined in it, before the rest
+    can be derived."""
+    tree = read(config.deepspeed) if config.deepspeed is not None and not said(config, "precision") else {}
+    found = {name: value for name, value, _ in _precision(tree)}
+    return config.model_copy(update=found) if found else config
 
 
 def derived(config: Config, processes: int) -> Config:
@@ -235,6 +243,10 @@ def fill_optimizer(tree: Tree, config: Config) -> None:
             params.setdefault(name, AUTO)
     elif offload and own == "adamw" and tree.get("zero_force_ds_cpu_optimizer", True):
         tree["optimizer"] = {"type": "AdamW", "params": dict.fromkeys(ADAM, AUTO)}
+    elif own == "schedule_free":
+        raise ValueError(
+            "optimizer.name=schedule_free keeps an average that DeepSpeed's engine does not know: take adamw"
+        )
     elif own != "adamw" and not tree.get("zero_allow_untested_optimizer") and "zero_optimization" in tree:
         raise ValueError(f'deepspeed: {own} was not tested with ZeRO: add "zero_allow_untested_optimizer": true')
 
