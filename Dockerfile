@@ -1,8 +1,9 @@
 # An image with the kit: docker build -t diffusion-kit .
-# For GPUs: docker build --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu130 -t diffusion-kit:cuda .
+# The torch that pip finds has CUDA. For a smaller image without it: --build-arg TORCH_INDEX= and torch's own index for CPUs,
+# which its installation page names.
 FROM python:3.11-slim-bookworm
 
-ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+ARG TORCH_INDEX=""
 ARG EXTRAS=data
 # For DeepSpeed: --build-arg EXTRAS=data,deepspeed --build-arg PACKAGES="g++ ninja-build libaio-dev"
 ARG PACKAGES=""
@@ -12,7 +13,7 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/*
 
 WORKDIR /opt/diffusion_kit
-RUN pip install --no-cache-dir torch torchvision --index-url $TORCH_INDEX
+RUN pip install --no-cache-dir torch torchvision ${TORCH_INDEX:+--index-url "$TORCH_INDEX"}
 COPY pyproject.toml README.md LICENSE NOTICE ./
 COPY diffusion_kit diffusion_kit
 RUN DS_BUILD_OPS=0 pip install --no-cache-dir ".[$EXTRAS]"
