@@ -782,3 +782,11 @@ def test_help_answers_without_the_heavy_libraries() -> None:
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip().endswith("[]")
+
+
+def test_a_kit_that_is_not_installed_makes_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkout on the path has no package's version."""
+    from diffusion_kit.commands import pictures
+
+    monkeypatch.setattr(pictures, "PACKAGES", ("torch", "no-such-package"))
+    assert list(pictures.versions()) == ["torch"]

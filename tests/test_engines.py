@@ -20,6 +20,7 @@ from torch import nn
 
 from diffusion_kit import Kandinsky3Pipeline, SDXLPipeline
 from diffusion_kit.pipelines import engines
+from diffusion_kit.pipelines.optimize import half_of
 from diffusion_kit.sampling.engines import Engine
 from diffusion_kit.sampling.engines.files import whole_folder
 from diffusion_kit.sampling.engines.weights import content, park, sampled, state
@@ -311,3 +312,17 @@ def test_a_folder_is_there_whole_or_not_at_all(interrupted: Path) -> None:
     assert [file.name for file in interrupted.iterdir()] == ["b"]
     with whole_folder(interrupted) as new:
         assert new is None
+
+
+@pytest.mark.parametrize(
+    ("device", "loaded", "runs"),
+    [
+        ("cuda", torch.float32, torch.float16),
+        ("cuda", torch.bfloat16, torch.bfloat16),
+        ("cuda", torch.float16, torch.float16),
+        ("cpu", torch.float32, torch.bfloat16),
+        ("cpu", torch.float16, torch.bfloat16),
+    ],
+)
+def test_half_precision_that_is_there_is_kept_on_a_gpu(device: str, loaded: Any, runs: Any) -> None:
+    assert half_of(torch.device(device), loaded) == runs

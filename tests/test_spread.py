@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from diffusion_kit.models.spread import gathered, is_spread, weight_files
+from diffusion_kit.models.sources import weight_files
+from diffusion_kit.models.spread import gathered, is_spread
 
 
 @pytest.mark.parametrize(

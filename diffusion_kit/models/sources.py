@@ -48,6 +48,12 @@ def locate(source: str | Path) -> Path | str:
     return text
 
 
+def weight_files(folder: Path, variant: str | None) -> list[Path]:
+    """Of a network, with shards: "model.safetensors", "model.fp16-00001-of-00002.safetensors"."""
+    files = sorted(folder.glob("*.safetensors"))
+    return [file for file in files if file.name.split(".")[1].partition("-")[0] == (variant or "safetensors")]
+
+
 def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the tensors in a safetensors file; the weights are not read.
 

@@ -13,6 +13,8 @@ import torch.distributed as dist
 from diffusers.models.modeling_utils import no_init_weights
 from safetensors import safe_open
 
+from .sources import weight_files
+
 
 def load_spread(
     cls: Any, folder: Path, dtype: torch.dtype, settings: Mapping[str, Any], variant: str | None = None
@@ -41,12 +43,6 @@ def load_spread(
     if left:
         raise ValueError(f"{folder} is no whole {cls.__name__}: {min(left)} is missing")
     return net
-
-
-def weight_files(folder: Path, variant: str | None) -> list[Path]:
-    """Of a network, with shards: "model.safetensors", "model.fp16-00001-of-00002.safetensors"."""
-    files = sorted(folder.glob("*.safetensors"))
-    return [file for file in files if file.name.split(".")[1].partition("-")[0] == (variant or "safetensors")]
 
 
 def _tensors(folder: Path, variant: str | None) -> Iterator[tuple[str, Any]]:

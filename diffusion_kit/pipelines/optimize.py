@@ -30,7 +30,6 @@ from .quantised import check_quantised, quantise
 
 Level = Literal["exact", "half", "fast"]
 LEVELS = get_args(Level)
-HALVES = (torch.float16, torch.bfloat16)  # a model that is loaded in one of them keeps it
 # Of the step cache: docs/step-cache.md says what it saves and costs.
 FAST: dict[str, Any] = {"every": 5, "guidance": "reuse"}
 
@@ -44,8 +43,8 @@ def optimize(pipe: Any, level: str, engine: str | Engine | None, low_memory: boo
     if level not in LEVELS:
         raise ValueError(f"level is {level!r}; it must be {', '.join(LEVELS)}")
     device, dtype = pipe._execution_device, pipe.unet.dtype
-    if level != "exact" and dtype not in HALVES:
-        dtype = half_of(device)
+    if level != "exact":
+        dtype = half_of(device, dtype)
     named = make_engine(engine, device, dtype) if isinstance(engine, str) else engine
     if quantised is not None:
         check_quantised(quantised)
@@ -68,9 +67,11 @@ def optimize(pipe: Any, level: str, engine: str | Engine | None, low_memory: boo
     set_low_memory(pipe, low_memory)
 
 
-def half_of(device: torch.device) -> torch.dtype:
-    """The number type of the levels of half precision."""
-    return torch.bfloat16 if device.type == "cpu" else torch.float16
+def half_of(device: torch.device, dtype: torch.dtype = torch.float32) -> torch.dtype:
+    """The number type of the levels of half precision; weights that are in one already keep it, but on a CPU."""
+    if device.type == "cpu":
+        return torch.bfloat16
+    return dtype if dtype in (torch.float16, torch.bfloat16) else torch.float16
 
 
 @contextmanager

@@ -15,8 +15,7 @@ from typing import Any
 
 import torch
 
-from diffusion_kit.models.sources import locate
-from diffusion_kit.models.spread import weight_files
+from diffusion_kit.models.sources import locate, weight_files
 from diffusion_kit.training.config import Config
 from diffusion_kit.training.launching import machine
 
