@@ -174,10 +174,10 @@ def text_tokens(net: Net, states: Tensor) -> Context:
 
 def obstacle(net: Net) -> str | None:
     """Why a network has to run through its own forward; None if the executor can run it."""
+    if (why := getattr(net, "own_forward_only", None)) is not None:
+        return str(why)
     if kandinsky3.is_kandinsky3(net):
         return kandinsky3.obstacle(net)
-    if hasattr(next(net.parameters()), "ds_id"):
-        return "its weights are spread over the processes"  # who gathers them is told by its own forward
     if (why := changed(net)) is not None:
         return why
     config = net.config

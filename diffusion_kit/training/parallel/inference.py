@@ -101,6 +101,8 @@ class Together:
 
         net.requires_grad_(False).eval()
         self.engine = deepspeed.initialize(model=net, config=settle(tree, dtype, net))[0]
+        # The executor would call parts of it at other times.
+        net.own_forward_only = "its processes keep step by it"  # type: ignore[assignment]
         self.net, self.running, self.along = net, False, False
         self.inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         net.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True)
