@@ -33,6 +33,18 @@ COMMANDS = {  # name: line of help, and what it does
         "train in several processes, here or on a cluster",
         "Starts a training by torch's launcher, DeepSpeed's, MPI's, SLURM or Kubernetes; --dry-run prints what is started.",
     ),
+    "runs": (
+        "list trainings, and compare two",
+        "Trainings that the history knows: their state and last figures; of two, which settings differ.",
+    ),
+    "history": (
+        "search the pictures that were made",
+        "Pictures by prompt, control and model, as the kit wrote them down; --rebuild makes the history again from files.",
+    ),
+    "studio": (
+        "draw, generate, watch runs and look back, in a browser",
+        "Web pages and an HTTP interface over one queue and one model, for this machine; or a dashboard over any table.",
+    ),
     "models": ("say what a model is", "What is embedded; what a folder, a file or a hub id is."),
     "cache": (
         "prepare a training's latents, texts and conditions",

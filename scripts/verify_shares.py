@@ -257,7 +257,7 @@ def worker(folder: Path, arguments: list[str]) -> None:
     from diffusers.image_processor import VaeImageProcessor
 
     from diffusion_kit import cli
-    from diffusion_kit.commands import pictures
+    from diffusion_kit.making import pictures
 
     folder.mkdir(exist_ok=True)
     finish, make, last = VaeImageProcessor.postprocess, pictures.make_picture, {}

@@ -9,10 +9,12 @@ import json
 import os
 import tempfile
 from functools import cache
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["DIFFUSION_KIT_HOME"] = tempfile.mkdtemp()  # no test writes into the history of who runs it
 
 import diffusers
 import numpy as np
@@ -32,6 +34,16 @@ def pytest_configure(config: pytest.Config) -> None:
     """What a CPU gives is the reference: a GPU is seen by `pytest -m cuda` only."""
     if "cuda" not in config.option.markexpr:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+NUMBERS = count()
+
+
+@pytest.fixture(autouse=True)
+def own_history(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Every test has a history of its own; its folder is made when something is written."""
+    monkeypatch.setenv("DIFFUSION_KIT_HOME", f"{tmp_path_factory.getbasetemp()}/history-{next(NUMBERS)}")
+    monkeypatch.delenv("DIFFUSION_KIT_LEDGER", raising=False)
 
 
 CHANNELS = (32, 64, 64)

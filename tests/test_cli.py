@@ -786,7 +786,7 @@ def test_help_answers_without_the_heavy_libraries() -> None:
 
 def test_a_kit_that_is_not_installed_makes_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """A checkout on the path has no package's version."""
-    from diffusion_kit.commands import pictures
+    from diffusion_kit.making import pictures
 
     monkeypatch.setattr(pictures, "PACKAGES", ("torch", "no-such-package"))
     assert list(pictures.versions()) == ["torch"]

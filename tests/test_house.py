@@ -17,9 +17,12 @@ ROOT = Path(diffusion_kit.__file__).parent
 ORDER = [
     "cli",
     "commands",
+    "studio",
     "benchmark",
     "training",
     "evaluation",
+    "ledger",
+    "making",
     "pipelines",
     "adapters",
     "models",

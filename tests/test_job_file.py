@@ -13,7 +13,7 @@ from PIL import Image
 from test_cli import assert_one_line, outcome, pixels
 
 from diffusion_kit.cli import main
-from diffusion_kit.commands import pictures
+from diffusion_kit.making import pictures
 from diffusion_kit.pipelines import engines
 from diffusion_kit.recipes import Recipe, read, save
 from diffusion_kit.sampling.engines import Engine

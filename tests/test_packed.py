@@ -14,6 +14,7 @@ import pytest
 import test_kandinsky
 import torch
 from conftest import components, distance, lines, make_adapter, make_controlnet, make_vae, pipeline, seeds
+from diffusers.models.activations import GEGLU
 from test_loaders import save_lora
 from test_mixtures import KINDS, TASKS, run
 from torch import nn
@@ -26,6 +27,7 @@ from diffusion_kit.models import tiled_attention as attention_by_tiles
 from diffusion_kit.models.packed import Packed, pack_all, pack_layer, unpack
 from diffusion_kit.models.tiled_attention import tiled_attention
 from diffusion_kit.pipelines.optimize import sizes_of
+from diffusion_kit.sampling.engines.pages import PAGEMAP, FilePages
 from diffusion_kit.sampling.engines.weights import park
 
 WHY = onednn.obstacle(torch.float32) or onednn.obstacle(torch.bfloat16)
@@ -234,9 +236,74 @@ def test_to_ask_whether_layers_can_be_packed_draws_nothing() -> None:
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
+def gate(dtype: torch.dtype = torch.float32, bias: bool = True) -> tuple[GEGLU, torch.Tensor]:
+    torch.manual_seed(0)
+    return GEGLU(24, 40, bias=bias).to(dtype), torch.randn(2, 5, 24, dtype=dtype)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", onednn.DTYPES)
+def test_a_gated_layer_is_two_products_and_plain_again(dtype: torch.dtype, bias: bool) -> None:
+    layer, x = gate(dtype, bias)
+    expected, bits = layer(x), layer.proj.weight.detach().clone()
+    pack_all(packed.layers_of([layer]))
+    assert len(vars(layer.proj)["_packed"].parts) == 2
+    assert distance(layer(x), expected) < (1e-5 if dtype == torch.float32 else 2e-2)
+    assert (
+        distance(layer.proj(x).chunk(2, -1)[1], nn.functional.linear(x, bits, layer.proj.bias).chunk(2, -1)[1]) < 1e-2
+    )
+    assert torch.equal(layer.proj.weight, bits)
+    assert distance(layer(x), expected) == 0, "looked at, it is as it was"
+    pack_all(packed.layers_of([layer]))
+    packed.unpack_all([layer])
+    assert type(layer) is GEGLU
+    assert torch.equal(layer.proj.weight, bits)
+
+
+def test_a_gated_layer_with_a_hook_runs_it() -> None:
+    layer, x = gate()
+    pack_all(packed.layers_of([layer]))
+    seen: list[int] = []
+    layer.proj.register_forward_hook(lambda *given: seen.append(1))
+    layer(x)
+    assert seen == [1]
+
+
+def test_a_gated_layer_is_copied_and_pickled_plain() -> None:
+    layer, x = gate()
+    expected = layer(x)
+    for again in (copy.deepcopy, lambda own: pickle.loads(pickle.dumps(own))):
+        pack_all(packed.layers_of([layer]))
+        other = again(layer)
+        assert distance(other(x), expected) == 0
+        assert not isinstance(other.proj, Packed)
+
+
+@pytest.mark.skipif(not PAGEMAP.exists(), reason="pages of files are seen on Linux")
+def test_packing_weights_of_a_file_lets_its_pages_go(tmp_path: Path) -> None:
+    """Of a file that is mapped, only pages that were changed stay in memory beside the packed copy."""
+    torch.save(nn.Linear(1024, 2048).state_dict(), tmp_path / "net.pt")
+    layer = nn.Linear(1024, 2048)
+    layer.load_state_dict(torch.load(tmp_path / "net.pt", mmap=True), assign=True)
+    layer.weight.data[7, :] = 3.0  # a page that is no more the file's
+    bits = layer.weight.detach().clone()
+
+    def files() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[2]) * 4096
+
+    held = layer.weight.data
+    before = files()
+    FilePages().forget(held)
+    assert files() < before - 7_000_000, "of 8 MiB"
+    assert torch.equal(layer.weight, bits)
+
+
 @pytest.mark.parametrize(("queries", "keys"), [(256, 256), (300, 129), (2048, 4096), (64, 512), (512, 77)])
 @pytest.mark.parametrize("dtype", onednn.DTYPES)
-def test_tiled_attention_is_attention(queries: int, keys: int, dtype: torch.dtype) -> None:
+def test_tiled_attention_is_attention(
+    queries: int, keys: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention_by_tiles, "MKL_IS_FAST", False)
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, n, 3, 16).transpose(1, 2) for n in (queries, keys, keys))
     expected = nn.functional.scaled_dot_product_attention(q, k, v)
@@ -279,6 +346,7 @@ def test_the_same_picture_where_attention_is_tiled(monkeypatch: pytest.MonkeyPat
     """The small networks attend to fewer tokens than are worth it."""
     tiles = []
     own = attention_by_tiles.product
+    monkeypatch.setattr(attention_by_tiles, "MKL_IS_FAST", False)
     monkeypatch.setattr(attention_by_tiles, "FEWEST", 1)
     monkeypatch.setattr(attention_by_tiles, "SCORES", 512)
     monkeypatch.setattr(attention_by_tiles, "product", lambda *pair: tiles.append(len(pair[0])) or own(*pair))

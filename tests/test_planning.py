@@ -38,6 +38,7 @@ TARGETS = {
     "prior": "kandinsky",
     "autoencoder": "sdxl",
 }
+HEAVY = TARGETS.keys() - {"t2i_adapter", "prior"}
 
 
 def config(target: str, output: Path | str = "runs/none", **more: Any) -> Config:
@@ -58,7 +59,9 @@ def rungs(target: str, processes: int, **more: Any) -> list[Rung]:
 # What networks take
 
 
-@pytest.mark.parametrize("target", list(TARGETS))
+@pytest.mark.parametrize(
+    "target", ["t2i_adapter", "prior", *(pytest.param(name, marks=pytest.mark.heavy) for name in sorted(HEAVY))]
+)
 def test_sizes_are_those_of_the_real_trainer(target: str, tmp_path: Path) -> None:
     """Weights that it holds, and the optimizer's state after a step."""
     own = config(target, tmp_path, steps=1, batch=1)
@@ -139,6 +142,7 @@ def test_checkpointing_trades_operations_for_memory() -> None:
     assert plain.activations <= plain.rising <= plain.activations + 4 * measured("unet").sizes().trained
 
 
+@pytest.mark.heavy
 def test_a_micro_batch_is_a_straight_line() -> None:
     own = config("t2i_adapter")
     with weightless():
@@ -167,7 +171,7 @@ def test_operations_are_those_that_torch_counts(tmp_path: Path) -> None:
 # The ladder
 
 
-@pytest.mark.parametrize("target", ["unet", "t2i_adapter"])
+@pytest.mark.parametrize("target", ["unet", pytest.param("t2i_adapter", marks=pytest.mark.heavy)])
 def test_rungs_become_leaner_and_keep_the_batch(target: str) -> None:
     found = rungs(target, 2)
     assert [own.name for own in found][3:6] == ["ZeRO-2", "+ optimizer offload", "ZeRO-3"]

@@ -20,7 +20,8 @@ from diffusion_kit.sampling.doors import spread
 FORMATS = ("PNG", "JPEG", "WEBP")
 MEGAPIXELS = 64
 LARGEST = 100_000_000  # bytes that are fetched of a URL
-FITS = ("cover", "contain", "stretch")
+FITS = ("cover", "contain", "stretch")  # of a result
+INSIDE = "inside"  # of what a detector sees
 
 Picture = Image.Image | np.ndarray | Tensor
 Pictures = Picture | Sequence[Picture]
@@ -126,12 +127,12 @@ def fit_image(picture: Image.Image, width: int, height: int, fit: str = "cover")
 
     Args:
         fit: "cover" cuts evenly what is over after scaling it to cover the area; "contain" scales it to be inside, with
-            black bars; "stretch" scales each side by itself.
+            black bars, and "inside" without them, so that one side may be shorter; "stretch" scales each side by itself.
 
     Raises:
         ValueError: another `fit`.
     """
-    if fit not in FITS:
+    if fit not in (*FITS, INSIDE):
         raise ValueError(f"fit is {fit!r}; it must be one of {', '.join(FITS)}")
     if picture.mode not in ("RGB", "L", "I;16"):  # others have no black that is 0
         picture = picture.convert("RGB")
@@ -140,8 +141,10 @@ def fit_image(picture: Image.Image, width: int, height: int, fit: str = "cover")
         w, h = width / max(scales), height / max(scales)  # of the part that is kept
         left, top = (picture.width - w) / 2, (picture.height - h) / 2
         return resize(picture, (width, height), box=(left, top, left + w, top + h))
-    if fit == "contain":
+    if fit in ("contain", INSIDE):
         w, h = (max(1, round(side * min(scales))) for side in picture.size)
+        if fit == INSIDE:
+            return resize(picture, (w, h))
         canvas = Image.new(picture.mode, (width, height))
         canvas.paste(resize(picture, (w, h)), ((width - w) // 2, (height - h) // 2))
         return canvas

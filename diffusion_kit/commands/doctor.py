@@ -120,7 +120,7 @@ def _optional() -> Iterator[tuple[str, str, bool]]:
 
 
 def _models() -> Iterator[tuple[str, str, bool]]:
-    from diffusion_kit.commands.fingerprint import fingerprint
+    from diffusion_kit.making.fingerprint import fingerprint
     from diffusion_kit.models.sources import EMBEDDED, check_folder, embedded
 
     for name in EMBEDDED:

@@ -10,10 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from diffusion_kit.making.job import Settings
+
+from .console import note
 from .detect import images_of, parse_options
 from .execution import add_execution, level_of
 from .outputs import writable
-from .plan import Settings
+from .remembering import add_history, remembering
 
 MAP, CAPTION, PHOTO = "image", "caption", "photo"  # columns of a JSONL file
 
@@ -57,6 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", default="evaluation", metavar="FOLDER", help="of the page and the report; it must not be there yet")
     add("--json", action="store_true", help="print JSON in place of the table")
     add_execution(parser)
+    add_history(parser)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -77,8 +81,7 @@ def run(options: argparse.Namespace) -> None:
     from diffusion_kit.adapters.maps import detector_of
     from diffusion_kit.evaluation import Condition, evaluate, quality_measures
     from diffusion_kit.evaluation.measures import measures_of
-
-    from .pictures import check_execution, load_pipeline
+    from diffusion_kit.making.loading import check_execution, load_pipeline
 
     check_execution(loading)
     kind = options.detector or detector_of(name) or name
@@ -88,7 +91,7 @@ def run(options: argparse.Namespace) -> None:
     if not options.debug:
         logging.disable_progress_bar()
     quality = quality_measures(inception=options.inception, clip=options.clip, lpips=options.lpips)
-    pipe = load_pipeline(loading, debug=options.debug)
+    pipe = load_pipeline(loading, note, debug=options.debug)
     pipe.set_progress_bar_config(disable=True)
     net = pipe.load_control(str(Path(path).absolute()) if path and Path(path).exists() else path or name)
     report = evaluate(
@@ -112,6 +115,8 @@ def run(options: argparse.Namespace) -> None:
     report = replace(report, about={**about, **report.about})
     print(report.to_json().rstrip() if options.json else f"{report.table()}\n", flush=True)
     write(report, out)
+    with remembering(options) as recorder:
+        recorder.report(out)
     if not options.json:
         print(out / "index.html")
 

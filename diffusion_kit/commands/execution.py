@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-DTYPES = ("float32", "float16", "bfloat16")
-HALVED = ("half", "fast")  # levels of --optimize that say the number type themselves
+from diffusion_kit.making.job import DTYPES, HALVED
 
 
 def add_execution(parser: argparse.ArgumentParser) -> None:

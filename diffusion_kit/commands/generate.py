@@ -14,6 +14,7 @@ from .job_file import in_line
 from .jobs import OPTIONS
 from .outputs import output_files
 from .plan import Planned, files_read, plan_of_call, plan_of_file
+from .remembering import add_history, remembering
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,6 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--embed-controls", action="store_true", help="keep the pictures given in the recipe, not only their hashes")
     add("--scheduler", metavar="CLASS", help="a diffusers scheduler, for example EulerAncestralDiscreteScheduler")
     add_execution(parser)
+    add_history(parser)
     workers.add_arguments(parser, "the lines of --jobs")
     add(
         "--deepspeed",
@@ -90,11 +92,13 @@ def alone(options: argparse.Namespace) -> None:
         _note_of_foreign(old, options)
     own = old if isinstance(old, Recipe) else None
     plan = planned(options, old)
-    from . import pictures, shares
+    from diffusion_kit.making import loading, pictures
+
+    from . import shares
 
     taken = [*(each.file for each in plan), *files_read(options, plan)]
     grid = output_files(options.grid, [""], taken=taken) if options.grid else []
-    pipe = pictures.load_pipeline(plan[0].settings, debug=options.debug)
+    pipe = loading.load_pipeline(plan[0].settings, note, debug=options.debug)
     if own is not None:
         _note_of_versions(own)
     maker = shares.Maker(pipe, options.jobs)
@@ -102,10 +106,11 @@ def alone(options: argparse.Namespace) -> None:
     wanted = [(each, recipe) for each, recipe, is_there in found if not is_there]
     note_there(len(plan) - len(wanted), len(plan))
     made = []
-    with pipe.sharing():
+    with pipe.sharing(), remembering(options) as recorder:
         for each, recipe in wanted:
             picture = maker.make(each, recipe)
             print(shares.told(each.file, recipe))
+            recorder.picture(each.file, recipe)
             made += [picture] if grid else []
     for file in grid:
         columns = options.count if len(plan) > options.count > 1 else None
@@ -116,11 +121,11 @@ def alone(options: argparse.Namespace) -> None:
 def planned(options: argparse.Namespace, old: Recipe | ForeignRecipe | None = None) -> list[Planned]:
     """The pictures that are asked for, checked as far as that goes without a model."""
     plan = plan_of_file(options) if options.jobs else plan_of_call(options, old)
-    from . import pictures
+    from diffusion_kit.making.check import check
 
     for each in plan:
         with in_line(options.jobs, each.line):
-            pictures.check(each.job, each.settings, each.seed)
+            check(each.job, each.settings, each.seed)
     return plan
 
 
@@ -136,11 +141,12 @@ def on_workers(options: argparse.Namespace) -> None:
     from . import shares
 
     plan = planned(options)
-    report = shares.Report(options.jobs, {each.file for each in plan if each.file.exists()})
     ready = partial(shares.ready, plan[0].settings, options.jobs, options.debug)
     gpu = options.device != "cpu"
-    for each, found in zip(plan, workers.shared(plan, ready, options.workers, gpu=gpu), strict=True):
-        report.add(each, found)
+    with remembering(options) as recorder:
+        report = shares.Report(options.jobs, {each.file for each in plan if each.file.exists()}, recorder)
+        for each, found in zip(plan, workers.shared(plan, ready, options.workers, gpu=gpu), strict=True):
+            report.add(each, found)
     note_there(report.there, len(plan))
     if report.failures:
         raise SystemExit(workers.code_of(report.failures))
@@ -157,7 +163,7 @@ def _note_of_foreign(old: ForeignRecipe, options: argparse.Namespace) -> None:
 
 
 def _note_of_versions(old: Recipe) -> None:
-    from .pictures import versions
+    from diffusion_kit.making.pictures import versions
 
     now = versions()
     others = [f"{name} {value} (now {now.get(name)})" for name, value in old.versions.items() if now.get(name) != value]

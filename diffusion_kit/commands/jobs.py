@@ -5,28 +5,16 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from diffusion_kit.making.job import AUTO, Job
 from diffusion_kit.recipes import ControlRecipe, FileRef, Recipe
 
 from .outputs import SUFFIXES
 
 NUMBERS = ("scale", "start", "end", "guidance", "background")
 OPTIONS = (*NUMBERS, "mode", "mask", "detect", "type")
-AUTO = "auto"  # the detector is the control's own, where it comes with the base
-
-
-@dataclass(frozen=True)
-class Job:
-    """What differs from picture to picture: `name` is that of the files in folders, empty without any."""
-
-    name: str
-    prompt: str
-    image: FileRef | None
-    mask: FileRef | None
-    controls: tuple[ControlRecipe, ...]
 
 
 def make_jobs(options: argparse.Namespace, old: Recipe | None, prompt: str | None) -> list[Job]:
@@ -148,12 +136,3 @@ def _text(file: Path) -> str:
         return file.read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise ValueError(f"{file} is no text file in UTF-8") from None
-
-
-def without_auto(control: ControlRecipe, own: list[str]) -> ControlRecipe:
-    """The control with its detector settled: where it comes with the base, the one that its name says."""
-    from diffusion_kit.adapters.maps import detector_of
-
-    if control.detect == AUTO:
-        return replace(control, detect=detector_of(control.kind) if control.kind in own else None)
-    return replace(control, detect=None) if control.detect == "none" else control

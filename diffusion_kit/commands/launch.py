@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffusion_kit.commands.console import note
+from diffusion_kit.commands.remembering import add_history
 
 if TYPE_CHECKING:
     from diffusion_kit.training.config import Config
@@ -37,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--on", choices=ON, help="what starts the processes, in place of launch.on")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of the run")
     parser.add_argument("--dry-run", action="store_true", help="print what would be run, and the files it needs")
+    add_history(parser)
     ahead = parser.add_argument_group("before a run with DeepSpeed")
     ahead.add_argument("--prebuild", action="store_true", help="compile the operators that its first step would")
     ahead.add_argument(
@@ -59,6 +61,7 @@ def run(options: argparse.Namespace) -> None:
 
     check_options(options)
     overrides = [*options.overrides, *([f"launch.on={options.on}"] if options.on else [])]
+    overrides += ["history=false"] if options.no_history else []
     config = read(options.config, overrides)
     if options.plan:
         make_plan(config, options)

@@ -62,7 +62,7 @@ def describe(source: str) -> Rows:
     Raises:
         FileNotFoundError: nothing there. ValueError: no model, a pickle, or damaged.
     """
-    from diffusion_kit.commands.fingerprint import fingerprint
+    from diffusion_kit.making.fingerprint import fingerprint
     from diffusion_kit.models.sources import locate
 
     place = locate(source)

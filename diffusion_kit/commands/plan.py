@@ -8,38 +8,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from diffusion_kit.recipes import FileRef, ForeignRecipe, Recipe
+from diffusion_kit.making.job import HALVED, Job, Settings
+from diffusion_kit.recipes import ForeignRecipe, Recipe
 
-from .execution import HALVED, level_of
+from .execution import level_of
 from .job_file import in_line, read_lines
-from .jobs import Job, make_jobs
+from .jobs import make_jobs
 from .outputs import free_files, output_files, output_folder, writable
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What is the same for all pictures of a call: given, or of the recipe, or by default; None where the model says.
-
-    Attributes:
-        old: the recipe of --again. other_model: a model was given, which may be another than the recipe's.
-    """
-
-    model: str
-    negative_prompt: str | None
-    steps: int | None
-    guidance_scale: float | None
-    seed: int
-    size: tuple[int, int] | None
-    strength: float | None
-    fit: str
-    dtype: str
-    device: str | None
-    scheduler: str | None
-    old: Recipe | None
-    other_model: bool
-    optimize: str | None = None
-    engine: str | None = None
-    low_memory: bool = False
 
 
 @dataclass(frozen=True)
@@ -144,15 +119,9 @@ def parse_size(text: str) -> tuple[int, int]:
     return int(parts[0]), int(parts[1])
 
 
-def refs_of(job: Job) -> list[FileRef]:
-    """The pictures that a job is made from."""
-    refs = [job.image, job.mask, *(ref for c in job.controls for ref in (c.image, c.mask))]
-    return [ref for ref in refs if ref is not None]
-
-
 def files_read(options: argparse.Namespace, plan: list[Planned]) -> list[Path]:
     """Files that are read."""
-    given = [Path(ref.path) for each in plan for ref in refs_of(each.job)]
+    given = [Path(ref.path) for each in plan for ref in each.job.files]
     return given + [Path(own) for own in (options.again, options.jobs) if own]
 
 

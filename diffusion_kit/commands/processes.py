@@ -13,8 +13,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diffusion_kit.making.job import Settings
+
+from .console import note
 from .generate import note_there, planned
-from .plan import Planned, Settings
+from .plan import Planned
+from .remembering import remembering
 from .workers import Failed, code_of
 
 if TYPE_CHECKING:
@@ -119,13 +123,16 @@ def make(
     """Makes this process's share; what failed, and how many pictures were there."""
     import torch.distributed as dist
 
-    from . import pictures, shares
+    from diffusion_kit.making import loading
 
-    own = replace(plan[0].settings, device=options.device or pictures.device_of(plan[0].settings))
+    from . import shares
+
+    own = replace(plan[0].settings, device=options.device or loading.device_of(plan[0].settings))
     pipe, together = load(own, options.debug, tree)
     pipe.set_progress_bar_config(disable=True)
-    maker, report = shares.Maker(pipe, options.jobs), shares.Report(options.jobs, before)
-    with pipe.sharing():
+    maker = shares.Maker(pipe, options.jobs)
+    with pipe.sharing(), remembering(options) as recorder:
+        report = shares.Report(options.jobs, before, recorder)
         for each in plan[dist.get_rank() :: dist.get_world_size()]:
             report.add(each, maker.outcome(each))
             if together is not None and together.running:
@@ -137,17 +144,17 @@ def make(
 
 def load(own: Settings, debug: bool, tree: dict[str, Any] | None) -> tuple[Any, Together | None]:
     """The model, and what keeps processes together that share its network."""
-    from . import pictures
+    from diffusion_kit.making import loading
 
     if tree is None:
-        return pictures.load_pipeline(own, debug=debug), None
+        return loading.load_pipeline(own, note, debug=debug), None
     from diffusion_kit.training.parallel import inference
 
     if not debug:
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    dtype, folder = pictures.dtype_of(own), network_folder(own.model)
+    dtype, folder = loading.dtype_of(own), network_folder(own.model)
     more = {} if folder is None else {"unet": inference.load_inference(folder, tree, dtype)}
-    pipe = pictures.load_pipeline(own, debug=debug, **more)
+    pipe = loading.load_pipeline(own, note, debug=debug, **more)
     return pipe, inference.Together(pipe.unet, tree, dtype)
 
 

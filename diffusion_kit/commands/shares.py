@@ -10,13 +10,15 @@ from typing import Any
 
 from PIL import Image
 
-from diffusion_kit.commands.fingerprint import fingerprint
-from diffusion_kit.recipes import Recipe, check, save
+from diffusion_kit.ledger import Recorder
+from diffusion_kit.making import loading, pictures
+from diffusion_kit.making.fingerprint import fingerprint
+from diffusion_kit.making.job import Settings
+from diffusion_kit.recipes import Recipe, check, read, save
 
-from . import pictures
 from .console import kept_notes, note, show_warnings
 from .job_file import in_line, is_made
-from .plan import Planned, Settings
+from .plan import Planned
 from .workers import Failed
 
 
@@ -81,7 +83,7 @@ def ready(settings: Settings, file: str, debug: bool) -> Callable[[Planned], Out
     """Loads the model in a worker, and gives what makes a picture there."""
     show_warnings(debug)
     with kept_notes() as notes:
-        pipe = pictures.load_pipeline(settings, debug=debug)
+        pipe = loading.load_pipeline(settings, note, debug=debug)
     pipe.set_progress_bar_config(disable=True)
     pipe.sharing().__enter__()  # for the worker's life
     maker = Maker(pipe, file)
@@ -101,10 +103,12 @@ class Report:
     Args:
         file: the job file.
         before: pictures that were there.
+        recorder: writes them to the history.
     """
 
-    def __init__(self, file: str, before: Collection[Path]) -> None:
-        self.file, self.before, self.there, self.failures = file, before, 0, list[Failed]()
+    def __init__(self, file: str, before: Collection[Path], recorder: Recorder) -> None:
+        self.file, self.before, self.recorder = file, before, recorder
+        self.there, self.failures = 0, list[Failed]()
         self.noted: set[str] = set()
 
     def add(self, each: Planned, found: Outcome | Failed) -> None:
@@ -121,3 +125,5 @@ class Report:
             self.there += 1
         else:
             print(found.told, flush=True)
+            if isinstance(recipe := read(each.file), Recipe):
+                self.recorder.picture(each.file, recipe)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 
+from .remembering import add_history
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG.yaml", help="the configuration; `configs/` holds examples")
@@ -18,13 +20,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="learn one batch, draw what the network sees, estimate memory and time; no run",
     )
+    add_history(parser)
     parser.add_argument("--print-config", action="store_true", help="print the whole configuration and do nothing")
 
 
 def run(options: argparse.Namespace) -> None:
     from diffusion_kit.training.config import read
 
-    config = read(options.config, options.overrides)
+    config = read(options.config, [*options.overrides, *(["history=false"] if options.no_history else [])])
     if options.print_config:
         print(config.dump(), end="")
         return

@@ -1,7 +1,8 @@
 """Linear and convolution layers of a CPU whose weights lie in oneDNN's own blocked layout while nobody looks at them.
 
 torch gives float32 linear layers to a library that is half as fast on some CPUs, and lays a convolution's weight out anew
-in every call. A packed layer computes with the laid-out weight and holds no other copy of it.
+in every call. A packed layer computes with the laid-out weight and holds no other copy of it. A gated layer (GEGLU) is two
+products, of which the first ends with gelu and the second with the gate: nothing is written in between.
 
 Whoever looks at a packed layer's parameters (saving, LoRA, `.to`, loading, an edit by hand, a copy) or sets anything of it
 finds a plain layer with the same bits: the look itself unpacks it. A weight that anybody else holds is not packed. So
@@ -18,10 +19,12 @@ from itertools import count
 from typing import Any, NamedTuple
 
 import torch
+from diffusers.models.activations import GEGLU
 from torch import Tensor, nn
 
 from diffusion_kit.sampling.doors import Tree
 from diffusion_kit.sampling.engines import Engine, StepFunction
+from diffusion_kit.sampling.engines.pages import FilePages
 from diffusion_kit.sampling.engines.weights import is_parked
 from diffusion_kit.sampling.step import Step
 
@@ -30,16 +33,29 @@ from .tiled_attention import tiled_attention
 
 
 class Weight(NamedTuple):
-    """A weight in oneDNN's layout, whether it requires a gradient, and a number that no other has."""
+    """A weight in oneDNN's layout, whole or in two halves one below the other, whether it requires a gradient, and a number
+    that no other has."""
 
-    tensor: Tensor
+    parts: tuple[Tensor, ...]
     trained: bool
     number: int
+
+    @classmethod
+    def of(cls, layer: Any, pieces: int = 1) -> Weight:
+        weight = layer._parameters["weight"]
+        with torch.inference_mode(False):
+            parts = tuple(onednn.laid_out(layer, part) for part in weight.detach().chunk(pieces))
+        return cls(parts, weight.requires_grad, next(NUMBERS))
+
+    def plain(self) -> nn.Parameter:
+        with torch.inference_mode(False):
+            parts = [part.to_dense() for part in self.parts]
+            return nn.Parameter(parts[0] if len(parts) == 1 else torch.cat(parts), self.trained)
 
     def fits(self, x: Tensor) -> bool:
         """Whether the packed operation may stand for the plain one: it knows no gradients and no autocast."""
         return (
-            x.dtype == self.tensor.dtype
+            x.dtype == self.parts[0].dtype
             and x.device.type == "cpu"
             and not torch.is_grad_enabled()
             and not torch.is_autocast_enabled("cpu")
@@ -72,7 +88,9 @@ class PackedLinear(Packed, nn.Linear):  # type: ignore[override]
         own: Weight | None = self.__dict__.get("_packed")
         if own is None or not own.fits(input):
             return nn.Linear.forward(unpack(self), input)
-        return onednn.product(input, own.tensor, self.bias)
+        biases = (None,) * len(own.parts) if self.bias is None else self.bias.chunk(len(own.parts))
+        made = [onednn.product(input, part, bias) for part, bias in zip(own.parts, biases, strict=True)]
+        return made[0] if len(made) == 1 else torch.cat(made, -1)
 
 
 class PackedConv2d(Packed, nn.Conv2d):  # type: ignore[override]
@@ -80,7 +98,25 @@ class PackedConv2d(Packed, nn.Conv2d):  # type: ignore[override]
         own: Weight | None = self.__dict__.get("_packed")
         if own is None or input.ndim != 4 or not own.fits(input):
             return nn.Conv2d.forward(unpack(self), input)
-        return onednn.convolution(input, self, own.tensor)
+        return onednn.convolution(input, self, own.parts[0])
+
+
+class PackedGEGLU(GEGLU):
+    """x V^T * gelu(x G^T) in two products, where its layer's weight [V; G] is packed in halves; else as it was."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        layer: Any = self.proj
+        own: Weight | None = vars(layer).get("_packed")
+        hooked = own is not None and (layer._forward_hooks or layer._forward_pre_hooks)
+        if own is None or hooked or len(own.parts) == 1 or not own.fits(hidden_states):
+            return super().forward(hidden_states, *args, **kwargs)
+        biases = (None, None) if layer.bias is None else layer.bias.chunk(2)
+        value, gate = own.parts
+        return onednn.gated(hidden_states, value, gate, biases)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        self.__class__ = GEGLU
+        return self.__reduce_ex__(protocol)
 
 
 NUMBERS = count()
@@ -114,29 +150,36 @@ def held_by(module: nn.Module) -> list[Tensor]:
     """A module's own parameters, of a packed layer as they lie: to look at them otherwise would unpack it."""
     own: Weight | None = vars(module).get("_packed")
     plain = [value for value in vars(module)["_parameters"].values() if value is not None]
-    return plain if own is None else [*plain, own.tensor]
+    return plain if own is None else [*plain, *own.parts]
 
 
 def layers_of(nets: Iterable[nn.Module]) -> list[nn.Module]:
-    kinds = (*CLASSES, *CLASSES.values())
+    """Layers that can be packed, and what they are fused with, which comes before its layer."""
+    kinds = (*CLASSES, *CLASSES.values(), GEGLU, PackedGEGLU)
     return [layer for net in nets for layer in net.modules() if type(layer) in kinds]
 
 
 def pack_all(layers: Iterable[nn.Module]) -> None:
-    if not torch.is_autocast_enabled("cpu"):
-        for layer in layers:
-            pack_layer(layer)
+    if torch.is_autocast_enabled("cpu"):
+        return
+    pages = FilePages()
+    for layer in layers:
+        if isinstance(layer, GEGLU):
+            layer.__class__ = PackedGEGLU if pack_layer(layer.proj, pages, 2) else GEGLU
+        else:
+            pack_layer(layer, pages)
 
 
-def pack_layer(layer: Any) -> bool:
-    """Packs a layer, if it can be; whether it is."""
+def pack_layer(layer: Any, pages: FilePages | None = None, pieces: int = 1) -> bool:
+    """Packs a layer, if it can be; whether it is. Pages of its weight that lie in a file leave memory."""
     if isinstance(layer, Packed):
         return True
     if not can_be_packed(layer):
         return False
     weight, others = layer._parameters["weight"], {n: p for n, p in layer._parameters.items() if n != "weight"}
-    with torch.inference_mode(False):
-        packed = Weight(onednn.laid_out(layer, weight.detach()), weight.requires_grad, next(NUMBERS))
+    packed = Weight.of(layer, pieces)
+    if pages is not None:
+        pages.forget(weight)
     # The weight goes last: an interrupt leaves a whole layer.
     layer.__dict__["_packed"] = packed
     layer.__class__ = CLASSES[type(layer)]
@@ -148,9 +191,7 @@ def unpack(layer: Any) -> Any:
     """The layer as it was, its weight of the same bits."""
     own: Weight | None = layer.__dict__.get("_packed")
     if own is not None:
-        with torch.inference_mode(False):
-            weight = nn.Parameter(own.tensor.to_dense(), own.trained)
-        layer.__dict__["_parameters"] = {"weight": weight, **layer.__dict__["_parameters"]}
+        layer.__dict__["_parameters"] = {"weight": own.plain(), **layer.__dict__["_parameters"]}
         object.__setattr__(layer, "__class__", next(cls for cls in type(layer).__mro__ if cls in CLASSES))
         layer.__dict__.pop("_packed", None)
     return layer
@@ -158,8 +199,11 @@ def unpack(layer: Any) -> Any:
 
 def unpack_all(nets: Iterable[nn.Module]) -> None:
     """For an engine that wants plain layers."""
-    for layer in [layer for net in nets for layer in net.modules() if isinstance(layer, Packed)]:
-        unpack(layer)
+    for layer in layers_of(nets):
+        if isinstance(layer, Packed):
+            unpack(layer)
+        elif isinstance(layer, GEGLU):
+            layer.__class__ = GEGLU
 
 
 def can_be_packed(layer: Any) -> bool:

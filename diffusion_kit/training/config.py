@@ -225,6 +225,9 @@ class Config(Tree):
         ema: decay of the average of the weights that is saved and shown, or None.
         deepspeed: DeepSpeed's configuration, a file or a tree, or None: every process holds all weights.
         launch: where it runs.
+        log_every: steps between lines of the log.
+        trackers: who is told of the run beside its folder and the history.
+        history: whether the run is written to the ledger.
     """
 
     target: Target
@@ -252,6 +255,8 @@ class Config(Tree):
     deepspeed: str | dict[str, Any] | None = None
     launch: LaunchConfig = LaunchConfig()
     log_every: int = Field(10, ge=1)
+    trackers: tuple[Literal["tensorboard", "trackio", "mlflow", "wandb"], ...] = ()
+    history: bool = True
 
     @field_validator("batch", mode="before")
     @classmethod

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, gather_object
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, ProjectConfiguration, gather_object
 from torch.nn.parallel import DistributedDataParallel
 
 from .bases import DTYPES
@@ -60,7 +60,9 @@ def join(config: Config) -> Accelerator:
     # Gradients lie in what is sent, without a second copy; buffers, which no network here changes, are not sent.
     lean = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
     kwargs = [InitProcessGroupKwargs(timeout=PATIENCE), lean]
-    accelerator = Accelerator(mixed_precision=config.precision, cpu=cpu, kwargs_handlers=kwargs)
+    places = ProjectConfiguration(config.output, logging_dir=f"{config.output}/tensorboard")
+    told: dict[str, Any] = {"log_with": list(config.trackers) or None, "project_config": places}
+    accelerator = Accelerator(mixed_precision=config.precision, cpu=cpu, kwargs_handlers=kwargs, **told)
     check_size(config, accelerator)
     return accelerator
 

@@ -1,6 +1,7 @@
 """A run: its folder, its log, its checkpoints, and how it begins, goes on and ends.
 
 OUTPUT/config.yaml          the whole configuration
+OUTPUT/run.json             what it is called in the history
 OUTPUT/metrics.jsonl        what was measured; the same in every run of the configuration
 OUTPUT/timing.jsonl         how fast it was
 OUTPUT/checkpoints/         where it can go on
@@ -23,7 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
@@ -32,12 +33,18 @@ from tqdm import tqdm
 from . import checkpoints
 from .config import Config, parse, read
 
+if TYPE_CHECKING:
+    from .tracking import Trackers
+
 LOGS = ("metrics", "timing")
+ASKED = ".asked"  # file of a run for what it is to do after the step at hand
+REQUESTS = ("save", "validate", "stop")
 LAUNCHER = ".launcher"  # file of a run that says who started it
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 # What a run may change without being another: places, and how long it lasts and what it keeps.
 FREE = {
     *("output", "steps", "checkpoints", "validation", "log_every", "license", "data.workers", "threads"),
+    *("trackers", "history"),
     *("deepspeed", "base.spread", "launch"),  # which share the same step in another way
     *("cache.folder", "cache.latents", "cache.text", "cache.conditions"),
 }
@@ -51,11 +58,13 @@ class Run:
     Attributes:
         main: whether this process speaks, keeps the log, validates and writes the result; one does.
         writes: whether it writes checkpoints: the same process, or one on each machine.
+        trackers: who else is told what is logged.
     """
 
     folder: Path
     main: bool = True
     writes: bool = True
+    trackers: Trackers | None = None
 
     @property
     def checkpoints(self) -> Path:
@@ -75,6 +84,17 @@ class Run:
         if self.main:
             with (self.folder / f"{name}.jsonl").open("a") as file:
                 file.write(json.dumps(row) + "\n")
+        if self.main and self.trackers is not None:
+            self.trackers.log(row)
+
+    def asked(self) -> set[str]:
+        """What somebody asked of this run since, with `ask`; it is asked no more."""
+        file = self.folder / ASKED
+        if not (self.main and file.is_file()):
+            return set()
+        found = set(file.read_text().split())
+        file.unlink()
+        return found
 
     def validations(self) -> dict[int, dict[str, float]]:
         """Figures of every validation so far, by its step."""
@@ -96,6 +116,20 @@ class Run:
             beside = file.with_suffix(".part")
             beside.write_text("".join(line + "\n" for line in lines))
             os.replace(beside, file)
+
+
+def ask(folder: Path, what: str) -> None:
+    """Asks a run, in whatever process or machine it is, for a checkpoint, a validation, or to stop.
+
+    Raises:
+        ValueError: something else, or a folder of no run.
+    """
+    if what not in REQUESTS:
+        raise ValueError(f"a run can be asked to {', '.join(REQUESTS)}, not to {what}")
+    if not (folder / "config.yaml").is_file():
+        raise ValueError(f"{folder} holds no run")
+    with (folder / ASKED).open("a") as file:
+        file.write(f"{what}\n")
 
 
 def _step(line: str) -> float:
@@ -152,6 +186,7 @@ def begin(config: Config, resume: bool, allow: Sequence[str]) -> None:
         check_same(read(file), config, allow, found[-1] if found else None)
     elif found or (folder / "result").exists():
         raise ValueError(f"output {folder} holds a run already: add --resume to go on with it, or give another folder")
+    (folder / ASKED).unlink(missing_ok=True)
     if (own := launcher()) is not None:
         (folder / LAUNCHER).write_text(own)
     beside = file.with_suffix(".part")

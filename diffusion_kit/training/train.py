@@ -17,7 +17,7 @@ from diffusion_kit.adapters.control import granularity
 from diffusion_kit.adapters.detectors import check_options, detector, missing
 from diffusion_kit.evaluation.measures import measures_of
 
-from . import caching, card, checkpoints, group, memory, precision, run, trial
+from . import caching, card, checkpoints, group, memory, precision, run, tracking, trial
 from .bases import Base
 from .config import CacheConfig, Config
 from .data.cache import open_cache
@@ -29,6 +29,7 @@ from .optimizers import make_optimizer
 from .parallel.settings import derived, precise
 from .targets import make_target
 from .targets.target import Target
+from .tracking import tracked
 from .watch import Watch
 
 FINISH = 64  # batches over which a target measures itself at the end
@@ -70,13 +71,14 @@ def train(
             accelerator.print(f"stopped before the first step; go on with: {again}")
             return None
         try:
-            with Watch(trainer, own, signals) as watch:
-                if not watch.validate(trainer):  # that was due when the run ended
-                    trainer.run(watch)
-            if not watch.ended(trainer):
-                own.say(f"stopped at step {trainer.step} of {trainer.config.steps}; go on with: {again}")
-                return None
-            return finish(trainer, own)
+            with tracked(trainer, own, command):
+                with Watch(trainer, own, signals) as watch:
+                    if not watch.validate(trainer):  # that was due when the run ended
+                        trainer.run(watch)
+                if not watch.ended(trainer):
+                    own.say(f"stopped at step {trainer.step} of {trainer.config.steps}; go on with: {again}")
+                    return None
+                return finish(trainer, own)
         except KeyboardInterrupt:
             own.say(f"interrupted; go on from the last checkpoint with: {again}")
             raise
@@ -202,6 +204,7 @@ def check_soon(config: Config, processes: int) -> None:
     if config.batch != "auto" and config.batch % processes:
         told = f"batch is {config.batch}, which {processes} processes cannot share"
         raise ValueError(f"{told}: make it a multiple of their number")
+    tracking.check(config)
     make_optimizer(config.optimizer, [torch.nn.Parameter(torch.zeros(1))])
     if config.validation.measure is not None:
         measures_of(config.validation.measure)

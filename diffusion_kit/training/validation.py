@@ -125,6 +125,7 @@ def show(trainer: Trainer, group: Group, batch: Batch, folder: Path) -> dict[str
         page = folder / group.name
         page.mkdir(exist_ok=True)
         report.page(page)
+        (page / "report.json").write_text(report.to_json(), encoding="utf-8")
         grid(report).save(folder / f"{group.name}.png")
         line = next((line for line in report.lines if line.arm != "without"), None)
         if line is None:  # the detector lacks its weights

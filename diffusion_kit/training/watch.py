@@ -21,6 +21,7 @@ class Watch:
         self.run, self.signals = own, signals
         self.clock = run.Clock(trainer.config.steps, trainer.order.batch, trainer.step)
         self.saved = time.monotonic()
+        self.asked = set[str]()
         self.bar = tqdm(
             total=trainer.config.steps, initial=trainer.step, unit="step", disable=None if own.main else True
         )
@@ -37,17 +38,19 @@ class Watch:
         last, due = step == config.steps, self.due(trainer)
         if step % config.log_every == 0 or last:
             self.log(trainer)
-        stop, late = self.agreed(trainer)
-        if stop or late or due or last or step % config.checkpoints.every == 0:
+        stop, save, validate = self.agreed(trainer)
+        self.asked.clear()
+        due = due or validate
+        if stop or save or due or last or step % config.checkpoints.every == 0:
             self.save(trainer)
         if due and not stop:  # who asks a run to end may not wait for it: it is made when the run goes on
-            stop = self.validate(trainer)
+            stop = self.validate(trainer, validate)
         return stop
 
-    def validate(self, trainer: Trainer) -> bool:
+    def validate(self, trainer: Trainer, asked: bool = False) -> bool:
         """Makes the validation that is due, if it was not made yet; whether the run is to stop. What a signal breaks off
         may have left the networks half changed: no step may follow, and the checkpoint was written before."""
-        if trainer.any(self.lacks(trainer))[0]:
+        if trainer.any(self.lacks(trainer, asked))[0]:
             spread = trainer.parallel.spread  # then nobody may break off alone
             with trainer.averaged(), nullcontext() if spread else self.signals.breaking_off():
                 if self.run.main or spread:
@@ -55,8 +58,8 @@ class Watch:
         trainer.accelerator.wait_for_everyone()
         return self.agreed(trainer)[0]
 
-    def lacks(self, trainer: Trainer) -> bool:
-        return self.run.main and self.due(trainer) and trainer.step not in self.run.validations()
+    def lacks(self, trainer: Trainer, asked: bool = False) -> bool:
+        return self.run.main and (asked or self.due(trainer)) and trainer.step not in self.run.validations()
 
     def due(self, trainer: Trainer) -> bool:
         every, step = trainer.config.validation.every, trainer.step
@@ -69,11 +72,14 @@ class Watch:
     def _validate(self, trainer: Trainer) -> None:
         step = trainer.step
         with nullcontext(self.run.folder / "validation") if self.run.main else TemporaryDirectory() as root:
-            figures = validation.validate(trainer, Path(root) / f"step-{step:08d}")
+            folder = Path(root) / f"step-{step:08d}"
+            figures = validation.validate(trainer, folder)
         self.run.log("metrics", {"step": step, "validation": figures})
         self.run.say(f"step {step}  " + "  ".join(f"{name} {value:.4g}" for name, value in figures.items()))
         if self.run.main:
             self.prune(trainer)
+        if self.run.trackers is not None:
+            self.run.trackers.validated(folder, step)
 
     def save(self, trainer: Trainer) -> None:
         """Writes a checkpoint of the step at hand, if there is none yet, and prunes."""
@@ -98,12 +104,15 @@ class Watch:
         keep = max(1, trainer.config.checkpoints.keep - fewer)
         checkpoints.prune(self.run.checkpoints, keep, self.run.best())
 
-    def agreed(self, trainer: Trainer) -> tuple[bool, bool]:
-        """Whether any process was asked to stop, and whether a checkpoint is late: the same answer in all of them."""
+    def agreed(self, trainer: Trainer) -> tuple[bool, bool, bool]:
+        """Whether any process was asked to stop, to save (or a checkpoint is late), and to validate: the same answer in all
+        of them."""
         minutes = trainer.config.checkpoints.minutes
+        self.asked |= self.run.asked()
         late = minutes is not None and time.monotonic() - self.saved > 60 * minutes
-        stop, late = trainer.any(self.signals.received is not None, late)
-        return stop, late
+        stop = self.signals.received is not None or "stop" in self.asked
+        stop, save, validate = trainer.any(stop, late or "save" in self.asked, "validate" in self.asked)
+        return stop, save, validate
 
     def log(self, trainer: Trainer) -> None:
         line = {"step": trainer.step, **trainer.figures.line()}

@@ -30,9 +30,9 @@ from PIL import Image
 
 from diffusion_kit import AutoPipelineForText2Image, Control, detect
 from diffusion_kit.cli import main as command
-from diffusion_kit.commands.fingerprint import fingerprint
 from diffusion_kit.evaluation.edges import edge_f1
 from diffusion_kit.evaluation.measures import measures_of
+from diffusion_kit.making.fingerprint import fingerprint
 from diffusion_kit.models.sources import embedded
 from diffusion_kit.models.vae import decode_latents
 from diffusion_kit.training.bases import posterior

@@ -22,6 +22,7 @@ from diffusion_kit.sampling.step import Step
 from .engine import Engine, StepFunction
 from .exported import Flat, leaves, wide
 from .files import whole_folder
+from .pages import forget
 from .weights import content, park, sampled, state
 
 PACKAGES = ("torch", "diffusers", "diffusion_kit")  # on whose versions a conversion depends
@@ -83,6 +84,7 @@ class Converting(Engine, ABC):
             folder = self._converted(network, inputs)
             if self.parks:  # before there is a second copy
                 park(network.executed, self.folder)
+                forget(network.executed)
             runner = self.load(folder, network, inputs)
         except Exception as error:  # a converter may raise anything
             self.cannot(type(network).__name__, error)

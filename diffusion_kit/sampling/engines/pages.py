@@ -6,12 +6,17 @@ import ctypes
 import mmap
 import sys
 import threading
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from torch import nn
+import numpy as np
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+PAGEMAP = Path("/proc/self/pagemap")  # 8 bytes a page
+IN_MEMORY, OF_A_FILE = np.uint64(1 << 63), np.uint64(1 << 61)  # bits of an entry
 PAGEOUT = 21  # of madvise since Linux 5.4: changed pages are not lost, they stay or are swapped
 EVERY = 0.05  # seconds
 
@@ -25,6 +30,51 @@ def page_out(nets: Iterable[nn.Module]) -> None:
     for start, size in storages.items():
         if any(first <= start < last for first, last in mapped):
             _advise(start, start + size, PAGEOUT)
+
+
+def forget(nets: Iterable[nn.Module]) -> None:
+    """Of all weights that lie in files: see `FilePages`."""
+    pages = FilePages()
+    for net in nets:
+        for parameter in net.parameters():
+            if parameter.device.type == "cpu" and not is_traceable_wrapper_subclass(parameter):
+                pages.forget(parameter)
+
+
+class FilePages:
+    """The files that lie in this process's memory, as they are now. Made when it is first asked for."""
+
+    def __init__(self) -> None:
+        self._mapped: list[tuple[int, int]] | None = None
+
+    def forget(self, tensor: Tensor) -> None:
+        """Pages of a file in which the tensor lies leave memory; whoever looks at them reads the file again. Those that
+        were changed since they were read stay."""
+        if self._mapped is None:
+            self._mapped = sorted((first, last) for first, last, _, path in _maps() if path.startswith("/"))
+        start = tensor.data_ptr()
+        k = bisect_right(self._mapped, (start, sys.maxsize)) - 1
+        if k >= 0 and start < self._mapped[k][1]:
+            for first, last in _unchanged(start, start + tensor.nbytes):
+                _advise(first, last, mmap.MADV_DONTNEED)
+
+
+def _unchanged(first: int, last: int) -> Iterator[tuple[int, int]]:
+    """Runs of whole pages that are as in their file."""
+    page = mmap.PAGESIZE
+    start, count = -(-first // page), last // page - -(-first // page)
+    if count <= 0:
+        return
+    try:
+        with PAGEMAP.open("rb", buffering=0) as file:
+            file.seek(8 * start)
+            entries = np.frombuffer(file.read(8 * count), np.uint64)
+    except OSError:  # another system, or a container that hides it
+        return
+    own = np.concatenate([[0], (entries & (IN_MEMORY | OF_A_FILE)) == (IN_MEMORY | OF_A_FILE), [0]]).astype(np.int8)
+    turns = np.diff(own)
+    for begin, end in zip(np.flatnonzero(turns == 1), np.flatnonzero(turns == -1), strict=True):
+        yield (start + int(begin)) * page, (start + int(end)) * page
 
 
 @contextmanager

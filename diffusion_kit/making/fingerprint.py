@@ -40,6 +40,11 @@ def fingerprint(source: str | Path) -> str:
     return f"sha256:{hashlib.sha256(''.join(lines).encode()).hexdigest()}"
 
 
+def short(digest: str) -> str:
+    """As much of a hash as tells two apart."""
+    return digest[:19]
+
+
 def _hash_of(file: Path) -> str:
     size, changed = file.stat().st_size, file.stat().st_mtime_ns
     if size < LARGE:

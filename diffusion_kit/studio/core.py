@@ -1,0 +1,77 @@
+"""What the page and the HTTP interface share: the library, the inputs, the queue, the workshop and the ledger."""
+
+from __future__ import annotations
+
+import re
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from diffusion_kit.ledger import Recorder, pictures
+
+from .config import StudioConfig
+from .inputs import Inputs
+from .library import Library
+from .queue import Job, Queue
+from .requests import Asked
+from .workshop import Result, Workshop
+
+FORESEEN = (ValueError, TypeError, FileNotFoundError, PermissionError, ImportError)
+
+
+class Core:
+    def __init__(self, config: StudioConfig, say: Callable[[str], None]) -> None:
+        self.config = config
+        self.library = Library(config.models, config.controls)
+        self.inputs = Inputs(config.inputs, int(config.upload * 1e6))
+        self.recorder = Recorder(say, on=config.history)
+        self.workshop = Workshop(config, self.library, self.recorder)
+        self.queue = Queue(config.queue, explain)
+
+    def submit(
+        self, asked: Asked, owner: str, *, source: str = pictures.STUDIO, watched: bool = False, measured: bool = False
+    ) -> Job:
+        """
+        Raises:
+            Full: the queue takes no more.
+        """
+
+        def work(job: Job) -> Result:
+            return self.workshop.make(asked, job, source, measured=measured)
+
+        return self.queue.submit(owner, work, watched=watched)
+
+    def close(self) -> None:
+        self.queue.close()
+        self.recorder.close()
+
+
+def explain(error: Exception) -> str:
+    """A line for who reads a page: without the dashes of the command line's options."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return (
+            "the device has not enough memory: make a smaller picture, with fewer controls, or start with --low-memory"
+        )
+    if isinstance(error, FORESEEN):
+        return re.sub(r"--([a-z][a-z-]*)", lambda found: found[1].replace("-", " "), str(error))
+    traceback.print_exception(error, file=sys.stderr)
+    return f"{type(error).__name__}: {error}"
+
+
+def dumped(result: Result) -> dict[str, Any]:
+    """A result in JSON."""
+    recipe = result.recipe
+    return {
+        "prompt": recipe.prompt,
+        "seed": recipe.seed,
+        "width": recipe.width,
+        "height": recipe.height,
+        "seconds": round(result.seconds, 3),
+        "controls": len(result.shown),
+        "fidelity": [{"measure": name, "value": value} for name, value in result.fidelity],
+        "command": result.command,
+        "python": result.python,
+    }

@@ -1,0 +1,110 @@
+"""The page: tabs over one queue and one model."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from diffusion_kit.studio.core import Core
+
+from . import actions, compare, create, doodle, history, inpaint, runs
+
+TABS = ("create", "doodle", "inpaint", "compare", "runs", "history")
+HERE = Path(__file__).parent
+# The secret that a browser keeps, made at its first visit; by itself, so that it is there before the first click.
+NEW_CLIENT = "(own) => own ?? [...crypto.getRandomValues(new Uint8Array(16))].map((b) => b.toString(16)).join('')"
+
+
+def look() -> dict[str, str]:
+    """Its style and its keys, which are part of the page."""
+    script = (HERE / "page.js").read_text("utf-8")
+    return {"css": (HERE / "page.css").read_text("utf-8"), "head": f"<script>{script}</script>"}
+
+
+def build(core: Core) -> gr.Blocks:
+    secret = stored_secret(core.config.output / ".browser")
+    with gr.Blocks(title="diffusion_kit studio", analytics_enabled=False, delete_cache=(3600, 86400)) as blocks:
+        client = gr.BrowserState(None, storage_key="diffusion-kit-client", secret=secret)
+        jobs = {name: gr.BrowserState(None, storage_key=f"diffusion-kit-{name}", secret=secret) for name in TABS[:3]}
+        with gr.Tabs(elem_id="tabs") as tabs:
+            with gr.Tab("Create", id="create"):
+                creating = create.tab(core, client, jobs["create"])
+            with gr.Tab("Doodle", id="doodle"):
+                drawing = doodle.tab(core, client, jobs["doodle"])
+            with gr.Tab("Inpaint", id="inpaint"):
+                painting = inpaint.tab(core, client, jobs["inpaint"])
+            with gr.Tab("Compare", id="compare"):
+                compare.tab(core, client)
+            with gr.Tab("Runs", id="runs") as runs_tab:
+                running = runs.tab(core)
+            with gr.Tab("History", id="history") as history_tab:
+                past = history.tab(core)
+        dropped = gr.File(label="restore", file_types=[".png", ".webp", ".jpg"], elem_id="restore", type="filepath")
+        same: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+        drafted: dict[str, Any] = {create.NAME: creating, doodle.NAME: drawing, inpaint.NAME: painting}
+        first = blocks.load(None, client, client, js=NEW_CLIENT, **same)
+        for name, own in drafted.items():
+            keep_draft(blocks, gr.BrowserState(None, storage_key=f"diffusion-kit-draft-{name}", secret=secret), own)
+            first.then(actions.resume(core, own.out), [own.out.job, client], own.out.parts, **same)
+        runs_tab.select(running.looked, running.chosen, running.parts, **same)
+        history_tab.select(past.found, {*past.filters, past.page}, [past.count, past.gallery, past.ids], **same)
+        sending(core, past, creating, painting, tabs)
+        dropped.upload(restored(creating), dropped, [tabs, dropped, *creating.fillable], **same)
+    return blocks
+
+
+def keep_draft(blocks: gr.Blocks, draft: Any, tab: Any) -> None:
+    """What is written in a tab's settings stays in the browser; a page that is loaded again shows it."""
+    parts = tab.settings.parts
+    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+    blocks.load(
+        lambda saved: saved if saved and len(saved) == len(parts) else [gr.skip()] * len(parts), draft, parts, **quiet
+    )
+    gr.on([part.change for part in parts], None, parts, draft, js="(...values) => [values]", **quiet)
+
+
+def restored(creating: create.Create) -> Any:
+    """A picture that was dropped on the page shows its settings in Create."""
+
+    def fill(file: str) -> dict[Any, Any]:
+        with actions.said():
+            recipe = actions.shown_recipe(file)
+        return creating.filled(recipe)
+
+    return fill
+
+
+def sending(core: Core, past: history.History, creating: create.Create, painting: inpaint.Inpaint, tabs: Any) -> None:
+    """From History to the other tabs."""
+    to_create, to_start, to_inpaint = past.buttons  # type: ignore[attr-defined]
+    same: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+
+    def settings(id: str | None) -> dict[Any, Any]:
+        return creating.filled(history.recipe_of(past.row(id))) | {tabs: gr.Tabs(selected="create")}
+
+    def start(id: str | None) -> dict[Any, Any]:
+        return {creating.image: past.row(id).file, tabs: gr.Tabs(selected="create")}
+
+    def repaint(id: str | None) -> dict[Any, Any]:
+        file = past.row(id).file
+        return {
+            painting.canvas: {"background": file, "layers": [], "composite": file},
+            tabs: gr.Tabs(selected="inpaint"),
+        }
+
+    to_create.click(settings, past.chosen, [tabs, *creating.fillable], **same)
+    to_start.click(start, past.chosen, [tabs, creating.image], **same)
+    to_inpaint.click(repaint, past.chosen, [tabs, painting.canvas], **same)
+
+
+def stored_secret(file: Path) -> str:
+    """The key of what browsers keep, the same after a restart."""
+    if not file.is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with open(os.open(file, os.O_CREAT | os.O_WRONLY, 0o600), "w", encoding="ascii") as stream:
+            stream.write(secrets.token_hex(16))
+    return file.read_text("ascii")

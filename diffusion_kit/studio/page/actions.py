@@ -1,0 +1,143 @@
+"""What every tab does with its parts: asks for pictures, cancels, makes again, goes on after a reload."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from diffusion_kit.making.job import Job as Wanted
+from diffusion_kit.recipes import Recipe, read
+from diffusion_kit.studio.core import FORESEEN, Core, explain
+from diffusion_kit.studio.queue import Full
+from diffusion_kit.studio.requests import Asked, settings_of
+
+from .output import Output
+
+Ask = Callable[[Mapping[Any, Any]], Asked]
+Updates = AsyncIterator[dict[Any, Any]]
+
+
+def owner_of(request: gr.Request, client: str | None) -> str:
+    """The user; where there are none, the browser, by the secret that it keeps."""
+    user = getattr(request.request.state, "user", "") if request.request is not None else ""
+    return str(user) or f"browser {client}"
+
+
+def wire(core: Core, out: Output, client: Any, go: Any, inputs: set[Any], ask: Ask, *, measured: bool = False) -> None:
+    """What the buttons of a tab do.
+
+    Args:
+        go: starts; `ask` makes of the values of `inputs` what is asked for.
+    """
+
+    async def start(values: dict[Any, Any], request: gr.Request) -> Updates:
+        with said():
+            asked = ask(values)
+        async for update in run(core, out, asked, owner_of(request, values[client]), values[out.gallery], measured):
+            yield update
+
+    async def repeat(values: dict[Any, Any], request: gr.Request, *, vary: bool) -> Updates:
+        with said():
+            asked = asked_of(core, shown_recipe(values[out.file]))
+        if vary:
+            asked = replace(asked, seed=secrets.randbelow(2**32))
+        async for update in run(core, out, asked, owner_of(request, values[client]), values[out.gallery], measured):
+            yield update
+
+    async def again(values: dict[Any, Any], request: gr.Request) -> Updates:
+        async for update in repeat(values, request, vary=False):
+            yield update
+
+    async def vary(values: dict[Any, Any], request: gr.Request) -> Updates:
+        async for update in repeat(values, request, vary=True):
+            yield update
+
+    same: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+    go.click(start, inputs | {client, out.gallery}, out.parts, **same)
+    out.again.click(again, {client, out.gallery, out.file}, out.parts, **same)
+    out.vary.click(vary, {client, out.gallery, out.file}, out.parts, **same)
+    out.cancel.click(cancelling(core), [out.job, client], None, **same)
+    out.gallery.select(picking(out), None, [out.file, out.picture, out.about], **same)
+
+
+def cancelling(core: Core) -> Callable[..., None]:
+    def cancel(id: str | None, client: str | None, request: gr.Request) -> None:
+        job = core.queue.find(id or "", owner_of(request, client))
+        if job is not None:
+            core.queue.cancel(job)
+
+    return cancel
+
+
+def picking(out: Output) -> Callable[..., dict[Any, Any]]:
+    def pick(event: gr.SelectData) -> dict[Any, Any]:
+        return out.showing(Path(event.value["image"]["path"]))
+
+    return pick
+
+
+async def run(core: Core, out: Output, asked: Asked, owner: str, gallery: list[Any] | None, measured: bool) -> Updates:
+    try:
+        job = core.submit(asked, owner, watched=True, measured=measured)
+    except Full as error:
+        raise gr.Error(str(error), title="busy") from None
+    async for update in out.follow(job, gallery):
+        yield update
+
+
+def resume(core: Core, out: Output) -> Callable[..., Updates]:
+    """What a page that is loaded again does: it follows the job that its browser asked for last."""
+
+    async def follow(id: str | None, client: str | None, request: gr.Request) -> Updates:
+        job = core.queue.find(id or "", owner_of(request, client))
+        if job is not None:
+            async for update in out.follow(job, []):
+                yield update
+
+    return follow
+
+
+class said:
+    """Errors that a user can cause stand on the page in their line."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, FORESEEN):
+            raise gr.Error(explain(error), title="not like this") from None
+
+
+def shown_recipe(file: str | None) -> Recipe:
+    """
+    Raises:
+        ValueError: no picture is shown, or it has no recipe.
+    """
+    if not file or not Path(file).is_file():
+        raise ValueError("make a picture first, or pick one")
+    recipe = read(file)
+    if not isinstance(recipe, Recipe):
+        raise ValueError("this picture was made by another program: its settings are not known exactly")
+    return recipe
+
+
+def asked_of(core: Core, recipe: Recipe) -> Asked:
+    """The same picture again."""
+    model = core.library.model(recipe.model)
+    settings = replace(
+        settings_of(core.config, model),
+        negative_prompt=recipe.negative_prompt,
+        steps=recipe.steps,
+        guidance_scale=recipe.guidance_scale,
+        scheduler=recipe.scheduler,
+        size=(recipe.width, recipe.height),
+        strength=recipe.strength,
+        fit=recipe.fit,
+    )
+    controls = tuple(replace(own, hash=None, detect=own.detect or "none") for own in recipe.controls)
+    return Asked(Wanted("", recipe.prompt, recipe.image, recipe.mask, controls), settings, recipe.seed)

@@ -1,0 +1,243 @@
+"""*History*: every picture that was made, found again by its words, controls, model and marks."""
+
+from __future__ import annotations
+
+import tempfile
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from diffusion_kit.ledger import Ledger, pictures
+from diffusion_kit.ledger.tables import Picture
+from diffusion_kit.recipes import Recipe, read
+from diffusion_kit.studio import thumbs
+from diffusion_kit.studio.core import Core
+
+from . import actions
+
+NAME = "history"
+PAGE = 48  # pictures at once
+MOST = 1000  # pictures in a zip
+DAYS = {"any time": None, "today": 1, "last 7 days": 7, "last 30 days": 30}
+ANY = "any"
+SOURCES = [ANY, pictures.STUDIO, pictures.API, pictures.GENERATE, pictures.RUN]
+
+
+@dataclass
+class History:
+    core: Core
+    words: Any
+    control: Any
+    model: Any
+    source: Any
+    days: Any
+    rating: Any
+    favourite: Any
+    page: Any
+    count: Any
+    gallery: Any
+    ids: Any
+    chosen: Any
+    picture: Any
+    about: Any
+    marked: Any
+    stars: Any
+    tags: Any
+    zip: Any
+
+    @property
+    def filters(self) -> list[Any]:
+        return [self.words, self.control, self.model, self.source, self.days, self.rating, self.favourite]
+
+    def query(self, values: Mapping[Any, Any]) -> pictures.Query:
+        days = DAYS[values[self.days]]
+        return pictures.Query(
+            words=values[self.words] or "",
+            control=values[self.control] or "",
+            model=values[self.model] or "",
+            source="" if values[self.source] == ANY else values[self.source],
+            rating=int(values[self.rating]),
+            favourite=bool(values[self.favourite]),
+            since=None if days is None else datetime.now(UTC) - timedelta(days=days),
+        )
+
+    def found(self, values: Mapping[Any, Any]) -> dict[Any, Any]:
+        """Updates that show a page of what fits."""
+        query, page = self.query(values), max(1, int(values[self.page] or 1))
+        with Ledger().reading() as session:
+            count = pictures.count(session, query)
+            rows = pictures.search(session, query, limit=PAGE, offset=(page - 1) * PAGE)
+        pages = max(1, -(-count // PAGE))
+        small = thumbs.Thumbs(self.core.config.output / "thumbs").of(rows)
+        shown = [(row, file) for row, file in zip(rows, small, strict=True) if file is not None]
+        lost = len(rows) - len(shown)
+        words = f"{count} pictures, page {min(page, pages)} of {pages}" + (f"; {lost} files are gone" if lost else "")
+        return {
+            self.count: words,
+            self.gallery: gr.update(value=[(str(file), caption(row)) for row, file in shown], selected_index=None),
+            self.ids: [row.id for row, _ in shown],
+        }
+
+    def shown(self, id: str) -> dict[Any, Any]:
+        """Updates that show one picture."""
+        row = self.row(id)
+        return {
+            self.chosen: id,
+            self.picture: row.file,
+            self.about: described(row),
+            self.marked: row.favourite,
+            self.stars: row.rating,
+            self.tags: row.tags,
+        }
+
+    def row(self, id: str | None) -> Picture:
+        with Ledger().reading() as session:
+            row = pictures.get(session, id or "")
+        if row is None:
+            raise gr.Error("pick a picture first")
+        return row
+
+    def zipped(self, values: Mapping[Any, Any]) -> str:
+        """A zip of all that fits, the newest first."""
+        with Ledger().reading() as session:
+            rows = pictures.search(session, self.query(values), limit=MOST)
+        files = [Path(row.file) for row in rows if Path(row.file).is_file()]
+        if not files:
+            raise gr.Error("no picture fits")
+        folder = self.core.config.output / "zips"
+        folder.mkdir(parents=True, exist_ok=True)
+        out = Path(tempfile.mkdtemp(dir=folder)) / f"pictures-{datetime.now():%Y%m%d-%H%M%S}.zip"
+        with zipfile.ZipFile(out, "w", zipfile.ZIP_STORED) as archive:
+            for k, file in enumerate(files, 1):
+                archive.write(file, f"{k:04}-{file.name}")
+        return str(out)
+
+    def deleted(self, id: str | None) -> None:
+        """Removes a picture's file and its row; of several users, only pictures of the studio."""
+        row, config = self.row(id), self.core.config
+        file = Path(row.file)
+        if config.users is not None and not file.resolve().is_relative_to(config.pictures.resolve()):
+            raise gr.Error("this picture was not made by the studio: delete its file at the machine")
+        file.unlink(missing_ok=True)
+        with Ledger().writing() as session:
+            pictures.forget(session, [row.id])
+
+
+def caption(row: Picture) -> str:
+    return f"{'♥' * row.favourite}{'★' * row.rating} {row.prompt}".strip()[:120]
+
+
+def described(row: Picture) -> str:
+    head = f"{row.file}\n{row.made.astimezone():%Y-%m-%d %H:%M}, {row.source}\n\n"
+    try:
+        recipe = read(row.file)
+    except ValueError:
+        return head + row.prompt
+    return head + recipe.describe()
+
+
+def tab(core: Core) -> History:
+    with gr.Row():
+        words = gr.Textbox(
+            label="Search", placeholder="words of the prompt, tags, file", elem_id=f"{NAME}-words", scale=3
+        )
+        control = gr.Textbox(label="Control", elem_id=f"{NAME}-control", min_width=90)
+        model = gr.Textbox(label="Model", min_width=90)
+        source = gr.Dropdown(SOURCES, value=ANY, label="Made by", min_width=90)
+        days = gr.Dropdown(list(DAYS), value="any time", label="When", min_width=90)
+        rating = gr.Slider(0, pictures.HIGHEST, 0, step=1, label="Stars, at least", min_width=90)
+        favourite = gr.Checkbox(False, label="Favourites", min_width=90)
+    with gr.Row():
+        count = gr.Markdown(elem_id=f"{NAME}-count")
+        page = gr.Number(1, label="Page", precision=0, minimum=1, elem_id=f"{NAME}-page", min_width=80, scale=0)
+        refresh = gr.Button("Look again", size="sm", elem_id=f"{NAME}-refresh", min_width=80, scale=0)
+        pack = gr.Button("Zip of all that fit", size="sm", min_width=80, scale=0, elem_id=f"{NAME}-pack")
+        zipped = gr.File(label="Zip", visible=False, interactive=False)
+    with gr.Row():
+        with gr.Column(scale=6, min_width=320):
+            gallery = gr.Gallery(
+                show_label=False,
+                columns=6,
+                height=640,
+                allow_preview=False,
+                elem_id=f"{NAME}-gallery",
+                interactive=False,
+            )
+        with gr.Column(scale=4, min_width=320):
+            picture = gr.Image(
+                label="Picture", interactive=False, type="filepath", elem_id=f"{NAME}-picture", height=360
+            )
+            with gr.Row():
+                marked = gr.Checkbox(False, label="Favourite", elem_id=f"{NAME}-favourite", min_width=80)
+                stars = gr.Slider(0, pictures.HIGHEST, 0, step=1, label="Stars", elem_id=f"{NAME}-stars", min_width=80)
+                tags = gr.Textbox(label="Tags", elem_id=f"{NAME}-tags", min_width=120)
+            with gr.Row():
+                create = gr.Button("Settings to Create", size="sm", elem_id=f"{NAME}-to-create", min_width=80)
+                start = gr.Button("Start from it", size="sm", elem_id=f"{NAME}-to-start", min_width=80)
+                inpaint = gr.Button("Repaint it", size="sm", elem_id=f"{NAME}-to-inpaint", min_width=80)
+                delete = gr.Button("Delete", size="sm", variant="stop", elem_id=f"{NAME}-delete", min_width=80)
+            about = gr.Textbox(label="How it was made", lines=12, interactive=False, elem_id=f"{NAME}-about")
+    ids, chosen = gr.State([]), gr.State(None)
+    made = History(
+        core,
+        words,
+        control,
+        model,
+        source,
+        days,
+        rating,
+        favourite,
+        page,
+        count,
+        gallery,
+        ids,
+        chosen,
+        picture,
+        about,
+        marked,
+        stars,
+        tags,
+        zipped,
+    )
+    made.buttons = (create, start, inpaint)  # type: ignore[attr-defined]
+    wire(made, refresh, pack, delete)
+    return made
+
+
+def wire(own: History, refresh: Any, pack: Any, delete: Any) -> None:
+    inputs, same = {*own.filters, own.page}, {"show_progress": "hidden", "api_visibility": "private"}
+    look = [own.count, own.gallery, own.ids]
+    shown = [own.chosen, own.picture, own.about, own.marked, own.stars, own.tags]
+    gr.on([part.change for part in own.filters], lambda: 1, None, own.page, **same).then(
+        own.found, inputs, look, **same
+    )
+    gr.on([own.page.submit, own.page.input, refresh.click], own.found, inputs, look, **same)
+
+    def pick(ids: list[str], event: gr.SelectData) -> dict[Any, Any]:
+        return own.shown(ids[event.index])
+
+    def mark(id: str | None, favourite: bool, rating: int, tags: str) -> None:
+        with Ledger().writing() as session:
+            pictures.mark(session, [own.row(id).id], favourite=favourite, rating=int(rating), tags=tags)
+
+    own.gallery.select(pick, own.ids, shown, **same)
+    marks = [own.chosen, own.marked, own.stars, own.tags]
+    gr.on([own.marked.input, own.stars.release, own.tags.blur, own.tags.submit], mark, marks, None, **same).then(
+        own.found, inputs, look, **same
+    )
+    delete.click(own.deleted, own.chosen, None, **same).then(own.found, inputs, look, **same)
+    pack.click(own.zipped, inputs, own.zip, **same).then(lambda: gr.update(visible=True), None, own.zip, **same)
+
+
+def recipe_of(row: Picture) -> Recipe:
+    """
+    Raises:
+        gr.Error: it has none.
+    """
+    with actions.said():
+        return actions.shown_recipe(row.file)

@@ -1,0 +1,159 @@
+"""*Runs*: trainings as they are, with their curves and pictures; notes on them; and what they can be asked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import pandas as pd
+
+from diffusion_kit.ledger import Ledger, runs
+from diffusion_kit.ledger.tables import Run
+from diffusion_kit.studio.core import Core
+
+from . import actions
+
+NAME = "runs"
+EVERY = 3.0  # seconds, while a run is live
+COLUMNS = ["run", "state", "target", "step", "of", "loss", "fidelity", "started", "id", "notes"]
+NOTES = COLUMNS.index("notes")
+LOSS, FIDELITY = "loss", "validation/fidelity"
+MOST = 8  # runs whose curves are drawn
+
+
+@dataclass
+class Runs:
+    core: Core
+    table: Any
+    chosen: Any
+    loss: Any
+    fidelity: Any
+    bars: Any
+    sheets: Any
+    words: Any
+    timer: Any
+
+    @property
+    def parts(self) -> list[Any]:
+        return [self.table, self.loss, self.fidelity, self.bars, self.sheets, self.words, self.timer]
+
+    def looked(self, chosen: list[str]) -> dict[Any, Any]:
+        """Updates that show what is there now."""
+        with Ledger().reading() as session:
+            rows = runs.found(session)
+            last = {run.id: runs.last(session, run.id) for run in rows}
+            drawn = [run for run in rows if run.id in chosen] or list(rows[:1])
+            curves = {name: curve(session, drawn[:MOST], name) for name in (LOSS, FIDELITY)}
+        states = {run.id: runs.state_of(run) for run in rows}
+        return {
+            self.table: pd.DataFrame([listed(run, states[run.id], last[run.id]) for run in rows], columns=COLUMNS),
+            self.loss: curves[LOSS],
+            self.fidelity: curves[FIDELITY],
+            self.bars: pd.DataFrame([(label(run), last[run.id].get(LOSS)) for run in rows], columns=["run", LOSS]),
+            self.sheets: sheets(drawn[0]) if drawn else [],
+            self.words: said(drawn[0], states[drawn[0].id])
+            if drawn
+            else "no runs yet: `diffusion-kit train` makes them",
+            self.timer: gr.Timer(active=runs.RUNNING in states.values()),
+        }
+
+
+def listed(run: Run, state: str, last: dict[str, float]) -> tuple[Any, ...]:
+    started = f"{run.started.astimezone():%Y-%m-%d %H:%M}"
+    figures = (last.get(LOSS), last.get(FIDELITY))
+    return (label(run), state, run.target, run.step, run.steps, *figures, started, run.id, run.notes)
+
+
+def label(run: Run) -> str:
+    return f"{Path(run.folder).name} {run.id[:4]}"
+
+
+def curve(session: Any, drawn: list[Run], name: str) -> pd.DataFrame:
+    rows = [(step, value, label(run)) for run in drawn for step, value in runs.curve(session, run.id, name)]
+    return pd.DataFrame(rows, columns=["step", name.rpartition("/")[2], "run"])
+
+
+def sheets(run: Run) -> list[tuple[str, str]]:
+    """Of the last validation."""
+    folders = sorted(Path(run.folder).glob("validation/step-*"))
+    files = sorted(folders[-1].glob("*.png")) if folders else []
+    return [(str(file), f"{file.stem}, step {int(file.parent.name.partition('-')[2])}") for file in files]
+
+
+def said(run: Run, state: str) -> str:
+    return f"**{label(run)}** {state}, step {run.step} of {run.steps}, last heard {run.updated.astimezone():%H:%M:%S}"
+
+
+def tab(core: Core) -> Runs:
+    chosen = gr.State([])
+    table = gr.Dataframe(
+        headers=COLUMNS,
+        interactive=True,
+        static_columns=[k for k in range(len(COLUMNS)) if k != NOTES],
+        show_search="filter",
+        label="Runs: pick one or more; notes are written in place",
+        elem_id=f"{NAME}-table",
+        max_height=320,
+        wrap=True,
+    )
+    with gr.Row():
+        words = gr.Markdown(elem_id=f"{NAME}-words")
+        buttons = [gr.Button(text, size="sm", elem_id=f"{NAME}-{what}", min_width=80) for what, text in ASKED.items()]
+        several = gr.Checkbox(False, label="Curves of several", min_width=120)
+    with gr.Row():
+        loss = gr.LinePlot(x="step", y=LOSS, color="run", title="loss", elem_id=f"{NAME}-loss", min_width=320)
+        fidelity = gr.LinePlot(
+            x="step", y="fidelity", color="run", title="fidelity", elem_id=f"{NAME}-fidelity", min_width=320
+        )
+    with gr.Row():
+        bars = gr.BarPlot(x="run", y=LOSS, title="last loss", y_lim=[0, None], elem_id=f"{NAME}-bars", min_width=320)
+        sheets_part = gr.Gallery(
+            label="Last validation", columns=2, elem_id=f"{NAME}-sheets", interactive=False, min_width=320
+        )
+    timer = gr.Timer(EVERY)
+    made = Runs(core, table, chosen, loss, fidelity, bars, sheets_part, words, timer)
+    wire(made, dict(zip(ASKED, buttons, strict=True)), several)
+    return made
+
+
+ASKED = {"save": "Save now", "validate": "Validate now", "stop": "Stop"}
+
+
+def wire(own: Runs, buttons: dict[str, Any], several: Any) -> None:
+    same: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+    own.timer.tick(own.looked, own.chosen, own.parts, **same)
+
+    def pick(table: pd.DataFrame, before: list[str], many: bool, event: gr.SelectData) -> list[str]:
+        id = str(event.row_value[COLUMNS.index("id")])
+        return [*(own for own in before if own != id), id] if many else [id]
+
+    own.table.select(pick, [own.table, own.chosen, several], own.chosen, **same).then(
+        own.looked, own.chosen, own.parts, **same
+    )
+    own.table.input(write_notes, own.table, None, **same)
+    for what, button in buttons.items():
+        button.click(asking(what), own.chosen, None, **same)
+
+
+def write_notes(table: pd.DataFrame) -> None:
+    """Into the database at once: the table on the page is drawn anew in seconds."""
+    with Ledger().writing() as session:
+        known = {run.id: run.notes for run in runs.found(session)}
+        for id, notes in zip(table["id"], table["notes"], strict=True):
+            if id in known and str(notes) != known[id]:
+                runs.note(session, id, str(notes))
+
+
+def asking(what: str) -> Any:
+    def ask(chosen: list[str]) -> None:
+        from diffusion_kit.training.run import ask
+
+        if not chosen:
+            raise gr.Error("pick a run first")
+        with actions.said(), Ledger().reading() as session:
+            ask(Path(session.get_one(Run, chosen[-1]).folder), what)
+        gr.Info(f"asked it to {what}: it does after the step at hand")
+
+    return ask

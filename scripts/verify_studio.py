@@ -1,0 +1,418 @@
+"""The studio in a real headless Chromium, with every request to another host blocked.
+
+python scripts/verify_studio.py [PART ...]
+
+Draws, repaints, generates under two controls, cancels, reloads, watches a real training that was started beside it, edits
+a note, copies a picture as Python and as a command and runs both. Screenshots are written to outputs/studio/, to be looked
+at. Prints JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+from verify_load import call, free_port
+
+from diffusion_kit.adapters.detectors import detect
+from diffusion_kit.evaluation.measures import MEASURES
+from diffusion_kit.recipes import Recipe, read
+
+ROOT = Path(__file__).resolve().parents[1]
+SHOTS = ROOT / "outputs" / "studio"
+FLAGS = (
+    "--no-sandbox --disable-gpu --disable-dev-shm-usage --disable-background-networking --disable-component-update "
+    "--disable-sync --no-first-run"
+).split()
+HOUSE = [
+    [(0.3, 0.45), (0.3, 0.8), (0.7, 0.8), (0.7, 0.45), (0.3, 0.45)],
+    [(0.25, 0.45), (0.5, 0.2), (0.75, 0.45)],
+]
+INKED = """() => {
+  const pad = document.querySelector("#doodle-pad canvas");
+  const bytes = pad.getContext("2d").getImageData(0, 0, pad.width, pad.height).data;
+  return bytes.filter((value, k) => k % 4 === 0 && value < 128).length;
+}"""
+TRAINING = """
+target: t2i_adapter
+output: runs/live
+base: {model: default}
+steps: 4000
+batch: 2
+log_every: 1
+data:
+  sources: [{path: data}]
+  resolution: 64
+  workers: 0
+  condition: {detector: canny}
+"""
+
+
+class Studio:
+    """A studio in a process of its own, and pages of a browser on it.
+
+    Attributes:
+        outside: what pages asked of other hosts.
+        errors: of the pages' scripts.
+    """
+
+    def __init__(self, folder: Path, browser: Any) -> None:
+        self.folder, self.browser, self.port = folder, browser, free_port()
+        self.home = folder / "home"
+        self.environment = {**os.environ, "DIFFUSION_KIT_HOME": str(self.home), "HF_HUB_OFFLINE": "1"}
+        self.outside, self.errors = list[str](), list[str]()
+        self.server: Any = None
+        self.begin()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def begin(self) -> None:
+        line = [sys.executable, "-m", "diffusion_kit.cli", "studio", "--port", str(self.port)]
+        self.server = subprocess.Popen(line, env=self.environment, cwd=self.folder)
+        for _ in range(300):
+            time.sleep(0.2)
+            try:
+                call(f"{self.url}/api/v1/health")
+                return
+            except OSError:
+                if self.server.poll() is not None:
+                    sys.exit("the studio ended")
+
+    def end(self) -> None:
+        self.server.terminate()
+        self.server.wait(60)
+
+    def page(self, context: Any = None, width: int = 1280, height: int = 1000) -> Any:
+        context = context or self.browser.new_context(viewport={"width": width, "height": height})
+        context.route("**/*", self.guard)
+        page = context.new_page()
+        page.set_default_timeout(60_000)
+        page.on("console", lambda told: self.errors.append(told.text) if told.type == "error" else None)
+        page.goto(self.url)
+        page.wait_for_selector("#create-prompt textarea")
+        return page
+
+    def guard(self, route: Any) -> None:
+        """Lets through what is asked of the studio."""
+        if route.request.url.startswith((f"{self.url}/", "data:", "blob:")):
+            route.continue_()
+        else:
+            self.outside.append(route.request.url)
+            route.abort()
+
+    def shot(self, page: Any, name: str) -> None:
+        SHOTS.mkdir(parents=True, exist_ok=True)
+        page.screenshot(path=str(SHOTS / f"{name}.png"), full_page=True)
+
+    def pictures(self) -> list[Path]:
+        return sorted((self.home / "studio" / "pictures").glob("*/*.png"), key=lambda file: file.stat().st_mtime_ns)
+
+    def run(self, *line: str) -> None:
+        done = subprocess.run(line, env=self.environment, cwd=self.folder, capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(f"{shlex.join(line)}\n{done.stderr}")
+
+
+def tab(page: Any, name: str) -> None:
+    page.get_by_role("tab", name=name).click()
+    page.wait_for_timeout(500)
+
+
+def state(page: Any, where: str) -> str:
+    if error := page.query_selector(f"#{where}-progress .studio-error"):
+        return f"error: {error.inner_text()}"
+    found = page.query_selector(f"#{where}-progress .studio-bar")
+    return found.get_attribute("data-state") if found else ""
+
+
+def until(page: Any, true: Callable[[], Any], what: str, seconds: float = 120) -> None:
+    for _ in range(round(seconds / 0.1)):
+        if true():
+            return
+        page.wait_for_timeout(100)
+    sys.exit(f"{what}: not in {seconds:.0f} s")
+
+
+def finished(page: Any, where: str, before: int, studio: Studio) -> Path:
+    """Waits until the tab has made another picture; its file."""
+    until(
+        page,
+        lambda: len(studio.pictures()) > before or state(page, where).startswith("error"),
+        f"{where} makes a picture",
+    )
+    if state(page, where).startswith("error"):
+        sys.exit(state(page, where))
+    until(page, lambda: state(page, where) == "done", f"{where} is done")
+    page.wait_for_timeout(800)
+    return studio.pictures()[-1]
+
+
+def stroke(page: Any, selector: str, points: list[tuple[float, float]], steps: int = 4) -> None:
+    box = page.locator(selector).first.bounding_box()
+    places = [(box["x"] + x * box["width"], box["y"] + y * box["height"]) for x, y in points]
+    page.mouse.move(*places[0])
+    page.mouse.down()
+    for place in places[1:]:
+        page.mouse.move(*place, steps=steps)
+    page.mouse.up()
+
+
+def give(page: Any, selector: str, file: Path) -> None:
+    page.wait_for_timeout(1500)  # the editor makes itself ready
+    page.set_input_files(f"{selector} input[type=file]", str(file))
+    page.wait_for_timeout(1500)
+
+
+def pixels(file: Path) -> np.ndarray:
+    return np.asarray(Image.open(file).convert("RGB")).astype(int)
+
+
+# Parts
+
+
+def doodle(studio: Studio) -> dict[str, Any]:
+    """A house is drawn: its edges are where the strokes are; a reload finds drawing and job again."""
+    page = studio.page()
+    tab(page, "Doodle")
+    page.fill("#doodle-prompt textarea", "a house")
+    before = len(studio.pictures())
+    stroke(page, "#doodle-pad canvas", HOUSE[0])
+    until(page, lambda: state(page, "doodle") in ("queued", "running", "done"), "the pen lifts, and a picture begins")
+    finished(page, "doodle", before, studio)
+    before = len(studio.pictures())
+    stroke(page, "#doodle-pad canvas", HOUSE[1])
+    file = finished(page, "doodle", before, studio)
+    strokes = Image.open(file.parent / "controls" / f"{file.stem}-1.png")
+    made = Image.open(file)
+    (measure, *_) = MEASURES["sketch"]
+    comparison = measure.compare(detect("sketch", made), strokes.resize(made.size).convert("RGB"))
+    f1 = float(measure.figure(np.array([[comparison]])))
+    studio.shot(page, "doodle")
+    page.reload()
+    page.wait_for_selector("#create-prompt textarea")
+    tab(page, "Doodle")
+    until(page, lambda: page.evaluate(INKED) > 500, "the drawing is there after a reload", 20)
+    return {"edge_f1": round(f1, 3), "passed": {"edges follow the strokes (F1 at least .5)": f1 >= 0.5}}
+
+
+def inpaint(studio: Studio) -> dict[str, Any]:
+    """What is painted over is made anew; the rest stays."""
+    page = studio.page()
+    given = studio.folder / "given.png"
+    picture = Image.new("RGB", (64, 64), (250, 245, 235))
+    ImageDraw.Draw(picture).ellipse((8, 8, 56, 56), fill=(200, 60, 40))
+    picture.resize((256, 256)).save(given)
+    tab(page, "Inpaint")
+    give(page, "#inpaint-canvas", given)
+    page.fill("#inpaint-prompt textarea", "an apple")
+    for y in (0.4, 0.5, 0.6):
+        stroke(page, "#inpaint-canvas canvas", [(0.42, y), (0.58, y)])
+    page.wait_for_timeout(1000)
+    before = len(studio.pictures())
+    page.click("#inpaint-go")
+    file = finished(page, "inpaint", before, studio)
+    studio.shot(page, "inpaint")
+    recipe = read(file)
+    assert isinstance(recipe, Recipe)
+    assert recipe.mask is not None
+    mask = np.asarray(Image.open(recipe.mask.path).convert("L").resize((recipe.width, recipe.height))) > 0
+    shown = np.asarray(Image.open(recipe.image.path).convert("RGB").resize((recipe.width, recipe.height))).astype(int)
+    change = np.abs(pixels(file) - shown).mean(-1)
+    inside, outside = float(change[mask].mean()), float(change[~mask].mean())
+    return {
+        "painted_share": round(float(mask.mean()), 3),
+        "change_inside": round(inside, 1),
+        "change_outside": round(outside, 1),
+        "passed": {"a part is repainted": 0.01 < mask.mean() < 0.6 and inside > 2 * outside},
+    }
+
+
+def controls(studio: Studio) -> dict[str, Any]:
+    """Two controls at once; the picture copied as a command and as Python has the same pixels."""
+    page = studio.page()
+    edges, colours = studio.folder / "edges.png", studio.folder / "colours.png"
+    drawing = Image.new("RGB", (256, 256), "white")
+    ImageDraw.Draw(drawing).polygon([(40, 220), (128, 40), (216, 220)], fill=(60, 110, 200), outline="black")
+    drawing.save(edges)
+    drawing.save(colours)
+    page.fill("#create-prompt textarea", "a mountain")
+    give(page, "#create-control-1-image", edges)
+    page.click("#create-control-1-preview")
+    page.wait_for_selector("#create-control-1-seen img")
+    page.click("#create-more")
+    page.click("#create-control-2-kind input")
+    page.get_by_role("option", name="palette", exact=True).click()
+    give(page, "#create-control-2-image", colours)
+    before = len(studio.pictures())
+    page.keyboard.press("Control+Enter")
+    file = finished(page, "create", before, studio)
+    recipe = read(file)
+    assert isinstance(recipe, Recipe)
+    page.get_by_text("How it was made").first.click()
+    page.wait_for_timeout(500)
+    studio.shot(page, "create")
+    command, python = (page.locator(f"#create-{what} .cm-content").inner_text() for what in ("command", "python"))
+    (studio.folder / "copied.py").write_text(python.replace("\u00a0", " "))
+    studio.run(sys.executable, "copied.py")
+    line = shlex.split(command.replace("\\\n", " ").replace("\u00a0", " "))
+    studio.run(sys.executable, "-m", "diffusion_kit.cli", *line[1:], "--out", "copied.png")
+    same = [np.array_equal(pixels(studio.folder / name), pixels(file)) for name in ("picture.png", "copied.png")]
+    return {
+        "controls": [own.kind for own in recipe.controls],
+        "passed": {
+            "two controls": len(recipe.controls) == 2,
+            "as Python, the same pixels": same[0],
+            "as a command, the same pixels": same[1],
+        },
+    }
+
+
+def cancel(studio: Studio) -> dict[str, Any]:
+    """In the middle, by the Esc key; the preview stays. A reload in the middle goes on with the job."""
+    page = studio.page()
+    page.fill("#create-prompt textarea", "a slow horse")
+    page.get_by_text("Settings", exact=True).first.click()
+    page.fill("#create-steps input[type=number]", "150")
+    page.keyboard.press("Control+Enter")
+    until(page, lambda: state(page, "create") == "running", "it runs")
+    page.wait_for_selector("#create-picture img")
+    page.wait_for_timeout(1000)
+    page.reload()
+    page.wait_for_selector("#create-prompt textarea")
+    until(page, lambda: state(page, "create") == "running", "a page that is loaded again follows its job", 30)
+    page.wait_for_selector("#create-picture img")
+    page.keyboard.press("Escape")
+    until(page, lambda: state(page, "create") == "cancelled", "it is cancelled")
+    words = page.inner_text("#create-progress .studio-words")
+    kept = page.query_selector("#create-picture img") is not None
+    studio.shot(page, "cancelled")
+    return {"said": words, "passed": {"cancelled in the middle, with its preview": "cancelled at" in words and kept}}
+
+
+def runs(studio: Studio) -> dict[str, Any]:
+    """A real training that was started beside the studio grows its curve; a note that is edited is there after a reload."""
+    data = studio.folder / "data"
+    data.mkdir(exist_ok=True)
+    for k in range(6):
+        own = Image.new("RGB", (64, 64), (40 * k, 200 - 30 * k, 120))
+        ImageDraw.Draw(own).ellipse((10, 10, 54, 54), fill=(255 - 40 * k, 60, 30 * k))
+        own.save(data / f"{k}.png")
+        (data / f"{k}.txt").write_text(f"a ball {k}")
+    (studio.folder / "live.yaml").write_text(TRAINING)
+    line = [sys.executable, "-m", "diffusion_kit.cli", "train", "live.yaml"]
+    training = subprocess.Popen(line, env=studio.environment, cwd=studio.folder, stdout=subprocess.DEVNULL)
+    try:
+        page = studio.page()
+        until(page, lambda: (studio.folder / "runs/live/metrics.jsonl").is_file(), "the training runs", 180)
+        tab(page, "Runs")
+        cell = "#runs-table [data-testid='cell-0-3']"
+        page.wait_for_selector(cell)
+        first = int(page.inner_text(cell))
+        until(page, lambda: int(page.inner_text(cell) or 0) > first + 3, "its step grows on the page", 90)
+        grown = int(page.inner_text(cell))
+        until(page, lambda: page.query_selector("#runs-loss canvas, #runs-loss svg"), "its curve is drawn", 30)
+        note = "#runs-table [data-testid='cell-0-9']"
+        page.dblclick(note)
+        page.keyboard.type("promising")
+        page.keyboard.press("Enter")
+        page.wait_for_timeout(4000)
+        studio.shot(page, "runs")
+        page.reload()
+        page.wait_for_selector("#create-prompt textarea")
+        tab(page, "Runs")
+        page.wait_for_selector(note)
+        until(page, lambda: "promising" in page.inner_text(note), "the note is there after a reload", 20)
+        page.click("#runs-table [data-testid='cell-0-0']")
+        page.wait_for_timeout(1500)
+        page.click("#runs-stop")
+        code = training.wait(120)
+        until(page, lambda: "stopped" in page.inner_text("#runs-table [data-testid='cell-0-1']"), "it says stopped", 30)
+    finally:
+        training.terminate()
+    return {
+        "steps_seen": [first, grown],
+        "exit_code": code,
+        "passed": {"the curve grows, the note stays": grown > first},
+    }
+
+
+def history(studio: Studio) -> dict[str, Any]:
+    """Pictures are found by words; one that is dropped on the page restores its settings."""
+    page = studio.page()
+    if not studio.pictures():
+        page.fill("#create-prompt textarea", "a red horse")
+        page.click("#create-go")
+        finished(page, "create", 0, studio)
+    tab(page, "History")
+    until(page, lambda: page.query_selector_all("#history-gallery img"), "pictures are shown", 30)
+    file = studio.pictures()[-1]
+    recipe = read(file)
+    assert isinstance(recipe, Recipe)
+    page.fill("#history-words textarea, #history-words input", "nothing-of-this-name")
+    until(page, lambda: "0 pictures" in page.inner_text("#history-count"), "nothing fits", 20)
+    page.fill("#history-words textarea, #history-words input", recipe.prompt.split()[-1])
+    until(page, lambda: "0 pictures" not in page.inner_text("#history-count"), "the words are found", 20)
+    page.wait_for_timeout(1000)
+    page.click("#history-gallery button.thumbnail-item, #history-gallery .grid-container button")
+    page.wait_for_selector("#history-picture img")
+    page.wait_for_timeout(1000)
+    studio.shot(page, "history")
+    page.set_input_files("#restore input[type=file]", str(file))
+    page.wait_for_timeout(3000)
+    shown = page.input_value("#create-prompt textarea")
+    seed = page.input_value("#create-seed input")
+    return {"passed": {"a picture's settings come back": (shown, int(seed or -1)) == (recipe.prompt, recipe.seed)}}
+
+
+def phone(studio: Studio) -> dict[str, Any]:
+    """At the width of a phone nothing stands beside the page."""
+    page = studio.page(width=390, height=844)
+    page.wait_for_timeout(1000)
+    studio.shot(page, "phone")
+    over = page.evaluate("() => document.documentElement.scrollWidth - window.innerWidth")
+    return {"passed": {"it fits a phone's width": over <= 1}}
+
+
+PARTS: dict[str, Callable[[Studio], dict[str, Any]]] = {
+    own.__name__: own for own in (doodle, inpaint, controls, cancel, history, runs, phone)
+}
+
+
+def main(names: list[str]) -> None:
+    from playwright.sync_api import sync_playwright
+
+    figures: dict[str, Any] = {}
+    passed: dict[str, bool] = {}
+    with tempfile.TemporaryDirectory() as folder, sync_playwright() as player:
+        browser = player.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS)
+        studio = Studio(Path(folder), browser)
+        try:
+            for name in names or list(PARTS):
+                found = PARTS[name](studio)
+                passed |= {f"{name}: {what}": bool(own) for what, own in found.pop("passed").items()}
+                figures[name] = found
+                print(name, json.dumps(found), file=sys.stderr, flush=True)
+        finally:
+            studio.end()
+            browser.close()
+    figures["requests_to_other_hosts"] = studio.outside
+    figures["errors_of_scripts"] = studio.errors
+    passed["works with every outside request blocked, and asks for none"] = not studio.outside
+    print(json.dumps(figures | {"passed": passed}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
