@@ -171,7 +171,7 @@ def stroke(page: Any, selector: str, points: list[tuple[float, float]], steps: i
 
 
 def give(page: Any, selector: str, file: Path) -> None:
-    page.wait_for_timeout(1500)  # the editor makes itself ready
+    page.wait_for_timeout(3000)  # the editor makes itself ready
     page.set_input_files(f"{selector} input[type=file]", str(file))
     page.wait_for_timeout(1500)
 
@@ -372,6 +372,7 @@ def history(studio: Studio) -> dict[str, Any]:
     studio.shot(page, "history")
     page.set_input_files("#restore input[type=file]", str(file))
     page.wait_for_timeout(3000)
+    page.get_by_text("Settings", exact=True).first.click()
     shown = page.input_value("#create-prompt textarea")
     seed = page.input_value("#create-seed input")
     return {"passed": {"a picture's settings come back": (shown, int(seed or -1)) == (recipe.prompt, recipe.seed)}}

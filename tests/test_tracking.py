@@ -53,9 +53,9 @@ def test_a_run_stands_in_the_ledger_as_in_its_folder(tmp_path: Path) -> None:
 def test_a_run_that_goes_on_is_the_same_run_with_one_curve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = training_models.config("t2i_adapter", tmp_path, **SHORT)
     real = run.Run.asked
-    monkeypatch.setattr(run.Run, "asked", lambda self: {"stop"} if len(rows(self.folder)) == 3 else real(self))
-    assert train(config) is None
-    monkeypatch.undo()
+    with monkeypatch.context() as patched:
+        patched.setattr(run.Run, "asked", lambda self: {"stop"} if len(rows(self.folder)) == 3 else real(self))
+        assert train(config) is None
     with Ledger().reading() as session:
         (own,) = runs.found(session)
         assert (own.state, own.step) == (runs.STOPPED, 3)
