@@ -378,6 +378,25 @@ def history(studio: Studio) -> dict[str, Any]:
     return {"passed": {"a picture's settings come back": (shown, int(seed or -1)) == (recipe.prompt, recipe.seed)}}
 
 
+def attack(studio: Studio) -> dict[str, Any]:
+    """HTML in a prompt is text wherever it is shown."""
+    page = studio.page()
+    hostile = "<img src=x onerror='window.hacked = 1'><script>window.hacked = 1</script> <b>fox</b>"
+    page.fill("#create-prompt textarea", hostile)
+    before = len(studio.pictures())
+    page.click("#create-go")
+    finished(page, "create", before, studio)
+    page.get_by_text("How it was made").first.click()
+    tab(page, "History")
+    until(page, lambda: page.query_selector_all("#history-gallery img"), "pictures are shown", 30)
+    page.click("#history-gallery button.thumbnail-item, #history-gallery .grid-container button")
+    page.wait_for_selector("#history-picture img")
+    page.wait_for_timeout(2000)
+    told = page.input_value("#history-about textarea")
+    quiet = page.evaluate("() => window.hacked === undefined")
+    return {"passed": {"HTML in a prompt is shown as text": quiet and "<b>fox</b>" in told}}
+
+
 def phone(studio: Studio) -> dict[str, Any]:
     """At the width of a phone nothing stands beside the page."""
     page = studio.page(width=390, height=844)
@@ -388,7 +407,7 @@ def phone(studio: Studio) -> dict[str, Any]:
 
 
 PARTS: dict[str, Callable[[Studio], dict[str, Any]]] = {
-    own.__name__: own for own in (doodle, inpaint, controls, cancel, history, runs, phone)
+    own.__name__: own for own in (doodle, inpaint, controls, cancel, history, attack, runs, phone)
 }
 
 
