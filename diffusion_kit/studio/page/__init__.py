@@ -53,7 +53,7 @@ def build(core: Core) -> gr.Blocks:
         runs_tab.select(running.looked, running.chosen, running.parts, **same)
         history_tab.select(past.found, {*past.filters, past.page}, [past.count, past.gallery, past.ids], **same)
         sending(core, past, creating, painting, tabs)
-        dropped.upload(restored(creating), dropped, [tabs, dropped, *creating.fillable], **same)
+        dropped.upload(restored(creating, tabs), dropped, [tabs, *creating.fillable], **same)
     return blocks
 
 
@@ -67,13 +67,13 @@ def keep_draft(blocks: gr.Blocks, draft: Any, tab: Any) -> None:
     gr.on([part.change for part in parts], None, parts, draft, js="(...values) => [values]", **quiet)
 
 
-def restored(creating: create.Create) -> Any:
+def restored(creating: create.Create, tabs: Any) -> Any:
     """A picture that was dropped on the page shows its settings in Create."""
 
     def fill(file: str) -> dict[Any, Any]:
         with actions.said():
             recipe = actions.shown_recipe(file)
-        return creating.filled(recipe)
+        return creating.filled(recipe) | {tabs: gr.Tabs(selected=create.NAME)}
 
     return fill
 

@@ -17,7 +17,7 @@ from diffusion_kit.studio.queue import DONE, OVER, Full, Job
 from diffusion_kit.studio.requests import Asked
 
 from . import actions, form
-from .output import GLANCE
+from .output import GLANCE, STILL
 
 NAME = "compare"
 BY_SCALE, BY_KIND = "scale x seed", "adapters side by side"
@@ -105,7 +105,7 @@ def tab(core: Core, client: Any) -> Compare:
                 cancel = gr.Button("Cancel (Esc)", variant="stop", elem_id=f"{NAME}-cancel")
         with gr.Column(scale=6, min_width=320):
             words = gr.Markdown(elem_id=f"{NAME}-progress")
-            grid = gr.Gallery(label="Fidelity stands under each", columns=3, elem_id=f"{NAME}-grid", interactive=False)
+            grid = gr.Gallery(label="Fidelity stands under each", columns=3, elem_id=f"{NAME}-grid", **STILL)
     made = Compare(core, settings, what, image, kind, detect, kinds, scales, seeds)
     running = gr.State([])
     wire(made, client, go, cancel, words, grid, running)

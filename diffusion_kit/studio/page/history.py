@@ -19,6 +19,7 @@ from diffusion_kit.studio import thumbs
 from diffusion_kit.studio.core import Core
 
 from . import actions
+from .output import SHOWN, STILL
 
 NAME = "history"
 PAGE = 48  # pictures at once
@@ -160,18 +161,9 @@ def tab(core: Core) -> History:
         zipped = gr.File(label="Zip", visible=False, interactive=False)
     with gr.Row():
         with gr.Column(scale=6, min_width=320):
-            gallery = gr.Gallery(
-                show_label=False,
-                columns=6,
-                height=640,
-                allow_preview=False,
-                elem_id=f"{NAME}-gallery",
-                interactive=False,
-            )
+            gallery = gr.Gallery(show_label=False, columns=6, height=640, elem_id=f"{NAME}-gallery", **STILL)
         with gr.Column(scale=4, min_width=320):
-            picture = gr.Image(
-                label="Picture", interactive=False, type="filepath", elem_id=f"{NAME}-picture", height=360
-            )
+            picture = gr.Image(label="Picture", type="filepath", elem_id=f"{NAME}-picture", height=360, **SHOWN)
             with gr.Row():
                 marked = gr.Checkbox(False, label="Favourite", elem_id=f"{NAME}-favourite", min_width=80)
                 stars = gr.Slider(0, pictures.HIGHEST, 0, step=1, label="Stars", elem_id=f"{NAME}-stars", min_width=80)

@@ -19,7 +19,10 @@ from diffusion_kit.studio.workshop import Result
 
 GLANCE = 0.25  # seconds between two looks at a job
 BUTTONS = ["download", "fullscreen"]  # none that sends a picture elsewhere
-SHOWN = 24  # pictures of the page's gallery
+MOST = 24  # pictures of the page's gallery
+PLAIN: dict[str, Any] = {"interactive": False, "buttons": BUTTONS}
+SHOWN = {**PLAIN, "elem_classes": "studio-picture"}  # of a picture, however small it is
+STILL = {**PLAIN, "object_fit": "contain", "fit_columns": False, "allow_preview": False}  # of rows of small ones
 
 
 @dataclass
@@ -70,7 +73,7 @@ class Output:
                 str(job.result.file),
                 *(own[0] if isinstance(own, (tuple, list)) else own for own in gallery or ()),
             ]
-            update |= self.showing(job.result.file) | {self.gallery: files[:SHOWN]}
+            update |= self.showing(job.result.file) | {self.gallery: files[:MOST]}
             update[self.shown] = [str(file) for file in job.result.shown]
             update |= {self.command: job.result.command, self.python: job.result.python}
         elif job.preview is not None:
@@ -86,17 +89,13 @@ class Output:
 
 def output(core: Core, tab: str, job: Any) -> Output:
     progress = gr.HTML(elem_id=f"{tab}-progress", padding=False)
-    plain: dict[str, Any] = {"interactive": False, "buttons": BUTTONS}
-    picture = gr.Image(
-        label="Picture", elem_id=f"{tab}-picture", elem_classes="studio-picture", type="filepath", height=420, **plain
-    )
+    picture = gr.Image(label="Picture", elem_id=f"{tab}-picture", type="filepath", height=420, **SHOWN)
     with gr.Row():
         cancel = gr.Button("Cancel (Esc)", variant="stop", size="sm", elem_id=f"{tab}-cancel", min_width=80)
         again = gr.Button("Again", size="sm", elem_id=f"{tab}-again", min_width=80)
         vary = gr.Button("Vary", size="sm", elem_id=f"{tab}-vary", min_width=80)
-    row: dict[str, Any] = {"object_fit": "contain", "fit_columns": False, "allow_preview": False, **plain}
-    shown = gr.Gallery(label="As the controls saw it", columns=5, height=160, elem_id=f"{tab}-shown", **row)
-    gallery = gr.Gallery(label="Made on this page", columns=5, height=200, elem_id=f"{tab}-gallery", **row)
+    shown = gr.Gallery(label="As the controls saw it", columns=5, height=160, elem_id=f"{tab}-shown", **STILL)
+    gallery = gr.Gallery(label="Made on this page", columns=5, height=200, elem_id=f"{tab}-gallery", **STILL)
     with gr.Accordion("How it was made", open=False):
         about = gr.Textbox(show_label=False, lines=6, interactive=False, elem_id=f"{tab}-about", container=False)
         command = gr.Code(label="As a command", language="shell", elem_id=f"{tab}-command", interactive=False)

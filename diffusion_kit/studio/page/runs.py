@@ -14,6 +14,7 @@ from diffusion_kit.ledger.tables import Run
 from diffusion_kit.studio.core import Core
 
 from . import actions
+from .output import PLAIN
 
 NAME = "runs"
 EVERY = 3.0  # seconds, while a run is live
@@ -109,9 +110,7 @@ def tab(core: Core) -> Runs:
         )
     with gr.Row():
         bars = gr.BarPlot(x="run", y=LOSS, title="last loss", y_lim=[0, None], elem_id=f"{NAME}-bars", min_width=320)
-        sheets_part = gr.Gallery(
-            label="Last validation", columns=2, elem_id=f"{NAME}-sheets", interactive=False, min_width=320
-        )
+        sheets_part = gr.Gallery(label="Last validation", columns=2, elem_id=f"{NAME}-sheets", **PLAIN)
     timer = gr.Timer(EVERY)
     made = Runs(core, table, chosen, loss, fidelity, bars, sheets_part, words, timer)
     wire(made, dict(zip(ASKED, buttons, strict=True)), several)
