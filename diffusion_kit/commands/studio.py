@@ -91,13 +91,21 @@ def studio(options: argparse.Namespace) -> None:
         history=not options.no_history,
     )
     config.check()
+    server().serve(config, note)
+
+
+def server() -> Any:
+    """
+    Raises:
+        ImportError: the extra is not installed; says how it is.
+    """
     try:
-        from diffusion_kit.studio.server import serve
+        from diffusion_kit.studio import server
     except ModuleNotFoundError as error:
         if error.name in ("gradio", "uvicorn", "fastapi"):
             raise ImportError(NEEDS) from None
         raise
-    serve(config, note)
+    return server
 
 
 def served(options: argparse.Namespace) -> dict[str, Any]:
@@ -122,14 +130,8 @@ def dashboard(options: argparse.Namespace) -> None:
 
     config = StudioConfig(**served(options))
     config.check()
-    try:
-        from diffusion_kit.studio.server import serve_dashboard
-    except ModuleNotFoundError as error:
-        if error.name in ("gradio", "uvicorn", "fastapi"):
-            raise ImportError(NEEDS) from None
-        raise
     ys = [part.strip() for part in options.y.split(",") if part.strip()]
-    serve_dashboard(config, options.table, options.x, ys, options.every, options.kind, options.source, note)
+    server().serve_dashboard(config, options.table, options.x, ys, options.every, options.kind, options.source, note)
 
 
 def add_user(file: Path, name: str) -> None:
