@@ -172,6 +172,20 @@ def test_files_outside_are_not_served(studio: TestClient, path: str) -> None:
     assert "root:" not in answer.text
 
 
+def test_the_page_takes_no_path_for_an_upload(studio: TestClient) -> None:
+    """Nor copies it to where files are served from."""
+    page = studio.get("/config").json()
+    kinds = {own["id"]: own["type"] for own in page["components"]}
+    event = next(own for own in page["dependencies"] if [kinds[part] for part in own["inputs"]] == ["file"])
+    given = {"path": "/etc/passwd", "orig_name": "a.png", "meta": {"_type": "gradio.FileData"}}
+    body = {"data": [given], "fn_index": event["id"], "session_hash": "attack"}
+    assert studio.post("/gradio_api/queue/join", json=body).status_code == 200
+    told = studio.get("/gradio_api/queue/data", params={"session_hash": "attack"}).text
+    assert '"success":false' in told
+    assert "root:" not in told
+    assert not list(studio.config.output.rglob("passwd"))  # type: ignore[attr-defined]
+
+
 def test_the_page_and_the_interface_refuse_foreign_pages(studio: TestClient) -> None:
     for headers in ({"Host": "evil.example"}, {"Origin": "http://evil.example"}):
         for path in ("/", "/config", f"{API}/models", f"{API}/openapi.json", "/gradio_api/info"):

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import re
+import shutil
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,6 +47,20 @@ class Core:
             return self.workshop.make(asked, job, source, measured=measured)
 
         return self.queue.submit(owner, work, watched=watched)
+
+    def shown(self, file: Path) -> str:
+        """A picture as the page may show it: in the studio's own folder, by a copy of one that lies elsewhere."""
+        file = file.absolute()
+        if file.resolve().is_relative_to(self.config.output.resolve()) or not file.is_file():
+            return str(file)
+        key = hashlib.sha256(f"{file} {file.stat().st_mtime_ns}".encode()).hexdigest()[:20]
+        copy = self.config.output / "shown" / f"{key}{file.suffix.lower()}"
+        if not copy.is_file():
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            beside = copy.with_name(f".{copy.name}.{os.getpid()}.part")
+            shutil.copyfile(file, beside)
+            os.replace(beside, copy)
+        return str(copy)
 
     def close(self) -> None:
         self.queue.close()

@@ -86,9 +86,13 @@ def mount(app: FastAPI, blocks: gr.Blocks, config: StudioConfig, **look: Any) ->
         footer_links=[],
         mcp_server=False,
         pwa=False,
+        allowed_paths=[str(config.output.absolute())],
         theme=gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
         **look,
     )
+    # Else gradio takes any path that a request names for a file that was uploaded: of a page that is mounted it does not
+    # check where files lie.
+    blocks.has_launched = True
 
 
 def serve(config: StudioConfig, say: Callable[[str], None] = print) -> None:

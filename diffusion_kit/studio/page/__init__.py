@@ -87,10 +87,10 @@ def sending(core: Core, past: history.History, creating: create.Create, painting
         return creating.filled(history.recipe_of(past.row(id))) | {tabs: gr.Tabs(selected="create")}
 
     def start(id: str | None) -> dict[Any, Any]:
-        return {creating.image: past.row(id).file, tabs: gr.Tabs(selected="create")}
+        return {creating.image: core.shown(Path(past.row(id).file)), tabs: gr.Tabs(selected="create")}
 
     def repaint(id: str | None) -> dict[Any, Any]:
-        file = past.row(id).file
+        file = core.shown(Path(past.row(id).file))
         return {
             painting.canvas: {"background": file, "layers": [], "composite": file},
             tabs: gr.Tabs(selected="inpaint"),

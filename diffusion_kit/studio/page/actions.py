@@ -76,7 +76,10 @@ def cancelling(core: Core) -> Callable[..., None]:
 
 def picking(out: Output) -> Callable[..., dict[Any, Any]]:
     def pick(event: gr.SelectData) -> dict[Any, Any]:
-        return out.showing(Path(event.value["image"]["path"]))
+        file = Path(event.value["image"]["path"]).resolve()
+        if not file.is_relative_to(out.core.config.output.resolve()):
+            raise gr.Error("this is no picture of the studio")
+        return out.showing(file)
 
     return pick
 

@@ -17,6 +17,7 @@ from diffusion_kit.models.card import recommended
 from diffusion_kit.models.sources import locate
 from diffusion_kit.recipes import ControlRecipe, FileRef, Recipe
 from diffusion_kit.studio.core import Core
+from diffusion_kit.studio.queue import Full
 from diffusion_kit.studio.requests import MOST_CONTROLS, Asked, checked, settings_of
 from diffusion_kit.studio.styles import NONE, styled, styles
 
@@ -290,7 +291,10 @@ def detected(core: Core, own: Slot, values: Values) -> Image.Image:
     name = detector_of(values[own.kind] or "") if chosen == BY_KIND else DETECTORS.get(chosen, chosen)
     if name in (None, "none"):
         return image
-    job = core.queue.submit("", lambda job: detect(str(name), image))
+    try:
+        job = core.queue.submit("", lambda job: detect(str(name), image))
+    except Full as error:
+        raise gr.Error(str(error), title="busy") from None
     job.over.wait()
     if job.error:
         raise gr.Error(job.error)

@@ -89,7 +89,7 @@ class History:
         row = self.row(id)
         return {
             self.chosen: id,
-            self.picture: row.file,
+            self.picture: self.core.shown(Path(row.file)),
             self.about: described(row),
             self.marked: row.favourite,
             self.stars: row.rating,

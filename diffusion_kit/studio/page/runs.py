@@ -53,7 +53,7 @@ class Runs:
             self.loss: curves[LOSS],
             self.fidelity: curves[FIDELITY],
             self.bars: pd.DataFrame([(label(run), last[run.id].get(LOSS)) for run in rows], columns=["run", LOSS]),
-            self.sheets: sheets(drawn[0]) if drawn else [],
+            self.sheets: sheets(self.core, drawn[0]) if drawn else [],
             self.words: said(drawn[0], states[drawn[0].id])
             if drawn
             else "no runs yet: `diffusion-kit train` makes them",
@@ -76,11 +76,11 @@ def curve(session: Any, drawn: list[Run], name: str) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["step", name.rpartition("/")[2], "run"])
 
 
-def sheets(run: Run) -> list[tuple[str, str]]:
+def sheets(core: Core, run: Run) -> list[tuple[str, str]]:
     """Of the last validation."""
     folders = sorted(Path(run.folder).glob("validation/step-*"))
     files = sorted(folders[-1].glob("*.png")) if folders else []
-    return [(str(file), f"{file.stem}, step {int(file.parent.name.partition('-')[2])}") for file in files]
+    return [(core.shown(file), f"{file.stem}, step {int(file.parent.name.partition('-')[2])}") for file in files]
 
 
 def said(run: Run, state: str) -> str:
