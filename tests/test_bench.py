@@ -10,7 +10,7 @@ import torch
 
 from diffusion_kit.benchmark import interleaved, report
 from diffusion_kit.benchmark.cases import Case
-from diffusion_kit.benchmark.interleaved import Row, counted
+from diffusion_kit.benchmark.interleaved import Row, counted, step_seconds
 from diffusion_kit.benchmark.report import compared, lines_of, summary
 from diffusion_kit.cli import main
 
@@ -18,27 +18,37 @@ from diffusion_kit.cli import main
 def test_ratios_are_of_the_same_round() -> None:
     """A machine that is twice as busy in a round is so for both."""
     busy = [1.0, 2.0, 1.0, 4.0, 1.0]
-    ours, theirs = Row("exact eager", [0.5 * b for b in busy]), Row("diffusers", list(busy))
-    assert compared(ours, theirs) == (2.0, 2.0, 2.0)
+    assert compared([0.5 * b for b in busy], busy) == (2.0, 2.0, 2.0)
+
+
+def test_a_step_is_one_after_the_first() -> None:
+    """The first makes what a long run needs once."""
+    case = Case(steps=4)
+    assert step_seconds(10.0, [5.0, 6.0, 7.0, 8.0], case) == 1.0
+    assert step_seconds(10.0, [], case) == 2.5
 
 
 def test_a_table_has_every_contender() -> None:
     case = Case(controls=("controlnet",), steps=2)
     rows = [
-        Row("diffusers", [2.0], flops=4 * 10**9, operations=100, peak=10**9, anonymous=10**8, error=0.0),
-        Row("exact packed", [1.0], peak=10**9, anonymous=10**8, error=1e-6),
+        Row("diffusers", [3.0], [1.0], flops=4 * 10**9, operations=100, peak=10**9, anonymous=10**8, error=0.0),
+        Row("exact packed", [1.0], [0.5], peak=10**9, anonymous=10**8, error=1e-6),
         Row("openvino alone", absent="the UNet alone, without controls"),
     ]
     text = "\n".join(lines_of(summary(case, rows, 10**10)))
-    assert "| diffusers | 1.00 [1.00, 1.00] | 1,000 | 2 | 50 | 20 % | 1,000 | 100 |" in text
-    assert "| exact packed | 2.00 [2.00, 2.00] | 500 |" in text
+    assert "| diffusers | 1.00 [1.00, 1.00] | 1.00 [1.00, 1.00] | 1,000 | 2 | 50 | 20 % | 1,000 | 100 |" in text
+    assert "| exact packed | 2.00 [2.00, 2.00] | 3.00 [3.00, 3.00] | 500 |" in text
     assert "| openvino alone | the UNet alone, without controls |" in text
 
 
 def test_the_share_of_the_peak_is_of_the_work_of_the_own_level() -> None:
     """Fast does less than half."""
-    rows = [Row("half eager", [1.0], flops=8), Row("fast eager", [1.0], flops=2), Row("fast packed", [0.5])]
-    found = summary(Case(dtype="bfloat16"), rows, 8.0)["contenders"]
+    rows = [
+        Row("half eager", [1.0], [1.0], flops=8),
+        Row("fast eager", [1.0], [1.0], flops=2),
+        Row("fast packed", [0.5], [0.5]),
+    ]
+    found = summary(Case(dtype="bfloat16", steps=1), rows, 8.0)["contenders"]
     assert [own["share"] for own in found.values()] == [1.0, 0.25, 0.5]
 
 
@@ -59,7 +69,9 @@ def test_a_contender_that_dies_is_out_and_the_others_go_on(monkeypatch: pytest.M
             if what == "load":
                 return {"latents": torch.ones(2), "ready": 0.1, "peak": 5}
             self.runs += 1
-            return {"absent": "its process ended with -9"} if self.name == "a" and self.runs == 2 else {"seconds": 1.0}
+            if self.name == "a" and self.runs == 2:
+                return {"absent": "its process ended with -9"}
+            return {"seconds": [1.0], "steps": [0.5]}
 
         def stop(self) -> None:
             pass
@@ -68,6 +80,7 @@ def test_a_contender_that_dies_is_out_and_the_others_go_on(monkeypatch: pytest.M
     monkeypatch.setattr(interleaved, "absent", lambda name, case: None)
     first, second, third = interleaved.compare(Case(), ["diffusers", "a", "b openvino"], tmp_path, 3)
     assert first.seconds == third.seconds == [1.0] * 3
+    assert first.steps == [0.5] * 3
     assert (second.absent, second.error) == ("its process ended with -9", None)
     assert (first.converting, third.converting, third.error) == (None, 5, 0.0)
 
@@ -78,7 +91,7 @@ def test_results_are_used_again_for_the_same_question_only(monkeypatch: pytest.M
     monkeypatch.setattr(report, "model_folder", lambda *_: tmp_path)
     monkeypatch.setattr(report, "machine_peak", lambda *_: 1.0)
     monkeypatch.setattr(
-        report, "compare", lambda case, names, *_: (asked.append(names), [Row(n, [1.0]) for n in names])[1]
+        report, "compare", lambda case, names, *_: (asked.append(names), [Row(n, [1.0], [1.0]) for n in names])[1]
     )
     out = tmp_path / "results.json"
     for names, rounds, runs in ((["a"], 7, 1), (["a"], 7, 1), (["a", "b"], 7, 2), (["a", "b"], 3, 3)):

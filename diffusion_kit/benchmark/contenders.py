@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +14,16 @@ from torch import Tensor
 from .cases import Case
 from .models import inputs
 
-Runner = Callable[[], Tensor]  # one run of the case: its latents (B, 4, h, w)
+
+class Run(NamedTuple):
+    """A run's latents (B, 4, h, w), and when each of its steps ended; a card goes on while Python is ahead, so there is no
+    such time there."""
+
+    latents: Tensor
+    ends: list[float]
+
+
+Runner = Callable[[], Run]
 GUIDANCE, SEED = 5.0, 0
 
 
@@ -62,11 +72,11 @@ def kit(case: Case, folder: Path, *, level: str = "exact", engine: str = "eager"
     controls = [Control(net, picture, end=case.end) for net in nets.values()]
     run = running(pipe, case, {**own, **arguments(case), "controls": controls})
 
-    def checked() -> Tensor:
-        latents = run()
+    def checked() -> Run:
+        done = run()
         if any(" runs as it is" in note for note in pipe.engine.notes):
             raise Absent("; ".join(pipe.engine.notes))
-        return latents
+        return done
 
     return checked
 
@@ -94,8 +104,16 @@ def arguments(case: Case) -> dict[str, Any]:
 def running(pipe: Any, case: Case, call: dict[str, Any]) -> Runner:
     pipe.set_progress_bar_config(disable=True)
 
-    def run() -> Tensor:
-        return pipe(generator=torch.Generator().manual_seed(SEED), **call).images.float().cpu()
+    def run() -> Run:
+        ends: list[float] = []
+
+        def note(pipe: Any, number: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            ends.append(time.perf_counter())
+            return tensors
+
+        watched = {"callback_on_step_end": note} if case.device == "cpu" else {}
+        latents = pipe(generator=torch.Generator().manual_seed(SEED), **call, **watched).images.float().cpu()
+        return Run(latents, ends)
 
     return run
 
@@ -136,14 +154,15 @@ def runtime(case: Case, folder: Path, compiled: Compiler) -> Runner:
     network = compiled(Plain(unet).eval(), example, case, folder)
 
     @torch.no_grad()
-    def run() -> Tensor:
+    def run() -> Run:
         scheduler.set_timesteps(case.steps)
-        x = start * scheduler.init_noise_sigma
+        x, ends = start * scheduler.init_noise_sigma, []
         for t in scheduler.timesteps:
             both = network(scheduler.scale_model_input(torch.cat([x, x]), t), t, states, pooled, ids)
             without, given = both.chunk(2)
             x = scheduler.step(without + GUIDANCE * (given - without), t, x, return_dict=False)[0]
-        return x
+            ends.append(time.perf_counter())
+        return Run(x, ends)
 
     return run
 

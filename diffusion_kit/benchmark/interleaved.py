@@ -35,6 +35,7 @@ class Row:
 
     Attributes:
         seconds: of each timed run, in the order of the rounds.
+        steps: seconds of a step in each of them, without what comes before a run's second step where that is known.
         flops, operations: of one run, as torch dispatches them; None where another runtime does the work.
         peak, anonymous: bytes of the process from loading to the end of its first run, with and without pages of files.
         card: bytes that torch held of a card's memory at most, in the same time; None without one.
@@ -45,6 +46,7 @@ class Row:
 
     name: str
     seconds: list[float] = field(default_factory=list)
+    steps: list[float] = field(default_factory=list)
     ready: float = 0.0
     flops: int | None = None
     operations: int | None = None
@@ -90,7 +92,8 @@ def compare(case: Case, names: Sequence[str], folder: Path, rounds: int) -> list
             order = list(subjects)
             for name in order if number % 2 == 0 else reversed(order):
                 answer = ask(name, "run")
-                rows[name].seconds += [answer["seconds"]] if "seconds" in answer else []
+                rows[name].seconds += answer.get("seconds", [])
+                rows[name].steps += answer.get("steps", [])
     finally:
         for subject in subjects.values():
             subject.stop()
@@ -161,17 +164,24 @@ def serve(line: Connection, name: str, case: Case, folder: Path) -> None:
                 start = time.perf_counter()
                 with Memory() as memory:
                     run = CONTENDERS[name](case, folder)
-                    latents = run()
+                    latents = run().latents
                 ready = time.perf_counter() - start
                 card = torch.cuda.max_memory_allocated() if case.device == "cuda" else None
                 peaks = {**memory.peaks(), "card": card}
                 line.send({"latents": latents, "ready": ready, **peaks, **counted(run, name)})
             else:
                 start = time.perf_counter()
-                run()
-                line.send({"seconds": time.perf_counter() - start})
+                ends = run().ends
+                seconds = time.perf_counter() - start
+                line.send({"seconds": [seconds], "steps": [step_seconds(seconds, ends, case)]})
         except Exception as error:
             line.send({"absent": " ".join(f"{type(error).__name__}: {error}".split())[:300]})
+
+
+def step_seconds(seconds: float, ends: Sequence[float], case: Case) -> float:
+    """Of a run's steps after the first, in which keys and values of the text and much else is made; of the whole run
+    where their ends are not known."""
+    return (ends[-1] - ends[0]) / (len(ends) - 1) if len(ends) > 1 else seconds / case.steps
 
 
 def attention_flops(query: Any, key: Any, value: Any, *more: Any, out_shape: Any = None, **options: Any) -> int:

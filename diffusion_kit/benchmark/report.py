@@ -23,19 +23,19 @@ from .models import model_folder
 LEGEND = """\
 Every contender runs in a process of its own, in turn with the others; "times diffusers" is the median, with quartiles, of
 the ratios of the rounds. A run is a pipeline's call without decoding, on random weights of SDXL's architecture, with
-guidance. GFLOP and operations are those that torch dispatches in a step; the share is of the fastest product of 2048 x 2048
-matrices measured beside. Peak memory is of the whole process from loading to the end of a first run, "anonymous" what is no
-page of a file; "converting" is the peak of the first use, in which networks are converted that later lie on disk; "card" is
-the most that torch held of a card's memory. The
-error is the relative difference of the latents from diffusers' in the 2-norm. Other runtimes have the UNet alone, with
-diffusers' scheduler in a plain loop."""
+guidance; a step is one of those after the first, which prepares much that a long run needs once (on a card, a run's
+seconds are shared out to its steps). GFLOP and operations are those that torch dispatches in a step; the share is of the
+fastest product of 2048 x 2048 matrices measured beside. Peak memory is of the whole process from loading to the end of a
+first run, "anonymous" what is no page of a file; "converting" is the peak of the first use, in which networks are converted
+that later lie on disk; "card" is the most that torch held of a card's memory. The error is the relative difference of the
+latents from diffusers' in the 2-norm. Other runtimes have the UNet alone, with diffusers' scheduler in a plain loop."""
 RUNTIMES = ("openvino", "onnxruntime")
 PACKAGES = ("diffusion_kit", "torch", "diffusers", "transformers", "openvino", "onnxruntime")
 
 
-def compared(row: Row, other: Row) -> tuple[float, float, float]:
-    """How many times as fast as the other: median, and the quartiles, of the ratios of each round."""
-    ratios = np.array(other.seconds) / np.array(row.seconds)
+def compared(own: Sequence[float], other: Sequence[float]) -> tuple[float, float, float]:
+    """How many times as fast as the other, by both's seconds: median, and the quartiles, of the ratios of each round."""
+    ratios = np.array(other) / np.array(own)
     low, middle, high = np.percentile(ratios, [25, 50, 75])
     return float(middle), float(low), float(high)
 
@@ -48,15 +48,16 @@ def summary(case: Case, rows: Sequence[Row], peak: float) -> dict[str, Any]:
     for row in rows:
         own = asdict(row)
         if row.seconds:
-            own["step"] = float(np.median(row.seconds)) / case.steps
+            own["step"] = float(np.median(row.steps))
             level = row.name.split()[0]
             same = (
                 reference if level in (REFERENCE, *RUNTIMES) else by_name.get(f"{level} eager")
             )  # who does the same work
             work = row.flops or (same.flops if same else None)
-            own["share"] = work / float(np.median(row.seconds)) / peak if work else None
+            own["share"] = work / case.steps / own["step"] / peak if work else None
         if row.seconds and reference is not None and reference.seconds:
-            own["ratio"] = compared(row, reference)
+            own["ratio"] = compared(row.steps, reference.steps)
+            own["ratio of runs"] = compared(row.seconds, reference.seconds)
         contenders[row.name] = own
     return {"case": case.to_json(), "peak": peak, "contenders": contenders}
 
@@ -90,15 +91,15 @@ def lines_of(result: dict[str, Any]) -> list[str]:
     lines = [
         f"**{case.name}** (peak measured {result['peak'] / 1e9:.0f} GFLOP/s)",
         "",
-        f"| | times {REFERENCE} | ms a step | GFLOP | operations | share of peak | peak MB | anonymous MB "
+        f"| | times {REFERENCE}, a step | a run | ms a step | GFLOP | operations | share of peak | peak MB | anonymous MB "
         "| converting MB | card MB | error |",
-        "| --- " * 11 + "|",
+        "| --- " * 12 + "|",
     ]
     for name, own in result["contenders"].items():
         if own.get("absent"):
-            lines.append(f"| {name} | {own['absent'].replace('|', '/')} |" + " |" * 9)
+            lines.append(f"| {name} | {own['absent'].replace('|', '/')} |" + " |" * 10)
             continue
-        middle, low, high = own.get("ratio") or (float("nan"),) * 3
+        step, run = (spread(own.get(kind)) for kind in ("ratio", "ratio of runs"))
         places = ",.0" if own["step"] > 0.1 else ",.1"
         flops = "" if own["flops"] is None else f"{own['flops'] / case.steps / 1e9:,.0f}"
         operations = "" if own["operations"] is None else f"{own['operations'] / case.steps:,.0f}"
@@ -107,10 +108,14 @@ def lines_of(result: dict[str, Any]) -> list[str]:
         card = "" if own["card"] is None else f"{own['card'] / 1e6:,.0f}"
         error = "" if own["error"] is None else f"{own['error']:.0e}"
         lines.append(
-            f"| {name} | {middle:.2f} [{low:.2f}, {high:.2f}] | {1e3 * own['step']:{places}f} | {flops} | {operations} "
+            f"| {name} | {step} | {run} | {1e3 * own['step']:{places}f} | {flops} | {operations} "
             f"| {share} | {own['peak'] / 1e6:,.0f} | {own['anonymous'] / 1e6:,.0f} | {converting} | {card} | {error} |"
         )
     return lines
+
+
+def spread(ratio: tuple[float, float, float] | None) -> str:
+    return "" if ratio is None else f"{ratio[0]:.2f} [{ratio[1]:.2f}, {ratio[2]:.2f}]"
 
 
 def measured(cases: Sequence[Case], names: Sequence[str], out: Path, rounds: int) -> list[dict[str, Any]]:
