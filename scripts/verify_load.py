@@ -126,7 +126,7 @@ class Load:
                     raise
                 with self.lock:
                     self.refused += 1
-                time.sleep(float(error.headers["Retry-After"]) / 4)
+                time.sleep(float(error.headers["Retry-After"]))
         while job["state"] in ("queued", "running"):
             job = call(f"{self.url}/api/v1/jobs/{job['id']}?wait=30")
         file = self.folder / f"{k}.png"

@@ -13,20 +13,25 @@ import json
 import os
 import shlex
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import sqlalchemy as sa
 from PIL import Image, ImageDraw
 from verify_load import call, free_port
 
 from diffusion_kit.adapters.detectors import detect
 from diffusion_kit.evaluation.measures import MEASURES
+from diffusion_kit.ledger import Ledger, pictures
 from diffusion_kit.recipes import Recipe, read
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -43,6 +48,11 @@ INKED = """() => {
   const pad = document.querySelector("#doodle-pad canvas");
   const bytes = pad.getContext("2d").getImageData(0, 0, pad.width, pad.height).data;
   return bytes.filter((value, k) => k % 4 === 0 && value < 128).length;
+}"""
+MANY = 10_000
+ALL_THERE = """() => {
+  const pictures = [...document.querySelectorAll("#history-gallery img")];
+  return pictures.length >= 24 && pictures.every((own) => own.complete && own.naturalWidth > 0);
 }"""
 TRAINING = """
 target: t2i_adapter
@@ -62,13 +72,16 @@ data:
 class Studio:
     """A studio in a process of its own, and pages of a browser on it.
 
+    Args:
+        line: of its command. ready: a part of the page that is there when it can be used.
+
     Attributes:
         outside: what pages asked of other hosts.
         errors: of the pages' scripts.
     """
 
-    def __init__(self, folder: Path, browser: Any) -> None:
-        self.folder, self.browser, self.port = folder, browser, free_port()
+    def __init__(self, folder: Path, browser: Any, *line: str, ready: str = "#create-prompt textarea") -> None:
+        self.folder, self.browser, self.line, self.ready, self.port = folder, browser, line, ready, free_port()
         self.home = folder / "home"
         self.environment = {**os.environ, "DIFFUSION_KIT_HOME": str(self.home), "HF_HUB_OFFLINE": "1"}
         self.outside, self.errors = list[str](), list[str]()
@@ -80,12 +93,13 @@ class Studio:
         return f"http://127.0.0.1:{self.port}"
 
     def begin(self) -> None:
-        line = [sys.executable, "-m", "diffusion_kit.cli", "studio", "--port", str(self.port)]
+        line = [sys.executable, "-m", "diffusion_kit.cli", "studio", *self.line]
+        line += ["--port", str(self.port)]
         self.server = subprocess.Popen(line, env=self.environment, cwd=self.folder)
         for _ in range(300):
             time.sleep(0.2)
             try:
-                call(f"{self.url}/api/v1/health")
+                call(self.url)
                 return
             except OSError:
                 if self.server.poll() is not None:
@@ -102,7 +116,7 @@ class Studio:
         page.set_default_timeout(60_000)
         page.on("console", lambda told: self.errors.append(told.text) if told.type == "error" else None)
         page.goto(self.url)
-        page.wait_for_selector("#create-prompt textarea")
+        page.wait_for_selector(self.ready)
         return page
 
     def guard(self, route: Any) -> None:
@@ -378,6 +392,163 @@ def history(studio: Studio) -> dict[str, Any]:
     return {"passed": {"a picture's settings come back": (shown, int(seed or -1)) == (recipe.prompt, recipe.seed)}}
 
 
+def examples(studio: Studio) -> dict[str, Any]:
+    """Every example fills the form and is made by one click."""
+    page = studio.page()
+    thumbs = "#create-examples button.thumbnail-item, #create-examples .grid-container button"
+    page.wait_for_selector(thumbs)
+    count, made = page.locator(thumbs).count(), list[str]()
+    for k in range(count):
+        before = len(studio.pictures())
+        page.locator(thumbs).nth(k).click()
+        recipe = read(finished(page, "create", before, studio))
+        assert isinstance(recipe, Recipe)
+        made += [recipe.prompt] if page.input_value("#create-prompt textarea") == recipe.prompt else []
+        studio.shot(page, f"example-{k + 1}")
+    return {"made": made, "passed": {"all run, and show their settings": len(made) == count >= 4}}
+
+
+def compare(studio: Studio) -> dict[str, Any]:
+    """A grid over scale and seed; the fidelity stands under each picture."""
+    page = studio.page()
+    tab(page, "Compare")
+    page.fill("#compare-prompt textarea", "a brown horse on a blue background")
+    page.set_input_files("#compare-image input[type=file]", str(ROOT / "examples" / "horse.png"))
+    page.wait_for_selector("#compare-image img")
+    before = len(studio.pictures())
+    page.click("#compare-go")
+    until(page, lambda: "6 of 6" in page.inner_text("#compare-progress"), "six pictures are made", 180)
+    page.wait_for_timeout(1500)
+    studio.shot(page, "compare")
+    captions = page.locator("#compare-grid .caption-label").all_inner_texts()
+    figures = {scale: [float(own.split()[-1]) for own in captions if f"scale {scale}," in own] for scale in ("0", "1")}
+    return {
+        "captions": captions,
+        "passed": {
+            "six pictures, each with its figure": len(studio.pictures()) - before == len(captions) == 6,
+            "a control of scale 1 is followed more than one of 0": min(figures["1"]) > max(figures["0"]),
+        },
+    }
+
+
+def many(studio: Studio) -> dict[str, Any]:
+    """10,000 pictures open in less than a second, from the click on History to the last thumbnail's pixels."""
+    folder = studio.home / "studio" / "pictures" / "many"
+    folder.mkdir(parents=True)
+    made = sorted((ROOT / "diffusion_kit" / "studio" / "examples").glob("*.png"))
+    recipes = [(own, read(own)) for own in made]
+    ledger = Ledger(f"sqlite:///{studio.home / 'ledger.db'}")
+    for start in range(0, MANY, 1000):
+        with ledger.writing() as session:
+            for k in range(start, start + 1000):
+                source, recipe = recipes[k % len(recipes)]
+                file = folder / f"{k:05}.png"
+                shutil.copy(source, file)
+                pictures.add(session, file, replace(recipe, seed=k), "studio", datetime.now(UTC))
+    ledger.close()
+    page, seconds = studio.page(), list[float]()
+    for _ in range(7):
+        page.reload()
+        page.wait_for_selector(studio.ready)
+        page.wait_for_timeout(1000)
+        begin = time.perf_counter()
+        page.get_by_role("tab", name="History").click()
+        page.wait_for_function(ALL_THERE)
+        seconds.append(time.perf_counter() - begin)
+    words = page.inner_text("#history-count")
+    begin = time.perf_counter()
+    page.fill("#history-words textarea, #history-words input", "horse")
+    until(page, lambda: f"{MANY // 4} pictures" in page.inner_text("#history-count"), "the words are found", 20)
+    searched = time.perf_counter() - begin
+    return {
+        "pictures": words,
+        "first_seconds": round(seconds[0], 2),
+        "median_seconds": round(statistics.median(seconds), 2),
+        "search_seconds": round(searched, 2),
+        "passed": {"10,000 pictures open in less than a second": statistics.median(seconds) < 1},
+    }
+
+
+def grid(studio: Studio) -> dict[str, Any]:
+    """The dashboard of a table: two charts; a grid whose rows and columns are added and deleted, cells pasted, CSV taken
+    and given; rows that are written stand in the table and on the charts."""
+    shop = f"sqlite:///{studio.folder / 'shop.db'}"
+    engine = sa.create_engine(shop)
+    with engine.begin() as connection:
+        columns = "product_id INTEGER PRIMARY KEY, product_name TEXT, inventory_count INTEGER, price REAL"
+        connection.execute(sa.text(f"CREATE TABLE Product ({columns})"))
+        for k in range(10):
+            connection.execute(sa.text(f"INSERT INTO Product VALUES ({k}, 'Item {k}', {10 * k + 5}, {99.5 - 9 * k})"))
+    line = ("dashboard", "--table", "Product", "--x", "product_id", "--y", "price,inventory_count", "--every", "2")
+    own = Studio(studio.folder, studio.browser, *line, "--source", shop, ready="#plot-price canvas, #plot-price svg")
+    try:
+        context = studio.browser.new_context(viewport={"width": 1280, "height": 1000})
+        context.grant_permissions(["clipboard-read", "clipboard-write"], origin=own.url)
+        page = own.page(context)
+        page.wait_for_selector("#plot-inventory_count canvas, #plot-inventory_count svg")
+        page.get_by_text("Write rows").click()
+        page.wait_for_selector(cell(0, 0))
+        steps = {}
+        steps["columns are the table's"] = headers(page) == ["product_id", "product_name", "inventory_count", "price"]
+        of_menu(page, cell(0, 0), "Add row below")
+        steps["a row is added"] = rows(page) == 2
+        of_menu(page, cell(0, 0), "Add column to the right")
+        steps["a column is added"] = len(headers(page)) == 5
+        of_menu(page, cell(0, 1), "Delete column")
+        of_menu(page, cell(1, 0), "Delete row")
+        steps["both are deleted"] = (rows(page), len(headers(page))) == (1, 4)
+        page.evaluate("(text) => navigator.clipboard.writeText(text)", "10\tItem 10\t7\t1.5\n11\tItem 11\t8\t2.5\n")
+        page.click(cell(0, 0))
+        page.keyboard.press("Control+V")
+        until(page, lambda: rows(page) == 2 and "Item 11" in page.inner_text(cell(1, 1)), "cells are pasted", 20)
+        own.shot(page, "dashboard")
+        with page.expect_download() as given:
+            page.click("#to-csv")
+        text = Path(given.value.path()).read_text()
+        steps["CSV out"] = text.splitlines()[1:] == ["10,Item 10,7,1.5", "11,Item 11,8,2.5"]
+        page.click("#write")
+        until(page, lambda: count(engine) == 12, "pasted rows are written", 20)
+        file = studio.folder / "more.csv"
+        file.write_text(text.replace("10,Item 10", "20,Item 20").replace("11,Item 11", "21,Item 21"))
+        page.set_input_files("#from-csv input[type=file], input#from-csv", str(file))
+        until(page, lambda: rows(page) == 2 and "Item 21" in page.inner_text(cell(1, 1)), "CSV in", 20)
+        page.click("#write")
+        until(page, lambda: count(engine) == 14, "rows of the file are written", 20)
+        until(page, lambda: "14 rows" in page.inner_text("#words"), "the dashboard shows them", 20)
+        page.wait_for_timeout(2500)
+        own.shot(page, "dashboard-written")
+    finally:
+        own.end()
+        studio.outside += own.outside
+        studio.errors += own.errors
+        engine.dispose()
+    return {"passed": steps}
+
+
+def cell(row: int, column: int) -> str:
+    return f"#grid [data-testid='cell-{row}-{column}']"
+
+
+def headers(page: Any) -> list[str]:
+    shown = page.locator("#grid thead th").all_inner_texts()
+    return list(dict.fromkeys(text.strip() for text in shown if text.strip()))
+
+
+def rows(page: Any) -> int:
+    return page.locator("#grid [data-testid^='cell-'][data-testid$='-0']").count()
+
+
+def of_menu(page: Any, selector: str, entry: str) -> None:
+    page.click(selector, button="right")
+    page.get_by_role("menuitem", name=entry).click()
+    page.wait_for_timeout(700)
+
+
+def count(engine: sa.Engine) -> int:
+    with engine.connect() as connection:
+        return int(connection.execute(sa.text("SELECT count(*) FROM Product")).scalar() or 0)
+
+
 def attack(studio: Studio) -> dict[str, Any]:
     """HTML in a prompt is text wherever it is shown."""
     page = studio.page()
@@ -407,7 +578,8 @@ def phone(studio: Studio) -> dict[str, Any]:
 
 
 PARTS: dict[str, Callable[[Studio], dict[str, Any]]] = {
-    own.__name__: own for own in (doodle, inpaint, controls, cancel, history, attack, runs, phone)
+    own.__name__: own
+    for own in (examples, doodle, inpaint, controls, compare, cancel, history, attack, runs, grid, phone, many)
 }
 
 

@@ -42,7 +42,7 @@ def test_jobs_are_done_in_their_order(queue: Queue) -> None:
     assert [queue.position(job) for job in (first, *others)] == [0, 1, 2]
     assert (first.state, others[0].state) == (RUNNING, QUEUED)
     held.go.set()
-    assert all(job.over.wait(PATIENCE) for job in (first, *others))
+    assert all(job.wait(PATIENCE) for job in (first, *others))
     assert order == [0, 1]
     assert (first.state, first.result, first.done, first.of) == (DONE, "made", 3, 3)
 
@@ -53,8 +53,8 @@ def test_a_full_queue_says_its_length_and_when_to_come_again(queue: Queue) -> No
     with pytest.raises(Full, match=r"full \(3 jobs\): try again in 1 s"):
         queue.submit("a", held)
     held.go.set()
-    assert all(job.over.wait(PATIENCE) for job in jobs)
-    assert queue.submit("a", held).over.wait(PATIENCE)
+    assert all(job.wait(PATIENCE) for job in jobs)
+    assert queue.submit("a", held).wait(PATIENCE)
 
 
 def test_one_that_waits_is_cancelled_at_once_and_one_that_runs_after_its_step(queue: Queue) -> None:
@@ -64,12 +64,12 @@ def test_one_that_waits_is_cancelled_at_once_and_one_that_runs_after_its_step(qu
     queue.cancel(waiting)
     assert waiting.state == CANCELLED
     queue.cancel(running)
-    assert not running.over.is_set()
+    assert not running.over.done()
     held.go.set()
-    assert running.over.wait(PATIENCE)
+    assert running.wait(PATIENCE)
     assert (running.state, running.done) == (CANCELLED, 1)
     assert running.preview is not None, "the last preview stays"
-    assert queue.submit("a", lambda job: 5).over.wait(PATIENCE), "the next one runs"
+    assert queue.submit("a", lambda job: 5).wait(PATIENCE), "the next one runs"
 
 
 def test_another_owners_job_is_not_there(queue: Queue) -> None:
@@ -77,7 +77,7 @@ def test_another_owners_job_is_not_there(queue: Queue) -> None:
     assert queue.find(job.id, "a") is job
     assert queue.find(job.id, "b") is None
     assert queue.find("other", "a") is None
-    assert job.over.wait(PATIENCE)
+    assert job.wait(PATIENCE)
     assert queue.find(job.id, "b") is None
     assert queue.find(job.id, "a") is job
 
@@ -87,15 +87,15 @@ def test_a_job_that_fails_says_so_and_the_next_one_runs(queue: Queue) -> None:
         raise ValueError("no such thing")
 
     job = queue.submit("a", wrong)
-    assert job.over.wait(PATIENCE)
+    assert job.wait(PATIENCE)
     assert (job.state, job.error) == (FAILED, "no such thing")
-    assert queue.submit("a", lambda job: 1).over.wait(PATIENCE)
+    assert queue.submit("a", lambda job: 1).wait(PATIENCE)
 
 
 def test_what_is_over_is_forgotten_after_a_while(queue: Queue) -> None:
     first = queue.submit("a", lambda job: bytes(10))
     for _ in range(KEPT):
-        assert queue.submit("a", lambda job: 1).over.wait(PATIENCE)
-    assert first.over.is_set()
+        assert queue.submit("a", lambda job: 1).wait(PATIENCE)
+    assert first.over.done()
     assert queue.find(first.id, "a") is None
     assert queue.counts[DONE] == KEPT + 1

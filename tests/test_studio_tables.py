@@ -19,7 +19,7 @@ pytest.importorskip("gradio", reason="the studio is an extra; scripts/verify stu
 
 from diffusion_kit.cli import main  # noqa: E402
 from diffusion_kit.ledger.sql import script  # noqa: E402
-from diffusion_kit.studio import dashboard  # noqa: E402
+from diffusion_kit.studio import dashboard, grid  # noqa: E402
 from diffusion_kit.studio.outbox import Outbox  # noqa: E402
 from diffusion_kit.studio.tables import SqlTable, open_table  # noqa: E402
 
@@ -218,13 +218,38 @@ def test_what_is_not_there_is_said(database: str, capsys: pytest.CaptureFixture[
 
 def test_rows_of_a_grid_have_numbers_and_no_empty_ones() -> None:
     rows = pd.DataFrame([["7", "Item", "1.5"], ["", "", ""], [None, None, None]], columns=["a", "b", "c"])
-    assert dashboard.rows_of(rows) == [{"a": 7, "b": "Item", "c": 1.5}]
+    assert grid.rows_of(rows) == [{"a": 7, "b": "Item", "c": 1.5}]
 
 
 def test_csv_in_and_out_are_each_others_inverse(tmp_path: Path) -> None:
     rows = pd.DataFrame([["1", 'a, "b"\nc'], ["2", ""]], columns=["id", "ü"])
-    file = dashboard.to_csv(rows)
-    pd.testing.assert_frame_equal(dashboard.from_csv(file, []), rows)
+    file = tmp_path / "rows.csv"
+    file.write_text(grid.to_csv(rows))
+    pd.testing.assert_frame_equal(grid.from_csv(str(file)), rows)
+
+
+@pytest.mark.parametrize(
+    ("text", "row", "column", "expected"),
+    [
+        ("1\tone\n2\ttwo\n", 0, 0, [["1", "one"], ["2", "two"]]),
+        ("id\tname\n1\tone", 0, 0, [["1", "one"]]),
+        ("two\nthree", 0, 1, [["", "two"], ["", "three"]]),
+        ("1", 1, 0, [["", ""], ["1", ""]]),
+        ('1\t"a\nb"', 0, 0, [["1", "a\nb"]]),
+        ("1", 10**12, 10**12, [["", ""], ["", "1"]]),
+        ("", 0, 0, [["", ""]]),
+    ],
+)
+def test_cells_of_a_spreadsheet_go_where_they_are_pasted(text: str, row: int, column: int, expected: Any) -> None:
+    rows = pd.DataFrame([["", None]], columns=["id", "name"])
+    found = grid.pasted(rows, json.dumps({"text": text, "row": row, "column": column}))
+    assert found.values.tolist() == expected
+    assert list(found.columns) == ["id", "name"]
+
+
+def test_a_grid_grows_with_what_is_pasted() -> None:
+    found = grid.pasted(pd.DataFrame([["x"]], columns=["1"]), json.dumps({"text": "a\tb\tc", "row": 0, "column": 0}))
+    assert (list(found.columns), found.values.tolist()) == (["1", "2", "3"], [["a", "b", "c"]])
 
 
 def test_written_rows_reach_the_table(database: str) -> None:

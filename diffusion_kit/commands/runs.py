@@ -74,6 +74,8 @@ def show_one(run: Run, state: str, last: dict[str, float], as_json: bool) -> Non
 
 def show_pair(pair: list[Run], last: list[dict[str, float]], as_json: bool) -> None:
     """What differs in the configurations, and the last figures of both."""
+    from diffusion_kit.training.tree import leaves
+
     trees = [dict(leaves(run.config)) for run in pair]
     rows = []
     for kind, tables in (("setting", trees), ("figure", last)):
@@ -86,13 +88,6 @@ def show_pair(pair: list[Run], last: list[dict[str, float]], as_json: bool) -> N
         return
     head = ["", *(f"{run.id} {shortened(run.folder.rpartition('/')[2], WIDE)}" for run in pair)]
     print(columns([head, *([row["name"], cell(row["a"]), cell(row["b"])] for row in rows)]))
-
-
-def leaves(tree: Any, prefix: str = "") -> list[tuple[str, Any]]:
-    """Values of a tree by their dotted names."""
-    if not isinstance(tree, dict) or not tree:
-        return [(prefix, tree)]
-    return [pair for name, value in tree.items() for pair in leaves(value, f"{prefix}.{name}" if prefix else name)]
 
 
 def cell(value: Any) -> str:

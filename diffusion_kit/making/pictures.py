@@ -6,6 +6,7 @@ import importlib.metadata
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -192,5 +193,10 @@ def grid_of(pictures: Sequence[Image.Image], columns: int | None = None) -> Imag
 
 def versions() -> dict[str, str]:
     """Of what makes pictures; without a package that has none, as the kit in a checkout that was not installed."""
-    found = {name: list(importlib.metadata.distributions(name=name))[:1] for name in PACKAGES}
-    return {name: own[0].version for name, own in found.items() if own}
+    return {name: found for name in PACKAGES if (found := version(name)) is not None}
+
+
+@cache  # it looks through all that is installed
+def version(package: str) -> str | None:
+    found = next(iter(importlib.metadata.distributions(name=package)), None)
+    return None if found is None else found.version

@@ -38,7 +38,6 @@ from .workshop import Result, make_control_image
 PREFIX = "/api/v1"
 OPEN = (f"{PREFIX}/health",)
 LONGEST_WAIT = 60.0  # seconds
-POLL = 0.05
 
 
 class JobState(BaseModel):
@@ -182,11 +181,8 @@ def as_png(picture: Image.Image) -> bytes:
 
 
 async def over(job: Job, seconds: float) -> None:
-    """Waits until the job is over, or so long."""
-    for _ in range(round(seconds / POLL)):
-        if job.over.is_set():
-            return
-        await asyncio.sleep(POLL)
+    """Waits until the job is over, or so long; nothing runs meanwhile, which would be taken from the pictures."""
+    await asyncio.wait({asyncio.wrap_future(job.over)}, timeout=seconds)
 
 
 def served(file: Path) -> FileResponse:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -16,6 +14,7 @@ import pandas as pd
 from diffusion_kit.ledger.place import home
 from diffusion_kit.ledger.recorder import summary
 
+from .grid import grid, rows_of
 from .outbox import Outbox
 from .tables import Source, masked
 
@@ -96,7 +95,7 @@ def build(live: Live, x: str, ys: Sequence[str], every: float, kind: str = "bar"
             ]
         with gr.Accordion("Rows", open=False):
             table = gr.Dataframe(interactive=False, show_search="filter", elem_id="rows", max_height=400)
-        grid, file, write, out = writing(live)
+        new = grid(live.columns)
         parts = [words, *plots, table]
 
         def look() -> list[Any]:
@@ -106,27 +105,8 @@ def build(live: Live, x: str, ys: Sequence[str], every: float, kind: str = "bar"
         same: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
         blocks.load(look, None, parts, **same)
         gr.Timer(every).tick(look, None, parts, **same)
-        file.upload(lambda own: from_csv(own, live.columns), file, grid, **same)
-        write.click(lambda rows: add(live, rows), grid, grid, **same).then(look, None, parts, **same)
-        out.click(to_csv, grid, out, **same)
+        new.write.click(lambda rows: add(live, rows), new.cells, new.cells, **same).then(look, None, parts, **same)
     return blocks
-
-
-def writing(live: Live) -> tuple[Any, Any, Any, Any]:
-    """A grid for new rows: written, pasted, or of a CSV file."""
-    with gr.Accordion("Write rows", open=False, elem_id="writing"):
-        grid = gr.Dataframe(
-            headers=live.columns or None,
-            interactive=True,
-            label="New rows: add and delete rows and columns, paste from a spreadsheet",
-            elem_id="grid",
-            max_height=400,
-        )
-        with gr.Row():
-            file = gr.UploadButton("From CSV", file_types=[".csv"], size="sm", elem_id="from-csv")
-            out = gr.DownloadButton("To CSV", size="sm", elem_id="to-csv")
-            write = gr.Button("Add to the table", size="sm", variant="primary", elem_id="write")
-    return grid, file, write, out
 
 
 def add(live: Live, rows: pd.DataFrame) -> pd.DataFrame:
@@ -142,44 +122,3 @@ def add(live: Live, rows: pd.DataFrame) -> pd.DataFrame:
         raise gr.Error(f"the table has no column {unknown[0]!r}; it has {', '.join(live.columns)}")
     live.outbox.add(found)
     return pd.DataFrame(columns=live.columns or list(found[0]))
-
-
-def rows_of(rows: pd.DataFrame) -> list[dict[str, Any]]:
-    """What stands in a grid: rows with anything in them, numbers as numbers."""
-    found = []
-    for row in rows.to_dict("records"):
-        own = {str(name): number(value) for name, value in row.items()}
-        if any(value is not None for value in own.values()):
-            found.append(own)
-    return found
-
-
-def number(value: Any) -> Any:
-    """A cell's value: of text that is one, the number; None of an empty cell."""
-    if value is None or (isinstance(value, float) and value != value) or (isinstance(value, str) and not value.strip()):
-        return None
-    if not isinstance(value, str):
-        return value.item() if hasattr(value, "item") else value
-    for kind in (int, float):
-        try:
-            return kind(value)
-        except ValueError:
-            continue
-    return value
-
-
-def from_csv(file: str, columns: Sequence[str]) -> pd.DataFrame:
-    """
-    Raises:
-        gr.Error: it is no CSV.
-    """
-    try:
-        return pd.read_csv(file, dtype=str, keep_default_na=False)
-    except (ValueError, UnicodeDecodeError) as error:  # pandas' own are ValueErrors
-        raise gr.Error(f"this is no CSV file: {' '.join(str(error).split())}") from None
-
-
-def to_csv(rows: pd.DataFrame) -> str:
-    file = Path(tempfile.mkdtemp()) / "rows.csv"
-    rows.to_csv(file, index=False)
-    return str(file)

@@ -7,6 +7,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,6 +42,7 @@ class Job:
         done, of: calls of the network.
         preview: the picture so far; that of a cancelled job stays.
         asked, began, ended: seconds of `time.monotonic`.
+        over: done when the job is.
     """
 
     owner: str
@@ -57,7 +59,7 @@ class Job:
     began: float | None = None
     ended: float | None = None
     cancelling: threading.Event = field(default_factory=threading.Event)
-    over: threading.Event = field(default_factory=threading.Event)
+    over: Future[None] = field(default_factory=Future)
 
     def step(self, done: int, of: int, preview: Image.Image | None = None) -> None:
         """Tells how far the job is.
@@ -69,6 +71,10 @@ class Job:
         self.preview = preview or self.preview
         if self.cancelling.is_set():
             raise Cancelled
+
+    def wait(self, seconds: float | None = None) -> bool:
+        """Whether it is over, at the latest after so many seconds."""
+        return bool(wait([self.over], seconds).done)
 
     @property
     def seconds_left(self) -> float | None:
@@ -170,7 +176,7 @@ class Queue:
         self.counts[state] += 1
         if job.began is not None and state == DONE:
             self.pace += PACE * (job.ended - job.began - self.pace)
-        job.over.set()
+        job.over.set_result(None)
 
 
 def _nothing(job: Job) -> None:

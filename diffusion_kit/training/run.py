@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 from . import checkpoints
 from .config import Config, parse, read
+from .tree import leaves
 
 if TYPE_CHECKING:
     from .tracking import Trackers
@@ -260,15 +261,6 @@ def check_same(old: Config, new: Config, allow: Sequence[str], checkpoint: Path 
                 f"{key} is {after.get(key)!r}, the run of {where} has {before.get(key)!r}: "
                 f"leave it, or allow the change with --allow-change {key}"
             )
-
-
-def leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Values of a tree by their dotted names."""
-    if isinstance(tree, dict) and tree:
-        for name, value in tree.items():
-            yield from leaves(value, f"{prefix}.{name}" if prefix else name)
-    else:
-        yield prefix, tree
 
 
 def environment(processes: int) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from diffusion_kit.ledger.rebuild import new_run
 from . import run
 from .config import Config
 from .loop import Trainer
+from .tree import leaves
 
 PROJECT = "diffusion_kit"
 
@@ -140,7 +141,8 @@ def tracked(trainer: Trainer, own: run.Run, command: Sequence[str]) -> Iterator[
     accelerator.log_with = accelerator.log_with or []
     if config.history:
         accelerator.log_with.append(LedgerTracker(row_of(trainer, own, command), own.say))
-    flat = {name: value if isinstance(value, (int, float, str)) else str(value) for name, value in leaves(config)}
+    settings = leaves(config.model_dump(mode="json"))
+    flat = {name: value if isinstance(value, (int, float, str)) else str(value) for name, value in settings}
     names = {"name": own.folder.name}
     kwargs = {"wandb": names | {"dir": str(own.folder)}, "trackio": names, "mlflow": {"run_name": own.folder.name}}
     accelerator.init_trackers(PROJECT, config=flat, init_kwargs=kwargs)
@@ -162,7 +164,3 @@ def row_of(trainer: Trainer, own: run.Run, command: Sequence[str]) -> dict[str, 
     about = new_run(folder, shlex.join(command) or "train(config)")
     whole = {"config": config.model_dump(mode="json"), "target": config.target, "steps": config.steps}
     return about | whole | {"folder": str(folder), "step": trainer.step}
-
-
-def leaves(config: Config) -> Iterator[tuple[str, Any]]:
-    return run.leaves(config.model_dump(mode="json"))

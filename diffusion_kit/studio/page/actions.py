@@ -11,7 +11,7 @@ from typing import Any
 import gradio as gr
 
 from diffusion_kit.making.job import Job as Wanted
-from diffusion_kit.recipes import Recipe, read
+from diffusion_kit.recipes import FileRef, Recipe, read
 from diffusion_kit.studio.core import FORESEEN, Core, explain
 from diffusion_kit.studio.queue import Full
 from diffusion_kit.studio.requests import Asked, settings_of
@@ -130,7 +130,11 @@ def shown_recipe(file: str | None) -> Recipe:
 
 
 def asked_of(core: Core, recipe: Recipe) -> Asked:
-    """The same picture again."""
+    """The same picture again; what is embedded in the recipe is kept as a file, which a command can name."""
+
+    def kept(ref: FileRef | None) -> FileRef | None:
+        return ref if ref is None or ref.data is None else core.inputs.add(ref.data, ref.path)
+
     model = core.library.model(recipe.model)
     settings = replace(
         settings_of(core.config, model),
@@ -142,5 +146,8 @@ def asked_of(core: Core, recipe: Recipe) -> Asked:
         strength=recipe.strength,
         fit=recipe.fit,
     )
-    controls = tuple(replace(own, hash=None, detect=own.detect or "none") for own in recipe.controls)
-    return Asked(Wanted("", recipe.prompt, recipe.image, recipe.mask, controls), settings, recipe.seed)
+    controls = tuple(
+        replace(own, hash=None, detect=own.detect or "none", image=kept(own.image) or own.image, mask=kept(own.mask))
+        for own in recipe.controls
+    )
+    return Asked(Wanted("", recipe.prompt, kept(recipe.image), kept(recipe.mask), controls), settings, recipe.seed)

@@ -15,7 +15,7 @@ from diffusion_kit.recipes import FileRef, Recipe
 from diffusion_kit.studio.core import Core
 from diffusion_kit.studio.requests import Asked
 
-from . import actions, form
+from . import actions, examples, form
 from .output import Output, output
 
 NAME = "create"
@@ -79,8 +79,10 @@ def tab(core: Core, client: Any, job: Any) -> Create:
             slots = form.slots(core, NAME, settings)
             fit = gr.Radio(list(FITS), value="cover", label="Pictures of another shape")
             go = gr.Button("Generate (Ctrl+Enter)", variant="primary", elem_id=f"{NAME}-go")
+            tried = examples.row(core)
         with gr.Column(scale=5, min_width=320):
             out = output(core, NAME, job)
     made = Create(core, settings, slots, image, strength, fit, out)
     actions.wire(core, out, client, go, made.inputs, made.asked)
+    examples.wire(tried, made, client)
     return made

@@ -295,7 +295,7 @@ def detected(core: Core, own: Slot, values: Values) -> Image.Image:
         job = core.queue.submit("", lambda job: detect(str(name), image))
     except Full as error:
         raise gr.Error(str(error), title="busy") from None
-    job.over.wait()
+    job.wait()
     if job.error:
         raise gr.Error(job.error)
     return job.result

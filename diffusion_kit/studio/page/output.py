@@ -58,7 +58,7 @@ class Output:
         """Updates until the job is over."""
         yield {self.job: job.id, self.progress: bar(self.core, job)}
         last = None
-        while not job.over.is_set():
+        while not job.over.done():
             await asyncio.sleep(GLANCE)
             update: dict[Any, Any] = {self.progress: bar(self.core, job)}
             if job.preview is not None and job.preview is not last:

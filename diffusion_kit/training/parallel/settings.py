@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusion_kit.training.config import Config, parse
+from diffusion_kit.training.tree import leaves
 
 from . import keys
 
@@ -226,7 +227,7 @@ def check_filled(tree: Tree) -> None:
     Raises:
         ValueError: a value is "auto" still.
     """
-    if left := next((name for name, value in _leaves(tree) if value == AUTO), None):
+    if left := next((name for name, value in leaves(tree) if value == AUTO), None):
         raise ValueError(f'deepspeed: {left} is "auto", which nothing in the kit\'s configuration says: give a value')
 
 
@@ -283,14 +284,6 @@ def _warn(tree: Tree, say: Callable[[str], None]) -> None:
     idle = [name for name in ("allgather_partitions", "allgather_bucket_size", "reduce_scatter") if name in zero]
     if zero.get("stage") == 3 and idle:
         say(f"deepspeed: stage 3 does not use {', '.join(idle)}")
-
-
-def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(tree, Mapping):
-        for name, value in tree.items():
-            yield from _leaves(value, f"{prefix}.{name}" if prefix else name)
-    else:
-        yield prefix, tree
 
 
 def width_of(nets: list[Any]) -> int | None:
