@@ -9,6 +9,7 @@ import threading
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -110,9 +111,14 @@ def _maps() -> list[tuple[int, int, str, str]]:
     return [(*(int(part, 16) for part in row[0].split("-")), row[1], row[5] if len(row) > 5 else "") for row in rows]
 
 
+@cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
+
+
 def _advise(first: int, last: int, how: int) -> None:
     """Of whole pages in between; advice that the system does not take is no error."""
     page = mmap.PAGESIZE
     first, last = -(-first // page) * page, last // page * page
     if first < last:
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), ctypes.c_int(how))
+        _libc().madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), ctypes.c_int(how))

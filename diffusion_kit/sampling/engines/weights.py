@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from .pages import FilePages
+
 SET = (  # on a module, beside its tensors: by peft on a LoRA layer, by FreeU on a block
     *("scaling", "_active_adapter", "merged_adapters", "_disable_adapters"),
     *("s1", "s2", "b1", "b2"),
@@ -40,13 +42,18 @@ def settings(net: nn.Module) -> Hashable:
 
 @torch.no_grad()
 def sampled(nets: Iterable[nn.Module]) -> list[int]:
-    """Sums of some of the bits of every weight: who edits `.data` leaves no trace in `state`."""
-    return [_some_bits(value) for net in nets for module in net.modules() for value in _own(module)]
+    """Sums of some of the bits of every weight: who edits `.data` leaves no trace in `state`. Of weights that lie in a file
+    no page stays in memory, although the system brings many where one is looked at."""
+    pages = FilePages()
+    return [_some_bits(value, pages) for net in nets for module in net.modules() for value in _own(module)]
 
 
-def _some_bits(value: Tensor) -> int:
+def _some_bits(value: Tensor, pages: FilePages) -> int:
     flat = value.detach().flatten()
-    return hash(flat[:: max(1, flat.numel() // SAMPLES)].double().sum().item())
+    found = hash(flat[:: max(1, flat.numel() // SAMPLES)].double().sum().item())
+    if value.device.type == "cpu":
+        pages.forget(value)
+    return found
 
 
 def _own(module: nn.Module) -> Iterator[Tensor]:
