@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import shutil
 import statistics
@@ -450,7 +451,7 @@ def many(studio: Studio) -> dict[str, Any]:
     for _ in range(7):
         page.reload()
         page.wait_for_selector(studio.ready)
-        page.wait_for_timeout(1000)
+        page.wait_for_timeout(2500)  # it makes itself ready
         begin = time.perf_counter()
         page.get_by_role("tab", name="History").click()
         page.wait_for_function(ALL_THERE)
@@ -458,10 +459,11 @@ def many(studio: Studio) -> dict[str, Any]:
     words = page.inner_text("#history-count")
     begin = time.perf_counter()
     page.fill("#history-words textarea, #history-words input", "horse")
-    until(page, lambda: f"{MANY // 4} pictures" in page.inner_text("#history-count"), "the words are found", 20)
+    until(page, lambda: found_on(page) < MANY // 2, "the words are found", 20)
     searched = time.perf_counter() - begin
     return {
         "pictures": words,
+        "of_a_search": found_on(page),
         "first_seconds": round(seconds[0], 2),
         "median_seconds": round(statistics.median(seconds), 2),
         "search_seconds": round(searched, 2),
@@ -487,8 +489,9 @@ def grid(studio: Studio) -> dict[str, Any]:
         page = own.page(context)
         page.wait_for_selector("#plot-inventory_count canvas, #plot-inventory_count svg")
         page.get_by_text("Write rows").click()
+        steps = {"it is empty at first": rows(page) == 0}
+        page.click("#grid [aria-label='Add row']")
         page.wait_for_selector(cell(0, 0))
-        steps = {}
         steps["columns are the table's"] = headers(page) == ["product_id", "product_name", "inventory_count", "price"]
         of_menu(page, cell(0, 0), "Add row below")
         steps["a row is added"] = rows(page) == 2
@@ -510,7 +513,9 @@ def grid(studio: Studio) -> dict[str, Any]:
         until(page, lambda: count(engine) == 12, "pasted rows are written", 20)
         file = studio.folder / "more.csv"
         file.write_text(text.replace("10,Item 10", "20,Item 20").replace("11,Item 11", "21,Item 21"))
-        page.set_input_files("#from-csv input[type=file], input#from-csv", str(file))
+        with page.expect_file_chooser() as chooser:
+            page.click("#from-csv")
+        chooser.value.set_files(str(file))
         until(page, lambda: rows(page) == 2 and "Item 21" in page.inner_text(cell(1, 1)), "CSV in", 20)
         page.click("#write")
         until(page, lambda: count(engine) == 14, "rows of the file are written", 20)
@@ -547,6 +552,12 @@ def of_menu(page: Any, selector: str, entry: str) -> None:
 def count(engine: sa.Engine) -> int:
     with engine.connect() as connection:
         return int(connection.execute(sa.text("SELECT count(*) FROM Product")).scalar() or 0)
+
+
+def found_on(page: Any) -> int:
+    """How many pictures History says that it found; all while it looks."""
+    said = re.search(r"(\d+) pictures", page.inner_text("#history-count"))
+    return int(said[1]) if said else MANY
 
 
 def attack(studio: Studio) -> dict[str, Any]:
@@ -598,8 +609,8 @@ def main(names: list[str]) -> None:
                 figures[name] = found
                 print(name, json.dumps(found), file=sys.stderr, flush=True)
         finally:
-            studio.end()
             browser.close()
+            studio.end()
     figures["requests_to_other_hosts"] = studio.outside
     figures["errors_of_scripts"] = studio.errors
     passed["works with every outside request blocked, and asks for none"] = not studio.outside

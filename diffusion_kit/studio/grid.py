@@ -45,7 +45,9 @@ def grid(columns: Sequence[str]) -> Grid:
             max_height=400,
         )
         text = gr.Textbox(visible=False)
-        clipboard = gr.HTML("", js_on_load=script, elem_id="grid-clipboard", padding=False)
+        clipboard = gr.HTML(
+            "", html_template="<span></span>", js_on_load=script, elem_id="grid-clipboard", padding=False
+        )
         with gr.Row():
             file = gr.UploadButton("From CSV", file_types=[".csv"], size="sm", elem_id="from-csv")
             out = gr.Button("To CSV", size="sm", elem_id="to-csv")

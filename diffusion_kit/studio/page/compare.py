@@ -105,7 +105,9 @@ def tab(core: Core, client: Any) -> Compare:
                 cancel = gr.Button("Cancel (Esc)", variant="stop", elem_id=f"{NAME}-cancel")
         with gr.Column(scale=6, min_width=320):
             words = gr.Markdown(elem_id=f"{NAME}-progress")
-            grid = gr.Gallery(label="Fidelity stands under each", columns=3, elem_id=f"{NAME}-grid", **STILL)
+            grid = gr.Gallery(
+                label="Fidelity stands under each", columns=3, height="85vh", elem_id=f"{NAME}-grid", **STILL
+            )
     made = Compare(core, settings, what, image, kind, detect, kinds, scales, seeds)
     running = gr.State([])
     wire(made, client, go, cancel, words, grid, running)

@@ -22,7 +22,7 @@ from . import actions
 from .output import SHOWN, STILL
 
 NAME = "history"
-PAGE = 48  # pictures at once
+PAGE = 36  # pictures at once
 MOST = 1000  # pictures in a zip
 DAYS = {"any time": None, "today": 1, "last 7 days": 7, "last 30 days": 30}
 ANY = "any"
