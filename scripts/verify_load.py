@@ -34,9 +34,10 @@ from pathlib import Path
 from diffusion_kit import AutoPipelineForText2Image
 pipe = AutoPipelineForText2Image.from_pretrained("default")
 pipe.set_progress_bar_config(disable=True)
+words = sys.argv[4:]
 def one(k):
     noise = torch.Generator().manual_seed(k)
-    made = pipe("a horse", num_inference_steps=int(sys.argv[2]), guidance_scale=2.5, generator=noise)
+    made = pipe(f"{words[k % len(words)]} {k}", num_inference_steps=int(sys.argv[2]), guidance_scale=2.5, generator=noise)
     made.images[0].save(Path(sys.argv[3]) / f"{k}.png")
 one(0)
 start = time.perf_counter()
@@ -49,7 +50,10 @@ print(int(sys.argv[1]) / (time.perf_counter() - start))
 def serial(count: int, folder: str) -> float:
     """Pictures a second of a plain loop that saves them."""
     out = subprocess.run(
-        [sys.executable, "-c", SERIAL, str(count), str(STEPS), folder], check=True, capture_output=True, text=True
+        [sys.executable, "-c", SERIAL, str(count), str(STEPS), folder, *WORDS],
+        check=True,
+        capture_output=True,
+        text=True,
     )
     return float(out.stdout.split()[-1])
 
@@ -113,13 +117,25 @@ class Load:
                     return
                 k = self.todo.pop(0)
             asked = time.monotonic()
-            body = {"prompt": f"{WORDS[k % len(WORDS)]} {k}", "seed": 1000 + k, "steps": STEPS}
-            self.served(k, body, asked)
+            self.served(k, asked)
 
-    def served(self, k: int, body: dict[str, Any], asked: float) -> None:
+    def file(self, k: int) -> Path:
+        return self.folder / f"{k}.png"
+
+    def check(self) -> None:
+        """Reads back prompt and seed of every picture."""
+        for k in range(self.requests):
+            recipe, body = read(self.file(k)), self.body(k)
+            if not isinstance(recipe, Recipe) or (recipe.prompt, recipe.seed) != (body["prompt"], body["seed"]):
+                self.wrong.append(f"request {k} got {recipe}")
+
+    def body(self, k: int) -> dict[str, Any]:
+        return {"prompt": f"{WORDS[k % len(WORDS)]} {k}", "seed": 1000 + k, "steps": STEPS}
+
+    def served(self, k: int, asked: float) -> None:
         while True:
             try:
-                job = call(f"{self.url}/api/v1/pictures", body)
+                job = call(f"{self.url}/api/v1/pictures", self.body(k))
                 break
             except urllib.error.HTTPError as error:
                 if error.code != 429:
@@ -129,13 +145,9 @@ class Load:
                 time.sleep(float(error.headers["Retry-After"]))
         while job["state"] in ("queued", "running"):
             job = call(f"{self.url}/api/v1/jobs/{job['id']}?wait=30")
-        file = self.folder / f"{k}.png"
-        file.write_bytes(call(f"{self.url}/api/v1/jobs/{job['id']}/picture"))
-        recipe = read(file)
+        self.file(k).write_bytes(call(f"{self.url}/api/v1/jobs/{job['id']}/picture"))
         with self.lock:
             self.waits.append(time.monotonic() - asked)
-            if not isinstance(recipe, Recipe) or (recipe.prompt, recipe.seed) != (body["prompt"], body["seed"]):
-                self.wrong.append(f"request {k} got {recipe}")
             if len(self.waits) in (40, self.requests):
                 self.memory[len(self.waits)] = memory(self.url)
 
@@ -157,6 +169,7 @@ def main() -> None:
             for client in clients:
                 client.join()
             rate = requests / (time.monotonic() - start)
+        load.check()
         after = serial(requests // 4, folder)
     alone = statistics.mean([before, after])
     waits = sorted(load.waits)

@@ -22,7 +22,6 @@ from typing import Annotated, Any, Literal
 
 import psutil
 from fastapi import APIRouter, Depends, HTTPException, Query, Request, Response
-from fastapi.responses import FileResponse
 from PIL import Image
 from pydantic import BaseModel
 
@@ -38,6 +37,7 @@ from .workshop import Result, make_control_image
 PREFIX = "/api/v1"
 OPEN = (f"{PREFIX}/health",)
 LONGEST_WAIT = 60.0  # seconds
+PNG: dict[int | str, dict[str, Any]] = {200: {"content": {"image/png": {}}}}
 
 
 class JobState(BaseModel):
@@ -59,12 +59,12 @@ class JobState(BaseModel):
     result: dict[str, Any] | None
 
 
-def core_of(request: Request) -> Core:
+async def core_of(request: Request) -> Core:
     core: Core = request.app.state.core
     return core
 
 
-def owner_of(request: Request) -> str:
+async def owner_of(request: Request) -> str:
     """The user; where there are none, whoever knows a job's id is its owner."""
     return str(request.state.user)
 
@@ -74,7 +74,7 @@ Owner = Annotated[str, Depends(owner_of)]
 router = APIRouter(prefix=PREFIX)
 
 
-def job_of(id: str, core: Own, owner: Owner) -> Job:
+async def job_of(id: str, core: Own, owner: Owner) -> Job:
     job = core.queue.find(id, owner)
     if job is None:
         raise HTTPException(404, "no such job; of those that are over, the last are kept")
@@ -84,7 +84,7 @@ def job_of(id: str, core: Own, owner: Owner) -> Job:
 OfJob = Annotated[Job, Depends(job_of)]
 
 
-def result_of(job: OfJob) -> Result:
+async def result_of(job: OfJob) -> Result:
     if job.state != DONE or not isinstance(job.result, Result):
         raise HTTPException(409, f"the job is {job.state}")
     return job.result
@@ -111,24 +111,24 @@ async def job(job: OfJob, core: Own, wait: Annotated[float, Query(ge=0, le=LONGE
 
 
 @router.delete("/jobs/{id}")
-def cancel(job: OfJob, core: Own) -> JobState:
+async def cancel(job: OfJob, core: Own) -> JobState:
     core.queue.cancel(job)
     return state_of(core, job)
 
 
-@router.get("/jobs/{id}/picture", response_class=FileResponse)
-def picture(result: OfResult) -> FileResponse:
+@router.get("/jobs/{id}/picture", response_class=Response, responses=PNG)
+def picture(result: OfResult) -> Response:
     return served(result.file)
 
 
-@router.get("/jobs/{id}/controls/{number}", response_class=FileResponse)
-def control(result: OfResult, number: int) -> FileResponse:
+@router.get("/jobs/{id}/controls/{number}", response_class=Response, responses=PNG)
+def control(result: OfResult, number: int) -> Response:
     if not 1 <= number <= len(result.shown):
         raise HTTPException(404, f"the picture has {len(result.shown)} controls")
     return served(result.shown[number - 1])
 
 
-@router.post("/detect", response_class=Response, responses={200: {"content": {"image/png": {}}}})
+@router.post("/detect", response_class=Response, responses=PNG)
 async def detect(body: DetectRequest, core: Own, owner: Owner) -> Response:
     """On the queue too: detectors are networks."""
     try:
@@ -151,7 +151,7 @@ def models(core: Own) -> dict[str, Any]:
 
 
 @router.get("/health")
-def health(core: Own) -> dict[str, Any]:
+async def health(core: Own) -> dict[str, Any]:
     alive = core.queue.thread.is_alive()
     state = {"alive": alive, "model": core.workshop.model, "waiting": len(core.queue), "queue": core.queue.size}
     if not alive:
@@ -160,7 +160,7 @@ def health(core: Own) -> dict[str, Any]:
 
 
 @router.get("/metrics")
-def metrics(core: Own) -> Response:
+async def metrics(core: Own) -> Response:
     return Response("\n".join(lines_of(core)) + "\n", media_type="text/plain; version=0.0.4")
 
 
@@ -185,10 +185,13 @@ async def over(job: Job, seconds: float) -> None:
     await asyncio.wait({asyncio.wrap_future(job.over)}, timeout=seconds)
 
 
-def served(file: Path) -> FileResponse:
-    if not file.is_file():
-        raise HTTPException(410, "the file is not there any more")
-    return FileResponse(file, media_type="image/png", headers={"X-Content-Type-Options": "nosniff"})
+def served(file: Path) -> Response:
+    """The file in one piece: in many, each would wait for its turn beside the pictures that are made."""
+    try:
+        data = file.read_bytes()
+    except OSError:
+        raise HTTPException(410, "the file is not there any more") from None
+    return Response(data, media_type="image/png", headers={"X-Content-Type-Options": "nosniff"})
 
 
 def lines_of(core: Core) -> Iterator[str]:

@@ -24,7 +24,7 @@ class Cancelled(Exception):
 
 
 class Full(Exception):
-    """The queue takes no more; it has `length` jobs, and one may leave it in `seconds`."""
+    """The queue takes no more; it has `length` jobs, and may have room for whoever hears this in `seconds`."""
 
     def __init__(self, length: int, seconds: float) -> None:
         super().__init__(f"the queue is full ({length} jobs): try again in {max(1, round(seconds))} s")
@@ -97,6 +97,7 @@ class Queue:
         self.past: OrderedDict[str, Job] = OrderedDict()
         self.changed = threading.Condition()
         self.pace, self.counts = 1.0, dict.fromkeys(OVER, 0)
+        self.outside = 0  # how many were turned away and are thought to come again
         self.closed = False
         self.thread = threading.Thread(target=self._work, name="studio", daemon=True)
         self.thread.start()
@@ -109,7 +110,9 @@ class Queue:
         job = Job(owner, work, watched)
         with self.changed:
             if len(self.jobs) >= self.size:
-                raise Full(len(self.jobs), self.pace)
+                self.outside = min(self.outside + 1, self.size)
+                raise Full(len(self.jobs), self.pace * self.outside)  # each after those before
+            self.outside = max(self.outside - 1, 0)
             self.jobs[job.id] = job
             self.changed.notify_all()
         return job
