@@ -301,6 +301,8 @@ def cancel(studio: Studio) -> dict[str, Any]:
     page.fill("#create-prompt textarea", "a slow horse")
     page.get_by_text("Settings", exact=True).first.click()
     page.fill("#create-steps input[type=number]", "150")
+    for side in ("width", "height"):  # large for this model, so that there is a middle
+        page.fill(f"#create-{side} input", "192")
     page.keyboard.press("Control+Enter")
     until(page, lambda: state(page, "create") == "running", "it runs")
     page.wait_for_selector("#create-picture img")

@@ -57,7 +57,7 @@ def trackio(folder: Path) -> dict[int, float]:
 def mlflow(folder: Path) -> dict[int, float]:
     import mlflow as library
 
-    client = library.MlflowClient(f"file://{folder}/mlruns")
+    client = library.MlflowClient(f"sqlite:///{folder}/mlflow.db")
     (experiment,) = client.search_experiments(filter_string="name = 'diffusion_kit'")
     (run,) = client.search_runs([experiment.experiment_id])
     return {own.step: own.value for own in client.get_metric_history(run.info.run_id, "loss")}
@@ -79,11 +79,10 @@ def trained(name: str, folder: Path) -> list[dict[str, Any]]:
     (folder / f"{name}.yaml").write_text(CONFIG.format(name=name))
     own = {
         "WANDB_MODE": "offline",
-        "MLFLOW_TRACKING_URI": f"file://{folder}/mlruns",
+        "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db",
         "TRACKIO_DIR": f"{folder}/trackio",
     }
     own |= {"DIFFUSION_KIT_HOME": f"{folder}/home", "HF_HUB_OFFLINE": "1", "GRADIO_ANALYTICS_ENABLED": "False"}
-    own |= {"MLFLOW_ALLOW_FILE_STORE": "true"}
     line = [sys.executable, "-m", "diffusion_kit.cli", "train", f"{name}.yaml"]
     done = subprocess.run(line, cwd=folder, env={**os.environ, **own}, capture_output=True, text=True)
     if done.returncode or "the tracker" in done.stdout:

@@ -186,6 +186,12 @@ def test_the_page_takes_no_path_for_an_upload(studio: TestClient) -> None:
     assert not list(studio.config.output.rglob("passwd"))  # type: ignore[attr-defined]
 
 
+def test_waiting_pages_leave_the_processor_to_the_pictures(studio: TestClient) -> None:
+    """Gradio's own pace is a thousand looks a second, each in the way of the thread that makes pictures."""
+    page = next(own.app for own in studio.app.routes if hasattr(getattr(own, "app", None), "get_blocks"))  # type: ignore[attr-defined]
+    assert page.get_blocks()._queue.sleep_when_free >= 0.02
+
+
 def test_the_page_and_the_interface_refuse_foreign_pages(studio: TestClient) -> None:
     for headers in ({"Host": "evil.example"}, {"Origin": "http://evil.example"}):
         for path in ("/", "/config", f"{API}/models", f"{API}/openapi.json", "/gradio_api/info"):

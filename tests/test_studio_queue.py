@@ -57,6 +57,20 @@ def test_a_full_queue_says_its_length_and_when_to_come_again(queue: Queue) -> No
     assert queue.submit("a", held).wait(PATIENCE)
 
 
+def test_who_is_turned_away_comes_again_after_those_before(queue: Queue) -> None:
+    """Else all come at once, again and again, and take the processor from the pictures."""
+    held = Held()
+    jobs = [queue.submit("a", held) for _ in range(3)]
+    told = []
+    for _ in range(5):
+        with pytest.raises(Full) as found:
+            queue.submit("a", held)
+        told.append(found.value.seconds)
+    assert told == [1.0, 2.0, 3.0, 3.0, 3.0], "at most as long as the whole queue"
+    held.go.set()
+    assert all(job.wait(PATIENCE) for job in jobs)
+
+
 def test_one_that_waits_is_cancelled_at_once_and_one_that_runs_after_its_step(queue: Queue) -> None:
     held = Held()
     running, waiting = queue.submit("a", held, watched=True), queue.submit("a", held)

@@ -123,8 +123,9 @@ def settings(core: Core, tab: str) -> Settings:
             randomise = gr.Checkbox(True, label="Another seed each time", elem_id=f"{tab}-randomise", min_width=100)
             scheduler = gr.Dropdown([OWN, *SCHEDULERS], value=OWN, label="Scheduler", min_width=160)
         with gr.Row():
-            width = gr.Number(0, label="Width (0: the model's)", precision=0, minimum=0, step=8, min_width=100)
-            height = gr.Number(0, label="Height", precision=0, minimum=0, step=8, min_width=100)
+            size: dict[str, Any] = {"precision": 0, "minimum": 0, "step": 8, "min_width": 100}
+            width = gr.Number(0, label="Width (0: the model's)", elem_id=f"{tab}-width", **size)
+            height = gr.Number(0, label="Height", elem_id=f"{tab}-height", **size)
     model.input(lambda name: of_model(core, name), model, [steps_part, guidance_part], show_progress="hidden")
     again.click(lambda: gr.update(choices=list(core.library.find_models())), None, model, show_progress="hidden")
     head = (core, prompt, negative, style, model, steps_part, guidance_part)

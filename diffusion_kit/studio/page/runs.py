@@ -18,6 +18,7 @@ from .output import PLAIN
 
 NAME = "runs"
 EVERY = 3.0  # seconds, while a run is live
+RARELY = 15  # of them while no run is live
 COLUMNS = ["run", "state", "target", "step", "of", "loss", "fidelity", "started", "id", "notes"]
 NOTES = COLUMNS.index("notes")
 LOSS, FIDELITY = "loss", "validation/fidelity"
@@ -57,7 +58,7 @@ class Runs:
             self.words: said(drawn[0], states[drawn[0].id])
             if drawn
             else "no runs yet: `diffusion-kit train` makes them",
-            self.timer: gr.Timer(active=runs.RUNNING in states.values()),
+            self.timer: gr.Timer(EVERY if runs.RUNNING in states.values() else RARELY),
         }
 
 
