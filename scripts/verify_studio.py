@@ -66,7 +66,9 @@ data:
   sources: [{path: data}]
   resolution: 64
   workers: 0
+  holdout: 2
   condition: {detector: canny}
+validation: {every: 5, pictures: 2, steps: 4}
 """
 
 
@@ -335,13 +337,15 @@ def runs(studio: Studio) -> dict[str, Any]:
         page = studio.page()
         until(page, lambda: (studio.folder / "runs/live/metrics.jsonl").is_file(), "the training runs", 180)
         tab(page, "Runs")
-        cell = "#runs-table [data-testid='cell-0-3']"
-        page.wait_for_selector(cell)
-        first = int(page.inner_text(cell))
-        until(page, lambda: int(page.inner_text(cell) or 0) > first + 3, "its step grows on the page", 90)
-        grown = int(page.inner_text(cell))
+        step = cell_of_runs(3)
+        page.wait_for_selector(step)
+        first = int(page.inner_text(step))
+        until(page, lambda: int(page.inner_text(step) or 0) > first + 10, "its step grows on the page", 90)
+        grown = int(page.inner_text(step))
         until(page, lambda: page.query_selector("#runs-loss canvas, #runs-loss svg"), "its curve is drawn", 30)
-        note = "#runs-table [data-testid='cell-0-9']"
+        until(page, lambda: page.query_selector_all("#runs-sheets img"), "its last validation is shown", 60)
+        until(page, lambda: page.inner_text(cell_of_runs(6)).strip(), "its fidelity is told", 60)
+        note = cell_of_runs(9)
         page.dblclick(note)
         page.keyboard.type("promising")
         page.keyboard.press("Enter")
@@ -352,11 +356,11 @@ def runs(studio: Studio) -> dict[str, Any]:
         tab(page, "Runs")
         page.wait_for_selector(note)
         until(page, lambda: "promising" in page.inner_text(note), "the note is there after a reload", 20)
-        page.click("#runs-table [data-testid='cell-0-0']")
+        page.click(cell_of_runs(0))
         page.wait_for_timeout(1500)
         page.click("#runs-stop")
         code = training.wait(120)
-        until(page, lambda: "stopped" in page.inner_text("#runs-table [data-testid='cell-0-1']"), "it says stopped", 30)
+        until(page, lambda: "stopped" in page.inner_text(cell_of_runs(1)), "it says stopped", 30)
     finally:
         training.terminate()
     return {
@@ -364,6 +368,10 @@ def runs(studio: Studio) -> dict[str, Any]:
         "exit_code": code,
         "passed": {"the curve grows, the note stays": grown > first},
     }
+
+
+def cell_of_runs(column: int) -> str:
+    return f"#runs-table [data-testid='cell-0-{column}']"
 
 
 def history(studio: Studio) -> dict[str, Any]:

@@ -64,7 +64,7 @@ class Runs:
 
 def listed(run: Run, state: str, last: dict[str, float]) -> tuple[Any, ...]:
     started = f"{run.started.astimezone():%Y-%m-%d %H:%M}"
-    figures = (last.get(LOSS), last.get(FIDELITY))
+    figures = (None if last.get(name) is None else float(f"{last[name]:.4g}") for name in (LOSS, FIDELITY))
     return (label(run), state, run.target, run.step, run.steps, *figures, started, run.id, run.notes)
 
 
