@@ -78,9 +78,9 @@ def curve(session: Any, drawn: list[Run], name: str) -> pd.DataFrame:
 
 
 def sheets(core: Core, run: Run) -> list[tuple[str, str]]:
-    """Of the last validation."""
-    folders = sorted(Path(run.folder).glob("validation/step-*"))
-    files = sorted(folders[-1].glob("*.png")) if folders else []
+    """Of the last validation that is there."""
+    folders = sorted(Path(run.folder).glob("validation/step-*"), reverse=True)
+    files = next((found for folder in folders if (found := sorted(folder.glob("*.png")))), [])
     return [(core.shown(file), f"{file.stem}, step {int(file.parent.name.partition('-')[2])}") for file in files]
 
 
