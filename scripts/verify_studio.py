@@ -432,11 +432,20 @@ def compare(studio: Studio) -> dict[str, Any]:
     page.wait_for_timeout(1500)
     studio.shot(page, "compare")
     captions = page.locator("#compare-grid .caption-label").all_inner_texts()
+    page.get_by_role("radio", name="adapters side by side").click()
+    page.click("#compare-go")
+    until(page, lambda: "6 of 6" not in page.inner_text("#compare-progress"), "it begins anew", 20)
+    until(page, lambda: "6 of 6" in page.inner_text("#compare-progress"), "three adapters are compared", 180)
+    page.wait_for_timeout(1500)
+    studio.shot(page, "compare-kinds")
+    kinds = page.locator("#compare-grid .caption-label").all_inner_texts()
     figures = {scale: [float(own.split()[-1]) for own in captions if f"scale {scale}," in own] for scale in ("0", "1")}
     return {
         "captions": captions,
+        "kinds": kinds,
         "passed": {
-            "six pictures, each with its figure": len(studio.pictures()) - before == len(captions) == 6,
+            "six pictures, each with its figure": len(studio.pictures()) - before == 12 and len(captions) == 6,
+            "three adapters side by side, each with its figure": sum("not measured" not in own for own in kinds) == 6,
             "a control of scale 1 is followed more than one of 0": min(figures["1"]) > max(figures["0"]),
         },
     }

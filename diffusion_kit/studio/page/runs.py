@@ -111,7 +111,9 @@ def tab(core: Core) -> Runs:
         )
     with gr.Row():
         bars = gr.BarPlot(x="run", y=LOSS, title="last loss", y_lim=[0, None], elem_id=f"{NAME}-bars", min_width=320)
-        sheets_part = gr.Gallery(label="Last validation", columns=2, elem_id=f"{NAME}-sheets", **PLAIN)
+        sheets_part = gr.Gallery(
+            label="Last validation", columns=1, object_fit="contain", elem_id=f"{NAME}-sheets", **PLAIN
+        )
     timer = gr.Timer(EVERY)
     made = Runs(core, table, chosen, loss, fidelity, bars, sheets_part, words, timer)
     wire(made, dict(zip(ASKED, buttons, strict=True)), several)
