@@ -15,6 +15,7 @@ import test_kandinsky
 import torch
 from conftest import components, distance, lines, make_adapter, make_controlnet, make_vae, pipeline, seeds
 from diffusers.models.activations import GEGLU
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from test_loaders import save_lora
 from test_mixtures import KINDS, TASKS, run
 from torch import nn
@@ -277,6 +278,25 @@ def test_a_gated_layer_is_copied_and_pickled_plain() -> None:
         other = again(layer)
         assert distance(other(x), expected) == 0
         assert not isinstance(other.proj, Packed)
+
+
+@pytest.mark.parametrize("linear", [True, False])
+def test_a_transformer_keeps_channels_last_and_its_numbers(linear: bool) -> None:
+    torch.manual_seed(0)
+    net = Transformer2DModel(2, 16, 32, norm_num_groups=8, use_linear_projection=linear).eval()
+    x = torch.randn(2, 32, 6, 4).contiguous(memory_format=torch.channels_last)
+    expected = net(x).sample
+    assert not expected.is_contiguous(memory_format=torch.channels_last), "diffusers lays it out anew"
+    pack_all(packed.layers_of([net]))
+    made = net(x).sample
+    assert made.is_contiguous(memory_format=torch.channels_last)
+    assert distance(made, expected) < 1e-5
+    other = copy.deepcopy(net)
+    assert type(other) is type(net) is Transformer2DModel, "a look gives its class back"
+    pack_all(packed.layers_of([net]))
+    packed.unpack_all([net])
+    assert type(net) is Transformer2DModel
+    assert distance(net(x).sample, expected) == 0
 
 
 @pytest.mark.skipif(not PAGEMAP.exists(), reason="pages of files are seen on Linux")

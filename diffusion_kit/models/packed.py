@@ -2,7 +2,8 @@
 
 torch gives float32 linear layers to a library that is half as fast on some CPUs, and lays a convolution's weight out anew
 in every call. A packed layer computes with the laid-out weight and holds no other copy of it. A gated layer (GEGLU) is two
-products, of which the first ends with gelu and the second with the gate: nothing is written in between.
+products, of which the first ends with gelu and the second with the gate: nothing is written in between. What a transformer
+makes of a picture keeps its channels last, as packed convolutions take it.
 
 Whoever looks at a packed layer's parameters (saving, LoRA, `.to`, loading, an edit by hand, a copy) or sets anything of it
 finds a plain layer with the same bits: the look itself unpacks it. A weight that anybody else holds is not packed. So
@@ -20,6 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 from diffusers.models.activations import GEGLU
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
 from diffusion_kit.sampling.doors import Tree
@@ -101,7 +103,15 @@ class PackedConv2d(Packed, nn.Conv2d):  # type: ignore[override]
         return onednn.convolution(input, self, own.parts[0])
 
 
-class PackedGEGLU(GEGLU):
+class Lent(nn.Module):
+    """What a module has in another class of its own while its layers are packed: copies of it are plain."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        give_back(self)
+        return self.__reduce_ex__(protocol)
+
+
+class PackedGEGLU(Lent, GEGLU):
     """x V^T * gelu(x G^T) in two products, where its layer's weight [V; G] is packed in halves; else as it was."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -114,13 +124,23 @@ class PackedGEGLU(GEGLU):
         value, gate = own.parts
         return onednn.gated(hidden_states, value, gate, biases)
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        self.__class__ = GEGLU
-        return self.__reduce_ex__(protocol)
+
+class PackedTransformer(Lent, Transformer2DModel):
+    """Its tokens (B, H W, C) are a picture (B, C, H, W) with its channels last, and its output stays one: else the layers
+    behind it have to lay their inputs out anew, up to its next convolution and down every skip connection."""
+
+    def _get_output_for_continuous_inputs(
+        self, hidden_states: Tensor, residual: Tensor, batch_size: int, height: int, width: int, inner_dim: int
+    ) -> Tensor:
+        project: Any = self.proj_out
+        h = project(hidden_states) if self.use_linear_projection else hidden_states
+        h = h.unflatten(1, (height, width)).permute(0, 3, 1, 2)
+        return (h if self.use_linear_projection else project(h)) + residual  # in the layout of the first
 
 
 NUMBERS = count()
 CLASSES: dict[type[nn.Module], type[Packed]] = {nn.Linear: PackedLinear, nn.Conv2d: PackedConv2d}
+LENT: dict[type[nn.Module], type[Lent]] = {GEGLU: PackedGEGLU, Transformer2DModel: PackedTransformer}
 
 
 class Packing(Engine):
@@ -154,8 +174,8 @@ def held_by(module: nn.Module) -> list[Tensor]:
 
 
 def layers_of(nets: Iterable[nn.Module]) -> list[nn.Module]:
-    """Layers that can be packed, and what they are fused with, which comes before its layer."""
-    kinds = (*CLASSES, *CLASSES.values(), GEGLU, PackedGEGLU)
+    """Layers that can be packed, and modules with a class for packed layers, which come before theirs."""
+    kinds = (*CLASSES, *CLASSES.values(), *LENT, *LENT.values())
     return [layer for net in nets for layer in net.modules() if type(layer) in kinds]
 
 
@@ -166,6 +186,8 @@ def pack_all(layers: Iterable[nn.Module]) -> None:
     for layer in layers:
         if isinstance(layer, GEGLU):
             layer.__class__ = PackedGEGLU if pack_layer(layer.proj, pages, 2) else GEGLU
+        elif isinstance(layer, Transformer2DModel):
+            layer.__class__ = PackedTransformer
         else:
             pack_layer(layer, pages)
 
@@ -202,8 +224,13 @@ def unpack_all(nets: Iterable[nn.Module]) -> None:
     for layer in layers_of(nets):
         if isinstance(layer, Packed):
             unpack(layer)
-        elif isinstance(layer, GEGLU):
-            layer.__class__ = GEGLU
+        elif isinstance(layer, Lent):
+            give_back(layer)
+
+
+def give_back(module: nn.Module) -> None:
+    """Gives a module its own class again."""
+    module.__class__ = next(cls for cls in type(module).__mro__ if cls in LENT)
 
 
 def can_be_packed(layer: Any) -> bool:
