@@ -161,6 +161,8 @@ def test_hostile_uploads_are_refused(studio: TestClient, data: bytes) -> None:
         "/gradio_api/file=../../../../etc/passwd",
         "/gradio_api/file=file:///etc/passwd",
         "/file=/etc/passwd",
+        "/gradio_api/file=https://example.com/x.png",
+        "/gradio_api/file=https%3A%2F%2Fexample.com/x.png",
         "/static/..%2f..%2f..%2f..%2fetc/passwd",
         "/assets/..%2f..%2f..%2f..%2fetc/passwd",
         "/theme.css/..%2f..%2fetc/passwd",
@@ -184,6 +186,41 @@ def test_the_page_takes_no_path_for_an_upload(studio: TestClient) -> None:
     assert '"success":false' in told
     assert "root:" not in told
     assert not list(studio.config.output.rglob("passwd"))  # type: ignore[attr-defined]
+
+
+def test_what_is_uploaded_is_no_page_of_the_studio(studio: TestClient) -> None:
+    """It would run with the rights of whoever follows a link to it."""
+    for name in ("evil.html", "evil.svg"):
+        answer = studio.post("/gradio_api/upload", files={"files": (name, b"<script>alert(1)</script>")})
+        (path,) = answer.json()
+        got = studio.get(f"/gradio_api/file={path}")
+        assert got.status_code == 403 or got.headers["content-disposition"].startswith("attachment")
+
+
+def test_nothing_is_fetched_for_the_page(studio: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    import safehttpx
+
+    async def asked(*_: Any, **__: Any) -> Any:
+        raise AssertionError("the network was asked")
+
+    for name in ("get", "async_validate_url"):
+        monkeypatch.setattr(safehttpx, name, asked)
+    page = studio.get("/config").json()
+    kinds = {own["id"]: own["type"] for own in page["components"]}
+    event = next(own for own in page["dependencies"] if [kinds[part] for part in own["inputs"]] == ["file"])
+    given = {"path": "https://example.com/a.png", "orig_name": "a.png", "meta": {"_type": "gradio.FileData"}}
+    body = {"data": [given], "fn_index": event["id"], "session_hash": "fetch"}
+    studio.post("/gradio_api/queue/join", json=body)
+    told = studio.get("/gradio_api/queue/data", params={"session_hash": "fetch"}).text
+    assert '"success":false' in told
+    assert "the network was asked" not in told
+
+
+def test_links_of_other_pages_lead_to_the_page_alone(studio: TestClient) -> None:
+    elsewhere = {"Sec-Fetch-Site": "cross-site"}
+    assert studio.get("/", headers=elsewhere).status_code == 200
+    for path in ("/config", f"{API}/models", "/gradio_api/info"):
+        assert studio.get(path, headers=elsewhere).status_code == 403
 
 
 def test_waiting_pages_leave_the_processor_to_the_pictures(studio: TestClient) -> None:

@@ -115,11 +115,19 @@ class Gate:
         users: None: everybody.
         open_paths: paths that need no user: whether it is alive.
         largest: bytes of a request's body at most.
+        root: path of the page, to which other pages may have links.
     """
 
     def __init__(
-        self, app: ASGIApp, hosts: Collection[str], users: Users | None, largest: int, open_paths: Collection[str] = ()
+        self,
+        app: ASGIApp,
+        hosts: Collection[str],
+        users: Users | None,
+        largest: int,
+        open_paths: Collection[str] = (),
+        root: str = "",
     ) -> None:
+        self.roots = {"", "/", root, f"{root}/"}
         self.app, self.users, self.largest, self.open_paths = app, users, largest, set(open_paths)
         self.hosts = {host.lower() for host in (*LOOPBACK, *hosts)}
 
@@ -141,7 +149,8 @@ class Gate:
             return said(403, f"this studio is not called {host!r}: --allow-host adds names")
         if origin is not None and not self.is_own(origin, host):
             return said(403, f"requests from pages of {origin!r} are refused")
-        if headers.get("sec-fetch-site") == "cross-site" and scope.get("method") not in ("GET", "HEAD"):
+        is_link = scope.get("method") in ("GET", "HEAD") and scope["path"] in self.roots
+        if headers.get("sec-fetch-site") == "cross-site" and not is_link:
             return said(403, "requests from other pages are refused")
         length = headers.get("content-length", "0")
         if not length.isdecimal() or int(length) > self.largest:

@@ -73,3 +73,12 @@ class StudioConfig:
     @property
     def inputs(self) -> Path:
         return self.output / "inputs"
+
+    @property
+    def shown(self) -> list[Path]:
+        """Folders whose files pages may show as they are. Uploads are in none of them."""
+        return [self.output / name for name in ("pictures", "shown", "thumbs", "zips")]
+
+    def is_own(self, path: str | Path) -> bool:
+        """Whether a picture is the studio's: one that it made or keeps."""
+        return any(Path(path).resolve().is_relative_to(own.resolve()) for own in (self.inputs, self.pictures))

@@ -28,17 +28,24 @@ class Library:
 
     def find_models(self) -> dict[str, str]:
         """Label -> source, as the folders are now; those that come along at the end."""
-        found = {}
+        found: dict[str, str] = {}
         for place in self.models:
             if place in EMBEDDED or not Path(place).exists():
                 found[place] = place
             else:
-                found |= _labelled(_models_in(Path(place).absolute()))
+                _label(found, _models_in(Path(place).absolute()))
         return found | {name: name for name in EMBEDDED if name not in found}
+
+    @property
+    def first(self) -> str:
+        """Label of the model that is taken where none is named."""
+        return next(iter(self.find_models()))
 
     def find_controls(self) -> dict[str, str]:
         """Label -> source of the controls that do not come with a model."""
-        return _labelled(own for place in self.controls for own in _controls_in(Path(place).absolute()))
+        found: dict[str, str] = {}
+        _label(found, (own for place in self.controls for own in _controls_in(Path(place).absolute())))
+        return found
 
     def model(self, name: str) -> str:
         """The source of a model by its label, or by itself.
@@ -61,13 +68,13 @@ def _picked(name: str, found: dict[str, str], what: str, option: str) -> str:
     raise ValueError(f"no {what} {name!r} here; there are {', '.join(found)}: {option} adds folders")
 
 
-def _labelled(places: Iterable[Path]) -> dict[str, str]:
-    """By their names; of two with the same name, the second with its folder's, too."""
-    found: dict[str, str] = {}
+def _label(found: dict[str, str], places: Iterable[Path]) -> None:
+    """Adds places by their names; of those with the same name, later ones with their folders' before it."""
     for place in places:
-        label = place.stem if place.is_file() else place.name
-        found[f"{place.parent.name}/{label}" if label in found else label] = str(place)
-    return found
+        label, above = place.stem if place.is_file() else place.name, place.parent
+        while label in found and found[label] != str(place) and above.name:
+            label, above = f"{above.name}/{label}", above.parent
+        found[label] = str(place)
 
 
 def _models_in(place: Path) -> Iterator[Path]:

@@ -106,7 +106,7 @@ def asked(request: PictureRequest, config: StudioConfig, library: Library, input
     if (request.width is None) != (request.height is None):
         raise ValueError("give width and height, or neither")
     settings = replace(
-        settings_of(config, library.model(request.model or config.models[0])),
+        settings_of(config, library.model(request.model or library.first)),
         negative_prompt=request.negative_prompt,
         steps=request.steps,
         guidance_scale=request.guidance_scale,

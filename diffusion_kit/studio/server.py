@@ -12,8 +12,10 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before gradio is imported: n
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 import gradio as gr
+import gradio.processing_utils
+import gradio.routes
 import uvicorn
-from fastapi import FastAPI
+from fastapi import FastAPI, HTTPException
 
 from . import api, dashboard, page, tables
 from .access import Gate, Users
@@ -22,7 +24,18 @@ from .core import Core
 
 PACE = 0.03  # seconds between two looks for what happened on a page
 GRACE = 2  # seconds for what is under way when the server is ended
+EVERYWHERE = ("0.0.0.0", "::")  # addresses that are no names
 OVERHEAD = 6  # bodies hold several pictures, in base64
+
+
+async def fetch_nothing(url: str, request: Any = None) -> Any:
+    """In place of what gradio does with a URL that a request names: it would show any page of the web as one of the
+    studio's own, and download without a limit."""
+    raise HTTPException(403, f"nothing is fetched from {url[:100]!r}")
+
+
+gradio.routes.secure_url_stream_response = fetch_nothing
+gradio.processing_utils.async_ssrf_protected_get = fetch_nothing
 
 
 def make_app(config: StudioConfig, say: Callable[[str], None] = print) -> FastAPI:
@@ -69,7 +82,8 @@ def bare_app(config: StudioConfig, *, life: Any = None, openapi_url: str | None)
     off: dict[str, Any] = {"docs_url": None, "redoc_url": None, "openapi_url": openapi_url}
     app = FastAPI(title="diffusion_kit studio", lifespan=life, root_path=config.root_path, **off)
     largest = int(config.upload * 1e6 * OVERHEAD)
-    app.add_middleware(Gate, hosts=config.hosts, users=users, largest=largest, open_paths=api.OPEN)
+    hosts = (*config.hosts, *([] if config.host in EVERYWHERE else [config.host]))
+    app.add_middleware(Gate, hosts=hosts, root=config.root_path, users=users, largest=largest, open_paths=api.OPEN)
     return app
 
 
@@ -89,7 +103,7 @@ def mount(app: FastAPI, blocks: gr.Blocks, config: StudioConfig, **look: Any) ->
         footer_links=[],
         mcp_server=False,
         pwa=False,
-        allowed_paths=[str(config.output.absolute())],
+        allowed_paths=[str(folder.absolute()) for folder in config.shown],
         theme=gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
         **look,
     )
@@ -131,7 +145,8 @@ def listen(app: FastAPI, config: StudioConfig, say: Callable[[str], None], what:
                 f"{config.host} port {config.port} cannot be had: {error.strerror}; --port gives another"
             ) from None
         port = own.getsockname()[1]
-        say(f"{what} is at http://{config.host}:{port}{config.root_path}  (Ctrl-C ends it)")
+        name = f"[{config.host}]" if ":" in config.host else config.host
+        say(f"{what} is at http://{name}:{port}{config.root_path}  (Ctrl-C ends it)")
         # Pages that are open hold a connection for as long as they are; that it is cut at the end is nobody's error.
         settings = uvicorn.Config(app, log_level="critical", server_header=False, timeout_graceful_shutdown=GRACE)
         uvicorn.Server(settings).run(sockets=[own])

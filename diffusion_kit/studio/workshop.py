@@ -23,7 +23,7 @@ from diffusion_kit.ledger import Recorder, pictures
 from diffusion_kit.making import loading
 from diffusion_kit.making.check import check
 from diffusion_kit.making.fingerprint import fingerprint
-from diffusion_kit.making.job import Settings
+from diffusion_kit.making.job import Settings, without_auto
 from diffusion_kit.making.pictures import Made, complete, make
 from diffusion_kit.recipes import Recipe, save
 
@@ -106,7 +106,8 @@ class Workshop:
         check(asked.job, asked.settings, asked.seed)
         pipe = self.load(asked.settings)
         named = tuple(
-            replace(own, kind=self.library.control(own.kind, pipe.control_names)) for own in asked.job.controls
+            replace(without_auto(own, [own.kind]), kind=self.library.control(own.kind, pipe.control_names))
+            for own in asked.job.controls
         )
         self.keep_controls({own.kind for own in named})
         recipe = complete(pipe, replace(asked.job, controls=named), asked.settings, asked.seed, self.hash_of)

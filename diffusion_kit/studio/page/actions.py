@@ -14,7 +14,7 @@ from diffusion_kit.making.job import Job as Wanted
 from diffusion_kit.recipes import FileRef, Recipe, read
 from diffusion_kit.studio.core import FORESEEN, Core, explain
 from diffusion_kit.studio.queue import Full
-from diffusion_kit.studio.requests import Asked, settings_of
+from diffusion_kit.studio.requests import Asked, check_detector, settings_of
 
 from .output import Output
 
@@ -130,10 +130,21 @@ def shown_recipe(file: str | None) -> Recipe:
 
 
 def asked_of(core: Core, recipe: Recipe) -> Asked:
-    """The same picture again; what is embedded in the recipe is kept as a file, which a command can name."""
+    """The same picture again; what is embedded in the recipe is kept as a file, which a command can name.
+
+    Raises:
+        ValueError: the recipe, which may be anybody's, names files of this machine.
+    """
 
     def kept(ref: FileRef | None) -> FileRef | None:
-        return ref if ref is None or ref.data is None else core.inputs.add(ref.data, ref.path)
+        if ref is not None and ref.data is not None:
+            return core.inputs.add(ref.data, ref.path)
+        if ref is not None and not core.config.is_own(ref.path):
+            raise ValueError(f"{ref.path} is no picture of this studio: give it again in Create")
+        return ref
+
+    for control in recipe.controls:
+        check_detector(control.detect or "none")
 
     model = core.library.model(recipe.model)
     settings = replace(

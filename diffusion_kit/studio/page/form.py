@@ -222,7 +222,7 @@ def controls(core: Core, own: list[Slot], values: Values) -> tuple[ControlRecipe
 
 def kinds(core: Core, label: str | None = None) -> list[str]:
     """Controls that come with a model, by default the first, and those of the library."""
-    place = locate(core.library.model(label or core.config.models[0]))
+    place = locate(core.library.model(label or core.library.first))
     own = (
         sorted(path.parent.name for path in Path(place).glob("controls/*/*.safetensors"))
         if isinstance(place, Path)
@@ -321,9 +321,7 @@ def opened(core: Core, ref: FileRef) -> Image.Image | None:
     """A recipe's picture, if it may be read: one of the studio's own, or any where there is one user, at the machine."""
     from diffusion_kit.making.pictures import opened as open_ref
 
-    path = Path(ref.path).absolute()
-    own = any(path.is_relative_to(folder) for folder in (core.config.inputs, core.config.pictures))
-    if ref.data is None and not own and core.config.users is not None:
+    if ref.data is None and not core.config.is_own(ref.path) and core.config.users is not None:
         return None
     try:
         return open_ref(ref)
