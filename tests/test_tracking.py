@@ -161,6 +161,30 @@ def test_other_trackers_are_told_the_same_and_may_fail(tmp_path: Path, monkeypat
     assert sum("the tracker fragile failed: ConnectionError: gone" in line for line in told) == 1
 
 
+def test_a_tracker_that_cannot_begin_is_told_and_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Away(Fragile):
+        name = "away"
+
+        def start(self) -> None:
+            raise ConnectionError("nobody answers")
+
+    away, told, real = Away(), list[str](), tracking.row_of
+    monkeypatch.setattr(run.Run, "say", lambda self, line: told.append(line))
+
+    def with_away(trainer: Any, own: Any, command: Any) -> Any:
+        trainer.accelerator.log_with.append(away)
+        return real(trainer, own, command)
+
+    monkeypatch.setattr(tracking, "row_of", with_away)
+    train(training_models.config("t2i_adapter", tmp_path, **SHORT))
+    assert [line for line in told if "the tracker away cannot begin (nobody answers)" in line]
+    assert not away.seen
+    assert rows(tmp_path)
+    with Ledger().reading() as session:
+        (found,) = runs.found(session)
+        assert runs.last(session, found.id)["loss"] == rows(tmp_path)[-1]["loss"]
+
+
 def test_a_tracker_that_is_not_installed_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tracking.importlib.util, "find_spec", lambda name: None)  # type: ignore[attr-defined]
     with pytest.raises(ImportError, match="trackers: wandb is not installed: pip install wandb"):

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import psutil
-from sqlalchemy import delete, select, update
+from sqlalchemy import and_, delete, func, select, update
 from sqlalchemy.orm import Session
 
 from .database import upsert
@@ -111,5 +111,8 @@ def names(session: Session, ids: Sequence[str]) -> list[str]:
 
 def last(session: Session, run: str) -> dict[str, float]:
     """The last value of every figure."""
-    own = select(Metric.name, Metric.value).where(Metric.run_id == run).order_by(Metric.step)
+    ends = select(Metric.name, func.max(Metric.step).label("step")).where(Metric.run_id == run).group_by(Metric.name)
+    end = ends.subquery()
+    both = and_(Metric.name == end.c.name, Metric.step == end.c.step)
+    own = select(Metric.name, Metric.value).join(end, both).where(Metric.run_id == run)
     return {name: value for name, value in session.execute(own)}

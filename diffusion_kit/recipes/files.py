@@ -7,7 +7,6 @@ A PNG holds its recipe in an iTXt chunk named "diffusion_kit", WEBP and JPEG in 
 from __future__ import annotations
 
 import io
-import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
 
 from .foreign import ForeignRecipe, automatic1111, comfyui
 from .recipe import Recipe
+from .whole import write_whole
 
 NAME = "diffusion_kit"
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
@@ -34,12 +34,7 @@ def save(picture: Image.Image, path: str | Path, recipe: Recipe | None = None) -
     path = Path(path)
     data = io.BytesIO()  # not to the file: where a disk is full, PIL may write half a JPEG without a word
     picture.save(data, **_options(path, recipe))
-    beside = path.with_name(f".{path.name}.part{path.suffix}")
-    try:
-        beside.write_bytes(data.getbuffer())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    write_whole(path, data.getbuffer())
 
 
 def check(path: str | Path, recipe: Recipe) -> None:

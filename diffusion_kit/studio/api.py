@@ -141,7 +141,8 @@ async def detect(body: DetectRequest, core: Own, owner: Owner) -> Response:
     await over(own, LONGEST_WAIT)
     if own.state != DONE:
         raise HTTPException(422 if own.state in OVER else 504, own.error or f"the job is {own.state}")
-    return Response(own.result, media_type="image/png")
+    picture, own.result = own.result, None  # the queue remembers jobs for a while: not pictures, too
+    return Response(picture, media_type="image/png")
 
 
 @router.get("/models")

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
-import shutil
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,8 @@ from typing import Any
 
 import torch
 
-from diffusion_kit.ledger import Recorder, pictures
+from diffusion_kit.ledger import Ledger, Recorder, pictures
+from diffusion_kit.recipes.whole import write_whole
 
 from .config import StudioConfig
 from .inputs import Inputs
@@ -34,6 +34,8 @@ class Core:
         self.recorder = Recorder(say, on=config.history)
         self.workshop = Workshop(config, self.library, self.recorder)
         self.queue = Queue(config.queue, explain)
+        self._ledger: Ledger | None = None
+        self._opening = threading.Lock()
 
     def submit(
         self, asked: Asked, owner: str, *, source: str = pictures.STUDIO, watched: bool = False, measured: bool = False
@@ -57,14 +59,25 @@ class Core:
         copy = self.config.output / "shown" / f"{key}{file.suffix.lower()}"
         if not copy.is_file():
             copy.parent.mkdir(parents=True, exist_ok=True)
-            beside = copy.with_name(f".{copy.name}.{os.getpid()}.part")
-            shutil.copyfile(file, beside)
-            os.replace(beside, copy)
+            write_whole(copy, file.read_bytes())
         return str(copy)
+
+    @property
+    def ledger(self) -> Ledger:
+        """Opened when it is first looked at.
+
+        Raises:
+            ValueError, sqlalchemy.exc.SQLAlchemyError: it cannot be opened; the next look tries again.
+        """
+        with self._opening:
+            self._ledger = self._ledger or Ledger()
+        return self._ledger
 
     def close(self) -> None:
         self.queue.close()
         self.recorder.close()
+        if self._ledger is not None:
+            self._ledger.close()
 
 
 def explain(error: Exception) -> str:

@@ -6,13 +6,13 @@ import base64
 import binascii
 import hashlib
 import io
-import os
 from pathlib import Path
 
 from PIL import Image
 
 from diffusion_kit.adapters.pictures import load_image
 from diffusion_kit.recipes import FileRef
+from diffusion_kit.recipes.whole import write_whole
 
 SUFFIXES = {b"\x89PNG": ".png", b"\xff\xd8\xff": ".jpg", b"RIFF": ".webp"}
 
@@ -44,9 +44,7 @@ class Inputs:
         file = self.folder / f"{digest[:20]}{suffix}"
         if not file.is_file():
             self.folder.mkdir(parents=True, exist_ok=True)
-            beside = file.with_name(f".{file.name}.{os.getpid()}.part")
-            beside.write_bytes(data)
-            os.replace(beside, file)
+            write_whole(file, data)
         return FileRef(str(file), digest)
 
     def add_base64(self, text: str, name: str) -> FileRef:

@@ -20,6 +20,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Base64 = Annotated[str, Field(description="a PNG, JPEG or WEBP in base64; files and URLs are not followed")]
 MOST_CONTROLS = 8
+LARGEST_SIDE = 4096  # pixels, of what a detector sees
 
 
 class Request(BaseModel):
@@ -79,8 +80,8 @@ class DetectRequest(Request):
 
     detector: str
     image: Base64
-    detect_resolution: int | None = Field(None, ge=1)
-    image_resolution: int | None = Field(None, ge=1)
+    detect_resolution: int | None = Field(None, ge=1, le=LARGEST_SIDE)
+    image_resolution: int | None = Field(None, ge=1, le=LARGEST_SIDE)
     invert: bool = False
 
 

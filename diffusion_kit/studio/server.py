@@ -15,7 +15,9 @@ import gradio as gr
 import gradio.processing_utils
 import gradio.routes
 import uvicorn
-from fastapi import FastAPI, HTTPException
+from fastapi import FastAPI, HTTPException, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
 
 from . import api, dashboard, page, tables
 from .access import Gate, Users
@@ -83,8 +85,15 @@ def bare_app(config: StudioConfig, *, life: Any = None, openapi_url: str | None)
     app = FastAPI(title="diffusion_kit studio", lifespan=life, root_path=config.root_path, **off)
     largest = int(config.upload * 1e6 * OVERHEAD)
     hosts = (*config.hosts, *([] if config.host in EVERYWHERE else [config.host]))
+    app.add_exception_handler(RequestValidationError, one_line)
     app.add_middleware(Gate, hosts=hosts, root=config.root_path, users=users, largest=largest, open_paths=api.OPEN)
     return app
+
+
+async def one_line(request: Request, error: Any) -> JSONResponse:
+    """What is wrong with a request, as for everything else a line; not the request, in which pictures are."""
+    told = [f"{'.'.join(str(part) for part in own['loc'][1:]) or 'body'}: {own['msg']}" for own in error.errors()]
+    return JSONResponse({"detail": "; ".join(told)[:1000]}, 422)
 
 
 def mount(app: FastAPI, blocks: gr.Blocks, config: StudioConfig, **look: Any) -> None:

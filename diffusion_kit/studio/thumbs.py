@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import os
+import io
+import socket
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,6 +12,7 @@ from PIL import Image
 
 from diffusion_kit.adapters.pictures import load_image
 from diffusion_kit.ledger.tables import Picture
+from diffusion_kit.recipes.whole import write_whole
 
 SIDE = 320  # pixels of the longer side
 THREADS = 4
@@ -32,6 +34,8 @@ class Thumbs:
 
     def one(self, row: Picture) -> Path | None:
         source = Path(row.file)
+        if row.host != socket.gethostname():  # a file of that name may be here, too
+            return None
         try:
             file = self.folder / f"{row.id}-{source.stat().st_mtime_ns}.webp"
             if not file.is_file():
@@ -44,6 +48,6 @@ class Thumbs:
         picture = load_image(source).convert("RGB")
         picture.thumbnail((SIDE, SIDE), Image.Resampling.BILINEAR, reducing_gap=2.0)
         file.parent.mkdir(parents=True, exist_ok=True)
-        beside = file.with_name(f".{file.name}.{os.getpid()}.part")
-        picture.save(beside, "WEBP", quality=80)
-        os.replace(beside, file)
+        data = io.BytesIO()
+        picture.save(data, "WEBP", quality=80)
+        write_whole(file, data.getbuffer())

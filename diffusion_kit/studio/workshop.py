@@ -6,7 +6,6 @@ import gc
 import time
 from dataclasses import dataclass, replace
 from datetime import datetime
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +66,13 @@ class Workshop:
         self.pipe: Any = None
         self.model: str | None = None  # that is loaded
         self.own: Any = None  # its own scheduler
-        self.hash_of = cache(fingerprint)
+        self.hashes: dict[str, str] = {}
+
+    def hash_of(self, source: Any) -> str:
+        """Of a model's or a control's files as they were when they were loaded."""
+        if (key := str(source)) not in self.hashes:
+            self.hashes[key] = fingerprint(source)
+        return self.hashes[key]
 
     def load(self, settings: Settings) -> Any:
         """The pipeline of the model that settings name, with their scheduler. Another model is let go of first."""
@@ -85,7 +90,7 @@ class Workshop:
     def release(self) -> None:
         """Lets go of the model, its controls, and their memory."""
         self.pipe = self.model = self.own = None
-        self.hash_of = cache(fingerprint)
+        self.hashes.clear()
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -95,6 +100,7 @@ class Workshop:
         loaded: dict[str, Any] = self.pipe.__dict__.get("_base_controls", {})
         for kind in set(loaded) - kinds:
             del loaded[kind]
+            self.hashes.pop(str(self.pipe.control_source(kind)), None)
 
     def make(self, asked: Asked, job: Job, source: str = pictures.STUDIO, *, measured: bool = False) -> Result:
         """Makes a picture, its file, and its row in the ledger.
@@ -118,8 +124,7 @@ class Workshop:
             )
         made = make(pipe, recipe, Teller(job), preview=job.watched)
         seconds = time.monotonic() - began
-        file = free_file(self.config.pictures, recipe.seed)
-        save(made.picture, file, recipe)
+        file = save_free(self.config.pictures, made.picture, recipe)
         self.recorder.picture(file, recipe, source)
         by_type = {own.kind for own in recipe.controls if kind_of_is_by_type(pipe, own.kind)}
         return Result(
@@ -152,13 +157,31 @@ def kind_of_is_by_type(pipe: Any, kind: str) -> bool:
     return getattr(kind_of(pipe.load_control(kind)), "BY_TYPE", False)
 
 
+def save_free(folder: Path, picture: Image.Image, recipe: Recipe) -> Path:
+    """Writes a picture under a free name."""
+    file = free_file(folder, recipe.seed)
+    try:
+        save(picture, file, recipe)
+    except BaseException:
+        file.unlink(missing_ok=True)
+        raise
+    return file
+
+
 def free_file(folder: Path, seed: int) -> Path:
     """FOLDER/2026-11-30/00001-SEED.png, with the next number of the day. The file is made, so that it is nobody else's."""
     folder = folder / f"{datetime.now():%Y-%m-%d}"
     folder.mkdir(parents=True, exist_ok=True)
     numbers = (file.name.partition("-")[0] for file in folder.glob("*-*.png"))
     number = max((int(own) for own in numbers if own.isdecimal()), default=0) + 1
-    return folder / f"{number:05}-{seed}.png"
+    while True:
+        file = folder / f"{number:05}-{seed}.png"
+        try:
+            file.touch(exist_ok=False)
+        except FileExistsError:  # another studio was faster
+            number += 1
+        else:
+            return file
 
 
 def save_shown(file: Path, number: int, shown: Any) -> Path:

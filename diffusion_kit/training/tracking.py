@@ -18,6 +18,7 @@ from PIL import Image
 
 from diffusion_kit.ledger import Recorder, evaluations, pictures, runs
 from diffusion_kit.ledger.rebuild import new_run
+from diffusion_kit.ledger.recorder import summary
 
 from . import run
 from .config import Config
@@ -145,8 +146,7 @@ def tracked(trainer: Trainer, own: run.Run, command: Sequence[str]) -> Iterator[
     flat = {name: value if isinstance(value, (int, float, str)) else str(value) for name, value in settings}
     names = {"name": own.folder.name}
     kwargs = {"wandb": names | {"dir": str(own.folder)}, "trackio": names, "mlflow": {"run_name": own.folder.name}}
-    accelerator.init_trackers(PROJECT, config=flat, init_kwargs=kwargs)
-    own.trackers = Trackers(accelerator.trackers, own.say)
+    own.trackers = Trackers(begun(accelerator, flat, kwargs, own.say), own.say)
     state = runs.FAILED
     try:
         yield
@@ -157,6 +157,22 @@ def tracked(trainer: Trainer, own: run.Run, command: Sequence[str]) -> Iterator[
     finally:
         own.trackers.ended(state)
         accelerator.trackers.clear()
+
+
+def begun(accelerator: Any, config: Any, options: Any, say: Callable[[str], None]) -> list[Any]:
+    """The trackers that could be begun, one after another: one that fails is told and does without."""
+    found, wanted = [], list(accelerator.log_with)
+    for tracker in wanted:
+        accelerator.log_with, accelerator.trackers = [tracker], []
+        try:
+            accelerator.init_trackers(PROJECT, config=config, init_kwargs=options)
+        except Exception as error:  # whatever a tracker, its disk or its network has
+            name = getattr(tracker, "name", tracker)
+            say(f"the tracker {name} cannot begin ({summary(error)}); the run goes on without it")
+            continue
+        found += accelerator.trackers
+    accelerator.log_with, accelerator.trackers = wanted, found
+    return found
 
 
 def row_of(trainer: Trainer, own: run.Run, command: Sequence[str]) -> dict[str, Any]:

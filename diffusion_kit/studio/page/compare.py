@@ -17,6 +17,7 @@ from diffusion_kit.studio.queue import DONE, OVER, Full, Job
 from diffusion_kit.studio.requests import Asked
 
 from . import actions, form
+from .create import uploaded
 from .output import GLANCE, STILL
 
 NAME = "compare"
@@ -55,7 +56,7 @@ class Compare:
         """
         if values[self.image] is None:
             raise ValueError("give the control's picture")
-        image = self.core.inputs.add_picture(values[self.image].convert("RGB"), "the control's picture")
+        image = uploaded(self.core, values[self.image], "the control's picture")
         detect = form.DETECTORS.get(values[self.detect], values[self.detect])
         seeds = [int(values[self.settings.seed] or 0) + k for k in range(int(values[self.seeds]))]
         if values[self.what] == BY_SCALE:
@@ -92,7 +93,7 @@ def tab(core: Core, client: Any) -> Compare:
         with gr.Column(scale=4, min_width=320):
             settings = form.settings(core, NAME)
             what = gr.Radio([BY_SCALE, BY_KIND], value=BY_SCALE, label="Compare", elem_id=f"{NAME}-what")
-            image = gr.Image(label="The control's picture", type="pil", height=220, elem_id=f"{NAME}-image")
+            image = gr.Image(label="The control's picture", type="filepath", height=220, elem_id=f"{NAME}-image")
             with gr.Row():
                 kind = gr.Dropdown(choices, value=choices[0] if choices else None, label="Adapter", min_width=120)
                 detect = gr.Dropdown(list(form.DETECTORS), value=form.BY_KIND, label="The picture is", min_width=160)
@@ -124,7 +125,7 @@ def wire(own: Compare, client: Any, go: Any, cancel: Any, words: Any, grid: Any,
         yield {words: f"0 of {len(cells)}", grid: gr.update(value=[], columns=columns)}
         shown = 0
         while len(jobs) < len(cells) or any(job.state not in OVER for job in jobs):
-            while len(jobs) < len(cells) and len(core.queue) < core.queue.size // 2:  # others want in, too
+            while len(jobs) < len(cells) and len(core.queue) < max(1, core.queue.size // 2):  # others want in, too
                 try:
                     jobs.append(core.submit(cells[len(jobs)].asked, owner, measured=True))
                 except Full:

@@ -85,8 +85,14 @@ def tab(core: Core, client: Any, job: Any) -> Doodle:
 
 
 def lifted(own: Doodle, client: Any) -> None:
-    """Makes the picture anew after each stroke; what the last stroke asked for is cancelled."""
+    """Makes the picture anew after each stroke; what the last stroke asked for is cancelled, by an event of its own: gradio
+    keeps the one that makes pictures back until the one before it is over."""
     out, core = own.out, own.core
+
+    def cancel(values: dict[Any, Any], request: gr.Request) -> None:
+        old = core.queue.find(values[out.job] or "", actions.owner_of(request, values[client]))
+        if values[own.live] and old is not None:
+            core.queue.cancel(old)
 
     async def redraw(values: dict[Any, Any], request: gr.Request) -> actions.Updates:
         if not values[own.live]:
@@ -103,4 +109,5 @@ def lifted(own: Doodle, client: Any) -> None:
 
     inputs = own.inputs | {own.live, client, out.gallery, out.job}
     same: dict[str, Any] = {"show_progress": "hidden", "trigger_mode": "always_last", "api_visibility": "private"}
+    own.pad.input(cancel, {own.live, client, out.job}, None, **same | {"trigger_mode": "multiple"})
     own.pad.input(redraw, inputs, out.parts, **same)

@@ -299,7 +299,8 @@ def detected(core: Core, own: Slot, values: Values) -> Image.Image:
     job.wait()
     if job.error:
         raise gr.Error(job.error)
-    return job.result
+    picture, job.result = job.result, None  # the queue remembers jobs for a while: not pictures, too
+    return picture
 
 
 def drawn(value: Mapping[str, Any] | None) -> tuple[Image.Image | None, Image.Image | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import tempfile
 import zipfile
 from collections.abc import Mapping
@@ -12,7 +13,7 @@ from typing import Any
 
 import gradio as gr
 
-from diffusion_kit.ledger import Ledger, pictures
+from diffusion_kit.ledger import pictures
 from diffusion_kit.ledger.tables import Picture
 from diffusion_kit.recipes import Recipe, read
 from diffusion_kit.studio import thumbs
@@ -70,7 +71,7 @@ class History:
     def found(self, values: Mapping[Any, Any]) -> dict[Any, Any]:
         """Updates that show a page of what fits."""
         query, page = self.query(values), max(1, int(values[self.page] or 1))
-        with Ledger().reading() as session:
+        with self.core.ledger.reading() as session:
             count = pictures.count(session, query)
             rows = pictures.search(session, query, limit=PAGE, offset=(page - 1) * PAGE)
         pages = max(1, -(-count // PAGE))
@@ -97,7 +98,7 @@ class History:
         }
 
     def row(self, id: str | None) -> Picture:
-        with Ledger().reading() as session:
+        with self.core.ledger.reading() as session:
             row = pictures.get(session, id or "")
         if row is None:
             raise gr.Error("pick a picture first")
@@ -105,7 +106,7 @@ class History:
 
     def zipped(self, values: Mapping[Any, Any]) -> str:
         """A zip of all that fits, the newest first."""
-        with Ledger().reading() as session:
+        with self.core.ledger.reading() as session:
             rows = pictures.search(session, self.query(values), limit=MOST)
         files = [Path(row.file) for row in rows if Path(row.file).is_file()]
         if not files:
@@ -122,10 +123,12 @@ class History:
         """Removes a picture's file and its row; of several users, only pictures of the studio."""
         row, config = self.row(id), self.core.config
         file = Path(row.file)
+        if row.host != socket.gethostname():
+            raise gr.Error(f"this picture lies on {row.host}: delete it there")
         if config.users is not None and not file.resolve().is_relative_to(config.pictures.resolve()):
             raise gr.Error("this picture was not made by the studio: delete its file at the machine")
         file.unlink(missing_ok=True)
-        with Ledger().writing() as session:
+        with self.core.ledger.writing() as session:
             pictures.forget(session, [row.id])
 
 
@@ -213,15 +216,19 @@ def wire(own: History, refresh: Any, pack: Any, delete: Any) -> None:
     def pick(ids: list[str], event: gr.SelectData) -> dict[Any, Any]:
         return own.shown(ids[event.index])
 
-    def mark(id: str | None, favourite: bool, rating: int, tags: str) -> None:
-        with Ledger().writing() as session:
-            pictures.mark(session, [own.row(id).id], favourite=favourite, rating=int(rating), tags=tags)
+    def mark(id: str | None, **said: Any) -> None:
+        if id is not None:
+            with own.core.ledger.writing() as session:
+                pictures.mark(session, [id], **said)
 
     own.gallery.select(pick, own.ids, shown, **same)
-    marks = [own.chosen, own.marked, own.stars, own.tags]
-    gr.on([own.marked.input, own.stars.release, own.tags.blur, own.tags.submit], mark, marks, None, **same).then(
-        own.found, inputs, look, **same
-    )
+    marks: list[tuple[list[Any], Any, Any]] = [  # each writes its own: the others may have been changed elsewhere
+        ([own.marked.input], lambda id, value: mark(id, favourite=value), own.marked),
+        ([own.stars.release], lambda id, value: mark(id, rating=int(value)), own.stars),
+        ([own.tags.submit, own.tags.blur], lambda id, value: mark(id, tags=value), own.tags),
+    ]
+    for events, write, part in marks:
+        gr.on(events, write, [own.chosen, part], None, **same).then(own.found, inputs, look, **same)
     delete.click(own.deleted, own.chosen, None, **same).then(own.found, inputs, look, **same)
     pack.click(own.zipped, inputs, own.zip, **same).then(lambda: gr.update(visible=True), None, own.zip, **same)
 

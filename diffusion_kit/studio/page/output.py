@@ -68,7 +68,7 @@ class Output:
 
     def end(self, job: Job, gallery: list[Any] | None) -> dict[Any, Any]:
         update: dict[Any, Any] = {self.progress: bar(self.core, job)}
-        if job.state == DONE and isinstance(job.result, Result):
+        if job.state == DONE and isinstance(job.result, Result) and job.result.file.is_file():
             files = [
                 str(job.result.file),
                 *(own[0] if isinstance(own, (tuple, list)) else own for own in gallery or ()),

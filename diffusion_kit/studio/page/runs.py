@@ -9,7 +9,7 @@ from typing import Any
 import gradio as gr
 import pandas as pd
 
-from diffusion_kit.ledger import Ledger, runs
+from diffusion_kit.ledger import runs
 from diffusion_kit.ledger.tables import Run
 from diffusion_kit.studio.core import Core
 
@@ -35,15 +35,16 @@ class Runs:
     bars: Any
     sheets: Any
     words: Any
+    sent: Any  # notes as this page was told them
     timer: Any
 
     @property
     def parts(self) -> list[Any]:
-        return [self.table, self.loss, self.fidelity, self.bars, self.sheets, self.words, self.timer]
+        return [self.table, self.loss, self.fidelity, self.bars, self.sheets, self.words, self.sent, self.timer]
 
     def looked(self, chosen: list[str]) -> dict[Any, Any]:
         """Updates that show what is there now."""
-        with Ledger().reading() as session:
+        with self.core.ledger.reading() as session:
             rows = runs.found(session)
             last = {run.id: runs.last(session, run.id) for run in rows}
             drawn = [run for run in rows if run.id in chosen] or list(rows[:1])
@@ -58,6 +59,7 @@ class Runs:
             self.words: said(drawn[0], states[drawn[0].id])
             if drawn
             else "no runs yet: `diffusion-kit train` makes them",
+            self.sent: {run.id: run.notes for run in rows},
             self.timer: gr.Timer(EVERY if runs.RUNNING in states.values() else RARELY),
         }
 
@@ -115,7 +117,7 @@ def tab(core: Core) -> Runs:
             label="Last validation", columns=1, object_fit="contain", elem_id=f"{NAME}-sheets", **PLAIN
         )
     timer = gr.Timer(EVERY)
-    made = Runs(core, table, chosen, loss, fidelity, bars, sheets_part, words, timer)
+    made = Runs(core, table, chosen, loss, fidelity, bars, sheets_part, words, gr.State({}), timer)
     wire(made, dict(zip(ASKED, buttons, strict=True)), several)
     return made
 
@@ -134,27 +136,32 @@ def wire(own: Runs, buttons: dict[str, Any], several: Any) -> None:
     own.table.select(pick, [own.table, own.chosen, several], own.chosen, **same).then(
         own.looked, own.chosen, own.parts, **same
     )
-    own.table.input(write_notes, own.table, None, **same)
+    own.table.input(lambda table, sent: write_notes(own.core, table, sent), [own.table, own.sent], own.sent, **same)
     for what, button in buttons.items():
-        button.click(asking(what), own.chosen, None, **same)
+        button.click(asking(own.core, what), own.chosen, None, **same)
 
 
-def write_notes(table: pd.DataFrame) -> None:
-    """Into the database at once: the table on the page is drawn anew in seconds."""
-    with Ledger().writing() as session:
-        known = {run.id: run.notes for run in runs.found(session)}
-        for id, notes in zip(table["id"], table["notes"], strict=True):
-            if id in known and str(notes) != known[id]:
-                runs.note(session, id, str(notes))
+def write_notes(core: Core, table: pd.DataFrame, sent: dict[str, str]) -> dict[str, str]:
+    """Into the database at once: the table on the page is drawn anew in seconds. Only those that were changed on this page:
+    others may have been changed elsewhere.
+
+    Args:
+        sent: notes of each run as the page was told them; they are given back with the changes.
+    """
+    changed = {id: str(own) for id, own in zip(table["id"], table["notes"], strict=True) if str(own) != sent.get(id)}
+    with core.ledger.writing() as session:
+        for id, notes in changed.items():
+            runs.note(session, id, notes)
+    return sent | changed
 
 
-def asking(what: str) -> Any:
+def asking(core: Core, what: str) -> Any:
     def ask(chosen: list[str]) -> None:
         from diffusion_kit.training.run import ask
 
         if not chosen:
             raise gr.Error("pick a run first")
-        with actions.said(), Ledger().reading() as session:
+        with actions.said(), core.ledger.reading() as session:
             ask(Path(session.get_one(Run, chosen[-1]).folder), what)
         gr.Info(f"asked it to {what}: it does after the step at hand")
 
