@@ -121,6 +121,17 @@ def test_what_cannot_be_is_refused_in_a_line(studio: TestClient, body: dict[str,
     assert told in str(answer.json()["detail"])
 
 
+def test_what_is_no_request_is_told_in_a_line_without_its_pictures(studio: TestClient) -> None:
+    for body, told in (
+        ({"prompt": "a", "steps": 0, "image": "A" * 5000}, "steps: Input should be greater than or equal to 1"),
+        ({"image": "A" * 5000}, "prompt: Field required"),
+        ({"prompt": "a", "stpes": 3}, "stpes: Extra inputs are not permitted"),
+    ):
+        answer = studio.post(f"{API}/pictures", json=body)
+        assert answer.status_code == 422
+        assert answer.json() == {"detail": told}
+
+
 def test_what_only_the_model_knows_fails_in_a_line(studio: TestClient) -> None:
     body = {"kind": "/etc/passwd", "image": encoded(lines()), "detect": "none"}
     state = finished(studio, prompt="a", controls=[body])

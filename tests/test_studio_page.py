@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 
-pytest.importorskip("gradio", reason="the studio is an extra; scripts/verify studio runs all of it")
+gr = pytest.importorskip("gradio", reason="the studio is an extra; scripts/verify studio runs all of it")
 
+from diffusion_kit.ledger import runs as ledger_runs  # noqa: E402
 from diffusion_kit.recipes import FileRef  # noqa: E402
 from diffusion_kit.studio.config import StudioConfig  # noqa: E402
 from diffusion_kit.studio.core import Core  # noqa: E402
 from diffusion_kit.studio.library import Library  # noqa: E402
-from diffusion_kit.studio.page import actions, examples  # noqa: E402
+from diffusion_kit.studio.page import actions, create, examples, runs  # noqa: E402
 
 NEAR = 2.0  # of 255: other processors round in another way
 
@@ -38,6 +41,45 @@ def test_a_recipe_of_anybody_names_no_file_and_no_weights(core: Core, tmp_path: 
         with pytest.raises(ValueError, match="no picture of this studio|takes a detector's name alone"):
             actions.asked_of(core, replace(recipe, controls=(other,)))
     assert actions.asked_of(core, recipe).job.controls[0].image.path.startswith(str(core.config.inputs))
+
+
+def test_a_recipe_fills_the_form_and_the_form_asks_for_it(core: Core, tmp_path: Path) -> None:
+    """With a region that was painted, and as many controls."""
+    mask = Image.new("L", (400, 400))
+    mask.paste(255, (0, 0, 200, 400))
+    with gr.Blocks():
+        creating = create.tab(core, gr.State(None), gr.State(None))
+    recipe = actions.shown_recipe(str(examples.FILES[3]))
+    kept = tuple(
+        replace(
+            own, image=core.inputs.add(own.image.data or b"", "picture"), mask=core.inputs.add_picture(mask, "mask")
+        )
+        for own in recipe.controls
+    )
+    filled = creating.filled(replace(recipe, controls=kept))
+    assert filled[creating.slots[0].shown] == len(kept) == 2
+    values = {part: part.value for part in creating.inputs} | filled
+    asked = creating.asked({part: values[part] for part in creating.inputs})
+    assert (asked.seed, asked.job.prompt, asked.settings.steps) == (recipe.seed, recipe.prompt, recipe.steps)
+    for own, other in zip(asked.job.controls, kept, strict=True):
+        assert (own.kind, own.scale, own.detect) == (other.kind, other.scale, other.detect)
+        assert own.mask is not None
+        shown = np.asarray(Image.open(own.mask.path).convert("L")) > 127
+        assert abs(shown.mean() - 0.5) < 0.02
+        assert shown[:, 0].all()
+
+
+def test_notes_of_others_stay(core: Core) -> None:
+    """A page writes what was changed on it, however old its table is."""
+    own = {"target": "t2i_adapter", "step": 1, "steps": 2, "config": {}, "command": "", "started": datetime.now(UTC)}
+    with core.ledger.writing() as session:
+        for id in "ab":
+            ledger_runs.begin(session, own | {"id": id, "folder": f"/runs/{id}"})
+            ledger_runs.note(session, id, "from elsewhere")
+    table = pd.DataFrame({"id": ["a", "b"], "notes": ["", "mine"]})
+    assert runs.write_notes(core, table, {"a": "", "b": ""}) == {"a": "", "b": "mine"}
+    with core.ledger.reading() as session:
+        assert {run.id: run.notes for run in ledger_runs.found(session)} == {"a": "from elsewhere", "b": "mine"}
 
 
 def test_folders_of_models_begin_a_studio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

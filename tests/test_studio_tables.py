@@ -229,6 +229,32 @@ def test_csv_in_and_out_are_each_others_inverse(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("7", 7), ("-7", -7), ("1.5", 1.5), ("2e3", 2000.0), ("007", "007"), ("1_000", "1_000"), ("nan", "nan"),
+        ("inf", "inf"), ("", None), ("3 apples", "3 apples"),
+    ],
+)  # fmt: skip
+def test_what_is_no_number_stays_text(text: str, expected: Any) -> None:
+    assert grid.number(text) == expected
+
+
+def test_rows_that_the_table_refuses_are_laid_aside_and_the_others_go_on(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'shop.db'}"
+    with sa.create_engine(url).begin() as connection:
+        connection.execute(sa.text("CREATE TABLE Sold (id INTEGER PRIMARY KEY, name TEXT NOT NULL, at DATETIME)"))
+    live = dashboard.make_live(SqlTable(url, "Sold"), url)
+    for rows in ([{"id": 1}], [{"id": 2, "name": 7, "at": "2026-11-30 07:30"}], [{"id": 3, "name": "a", "at": "soon"}]):
+        live.outbox.add(rows)
+    found = live.look()
+    assert [(row["id"], row["name"], row["at"].hour) for row in found.to_dict("records")] == [(2, "7", 7)]
+    assert len(live.outbox) == 0
+    assert "1 rows, just read" in live.words
+    assert "were refused (at is 'soon', which is no datetime)" in live.words
+    assert len(list(live.outbox.folder.glob("*.refused"))) == 2
+
+
+@pytest.mark.parametrize(
     ("text", "row", "column", "expected"),
     [
         ("1\tone\n2\ttwo\n", 0, 0, [["1", "one"], ["2", "two"]]),

@@ -48,6 +48,7 @@ class Live:
     def words(self) -> str:
         waiting = len(self.outbox)
         told = f" {waiting} rows wait to be sent." if waiting else ""
+        told += f" **{masked(self.outbox.refused)}**" if self.outbox.refused else ""
         if self.problem is None:
             return f"{len(self.data) if self.data is not None else 0} rows, just read.{told}"
         age = "nothing was read yet" if self.data is None else f"the data are {aged(time.monotonic() - self.at)} old"

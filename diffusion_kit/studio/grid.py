@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import Any
 import gradio as gr
 import pandas as pd
 
+WHOLE = re.compile(r"-?(0|[1-9]\d{0,17})")  # without zeros in front, which are of a name
+DECIMAL = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?")
 DOWNLOAD = """(text) => {
   const link = document.createElement("a");
   link.href = URL.createObjectURL(new Blob([text], { type: "text/csv" }));
@@ -98,12 +101,10 @@ def number(value: Any) -> Any:
         return None
     if not isinstance(value, str):
         return value.item() if hasattr(value, "item") else value
-    for kind in (int, float):
-        try:
-            return kind(value)
-        except ValueError:
-            continue
-    return value
+    text = value.strip()
+    if WHOLE.fullmatch(text):
+        return int(text)
+    return float(text) if DECIMAL.fullmatch(text) else value
 
 
 def from_csv(file: str) -> pd.DataFrame:

@@ -10,19 +10,26 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .tables import Source
+from diffusion_kit.ledger.recorder import summary
+
+from .tables import Source, refuses
 
 
 class Outbox:
     """Every batch of rows is a file, which is removed when the table has taken it. A batch whose answer was lost is sent
-    again: the table leaves out the rows whose primary key it has.
+    again: the table leaves out the rows whose primary key it has. One that the table refuses is laid aside, so that it does
+    not hold up the others.
 
     Args:
         folder: of the batches of this table.
+
+    Attributes:
+        refused: what was laid aside last, and why.
     """
 
     def __init__(self, folder: Path, source: Source) -> None:
         self.folder, self.source, self.lock = folder, source, threading.Lock()
+        self.refused: str | None = None
 
     def add(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Keeps rows; `send` sends them."""
@@ -45,9 +52,16 @@ class Outbox:
         with self.lock:
             for file in self.batches():
                 rows = json.loads(file.read_text("utf-8"))
-                self.source.insert(rows)
-                file.unlink()
-                taken += len(rows)
+                try:
+                    self.source.insert(rows)
+                except Exception as error:
+                    if not refuses(error):
+                        raise
+                    aside = file.rename(file.with_suffix(".refused"))
+                    self.refused = f"{len(rows)} rows were refused ({summary(error)}): they are in {aside}"
+                else:
+                    file.unlink()
+                    taken += len(rows)
         return taken
 
     def batches(self) -> list[Path]:

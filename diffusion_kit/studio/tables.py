@@ -6,7 +6,9 @@ SUPABASE_URL, SUPABASE_SECRET_KEY   where a Supabase project is, and the key to 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
+from datetime import date, datetime, time
 from typing import Any, Protocol, cast
 from urllib.parse import urlsplit
 
@@ -18,7 +20,13 @@ from diffusion_kit.ledger.place import ledger_url
 URL, KEY = "SUPABASE_URL", "SUPABASE_SECRET_KEY"
 PAGE = 1000  # rows in an answer: Supabase gives no more at once
 MOST = 200_000  # rows that a chart is made of
+TIMES = (datetime, date, time)
+REFUSED = re.compile("2[23]|42")  # classes of SQLSTATE: of the data, not of the way to the table
 Rows = list[dict[str, Any]]
+
+
+class Refused(ValueError):
+    """A value that its column does not take."""
 
 
 class Source(Protocol):
@@ -66,8 +74,26 @@ class SqlTable:
 
     def insert(self, rows: Sequence[Mapping[str, Any]]) -> None:
         statement = INSERTS[self.engine.dialect.name](self.table).on_conflict_do_nothing()
+        typed = [{name: self.typed(name, value) for name, value in row.items()} for row in rows]
         with self.engine.execution_options(writes=True).begin() as connection:
-            connection.execute(statement, [dict(row) for row in rows])
+            connection.execute(statement, typed)
+
+    def typed(self, column: str, value: Any) -> Any:
+        """A value, which may be of JSON, as its column takes it: numbers in columns of text, times in columns of times."""
+        try:
+            kind = self.table.columns[column].type.python_type
+        except (KeyError, NotImplementedError):  # the database says what is wrong
+            return value
+        if value is None or isinstance(value, kind):
+            return value
+        if kind is str:
+            return str(value)
+        if kind in TIMES and isinstance(value, str):
+            try:
+                return kind.fromisoformat(value)
+            except ValueError:
+                raise Refused(f"{column} is {value!r}, which is no {kind.__name__}") from None
+        return value
 
 
 class SupabaseTable:
@@ -95,6 +121,15 @@ class SupabaseTable:
 
     def insert(self, rows: Sequence[Mapping[str, Any]]) -> None:
         self.client.table(self.name).upsert([dict(row) for row in rows], ignore_duplicates=True).execute()
+
+
+def refuses(error: Exception) -> bool:
+    """Whether a table was reached and does not take the rows: it would not take them later, either."""
+    if isinstance(error, sa.exc.StatementError):
+        return not isinstance(error, (sa.exc.OperationalError, sa.exc.InterfaceError))
+    if isinstance(error, Refused):
+        return True
+    return REFUSED.match(str(getattr(error, "code", ""))) is not None and len(str(error.code)) == 5  # type: ignore[attr-defined]
 
 
 def open_table(name: str, source: str | None = None) -> Source:

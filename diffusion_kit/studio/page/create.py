@@ -45,7 +45,9 @@ class Create:
         return self.settings.asked(values, Job("", "", image, None, controls), strength, values[self.fit])
 
     def filled(self, recipe: Recipe) -> dict[Any, Any]:
-        """Updates that show a recipe in the form."""
+        """Updates that show a recipe in the form; what it has no place for is told."""
+        if gone := form.lost(recipe):
+            gr.Warning(f"not restored: {', '.join(gone)}")
         image = form.opened(self.core, recipe.image) if recipe.image is not None else None
         updates = self.settings.filled(recipe) | {self.fit: recipe.fit}
         updates |= {self.image: image, self.strength: recipe.strength or 0.6}
@@ -59,6 +61,7 @@ class Create:
             self.fit,
             self.image,
             self.strength,
+            self.slots[0].shown,
             *groups,
             *(p for s in self.slots for p in s.parts),
         ]

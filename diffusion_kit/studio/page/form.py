@@ -94,8 +94,8 @@ class Settings:
             self.negative: recipe.negative_prompt or "",
             self.style: NONE,
             self.model: gr.skip() if label is None else label,
-            self.steps: recipe.steps,
-            self.guidance: recipe.guidance_scale,
+            self.steps: min(recipe.steps, self.steps.maximum),
+            self.guidance: min(max(recipe.guidance_scale, 0), self.guidance.maximum),
             self.seed: recipe.seed,
             self.randomise: False,
             self.scheduler: recipe.scheduler if recipe.scheduler in SCHEDULERS else OWN,
@@ -154,10 +154,11 @@ class Slot:
     mode: Any
     guidance: Any
     type: Any
+    shown: Any  # how many of all slots are, the same of each
 
     @property
     def parts(self) -> list[Any]:
-        return [part for name, part in vars(self).items() if name != "group"]
+        return [part for name, part in vars(self).items() if name not in ("group", "shown")]
 
     def recipe(self, values: Values, core: Core, name: str) -> ControlRecipe | None:
         """The control of the values; None where it has no picture.
@@ -187,9 +188,9 @@ class Slot:
 
 def slots(core: Core, tab: str, settings: Settings) -> list[Slot]:
     """Controls, of which the first is there and a button shows the next; what may be picked follows the model."""
-    made = [slot(core, tab, number) for number in range(1, MOST_CONTROLS + 1)]
-    more = gr.Button("Add a control", size="sm", elem_id=f"{tab}-more")
     shown = gr.State(1)
+    made = [slot(core, tab, number, shown) for number in range(1, MOST_CONTROLS + 1)]
+    more = gr.Button("Add a control", size="sm", elem_id=f"{tab}-more")
 
     def add(count: int) -> list[Any]:
         return [min(count + 1, MOST_CONTROLS), *(gr.update(visible=k <= count) for k in range(MOST_CONTROLS))]
@@ -231,7 +232,7 @@ def kinds(core: Core, label: str | None = None) -> list[str]:
     return list(dict.fromkeys([*own, *core.library.find_controls()]))
 
 
-def slot(core: Core, tab: str, number: int) -> Slot:
+def slot(core: Core, tab: str, number: int, shown: Any) -> Slot:
     where, choices = f"{tab}-control-{number}", kinds(core)
     with gr.Accordion(f"Control {number}", open=True, visible=number == 1, elem_id=where) as group:
         with gr.Row():
@@ -267,7 +268,7 @@ def slot(core: Core, tab: str, number: int) -> Slot:
         seen = gr.Image(
             label="Control image", interactive=False, visible=False, height=200, elem_id=f"{where}-seen", buttons=[]
         )
-    made = Slot(group, kind, image, detect, masked, scale, start, end, mode, guidance, type_)
+    made = Slot(group, kind, image, detect, masked, scale, start, end, mode, guidance, type_, shown)
 
     def show(values: dict[Any, Any]) -> Any:
         return gr.update(value=detected(core, made, values), visible=True)
@@ -330,9 +331,29 @@ def opened(core: Core, ref: FileRef) -> Image.Image | None:
         return None
 
 
+def painted(picture: Image.Image, mask: Image.Image | None) -> dict[str, Any]:
+    """An editor's value: the picture, and what is painted on it."""
+    if mask is None:
+        return {"background": picture, "layers": [], "composite": picture}
+    layer = Image.new("RGBA", picture.size, "black")
+    layer.putalpha(mask.convert("L").resize(picture.size).point(lambda value: 255 * (value > 127)))
+    whole = Image.alpha_composite(picture.convert("RGBA"), layer)
+    return {"background": picture, "layers": [layer], "composite": whole}
+
+
+def lost(recipe: Recipe) -> list[str]:
+    """What of a recipe the form has no place for."""
+    own = recipe.controls
+    found = ["the mask of the inpainting (History sends pictures to Inpaint)"] if recipe.mask is not None else []
+    found += ["scales for each level"] if any(isinstance(control.scale, tuple) for control in own) else []
+    found += ["the background of a control"] if any(control.background for control in own) else []
+    return found + ([f"controls after the {MOST_CONTROLS}th"] if len(own) > MOST_CONTROLS else [])
+
+
 def filled_slots(core: Core, own: list[Slot], recipe: Recipe) -> Iterator[tuple[Any, Any]]:
     """Updates that show a recipe's controls."""
     labels = {source: label for label, source in core.library.find_controls().items()}
+    yield own[0].shown, min(max(1, len(recipe.controls)), len(own))
     for k, part in enumerate(own):
         control = recipe.controls[k] if k < len(recipe.controls) else None
         yield part.group, gr.update(visible=k <= max(0, len(recipe.controls) - 1))
@@ -340,13 +361,15 @@ def filled_slots(core: Core, own: list[Slot], recipe: Recipe) -> Iterator[tuple[
             yield part.image, None
             continue
         picture = opened(core, control.image)
+        mask = None if control.mask is None else opened(core, control.mask)
         yield part.kind, labels.get(control.kind, control.kind)
         yield part.detect, control.detect or AS_IT_IS
-        yield part.image, None if picture is None else {"background": picture, "layers": [], "composite": picture}
-        yield part.scale, control.scale if isinstance(control.scale, float) else sum(control.scale) / len(control.scale)
+        yield part.image, None if picture is None else painted(picture, mask)
+        scale = sum(control.scale) / len(control.scale) if isinstance(control.scale, tuple) else control.scale
+        yield part.scale, min(max(scale, 0), part.scale.maximum)
         yield part.start, control.start
         yield part.end, control.end
         yield part.mode, control.mode
         yield part.guidance, control.guidance or 0
         yield part.type, control.type or ""
-        yield part.masked, False
+        yield part.masked, picture is not None and mask is not None
