@@ -19,7 +19,7 @@ from diffusion_kit.recipes import FileRef  # noqa: E402
 from diffusion_kit.studio.config import StudioConfig  # noqa: E402
 from diffusion_kit.studio.core import Core  # noqa: E402
 from diffusion_kit.studio.library import Library  # noqa: E402
-from diffusion_kit.studio.page import actions, create, examples, runs  # noqa: E402
+from diffusion_kit.studio.page import actions, create, examples, pictures, runs  # noqa: E402
 
 NEAR = 2.0  # of 255: other processors round in another way
 
@@ -67,6 +67,31 @@ def test_a_recipe_fills_the_form_and_the_form_asks_for_it(core: Core, tmp_path: 
         shown = np.asarray(Image.open(own.mask.path).convert("L")) > 127
         assert abs(shown.mean() - 0.5) < 0.02
         assert shown[:, 0].all()
+
+
+@pytest.mark.parametrize(("suffix", "told"), [("tif", "is not a PNG, JPEG or WEBP"), ("png", "at most 64 megapixels")])
+def test_what_is_painted_on_is_a_picture_that_the_kit_opens(suffix: str, told: str, tmp_path: Path) -> None:
+    """Gradio alone opens any file that PIL knows, of any size."""
+    file = tmp_path / f"given.{suffix}"
+    Image.new("1", (8, 8) if suffix == "tif" else (9000, 8000)).save(file)
+    with gr.Blocks():
+        part = pictures.easel("A picture", 100, "easel")
+    value = {"background": file, "layers": [], "composite": None}
+    payload = part.data_model(**{**value, "background": gr.FileData(path=str(file), orig_name=file.name)})
+    with pytest.raises(gr.Error, match=told):
+        part.preprocess(payload)
+
+
+def test_painted_pictures_come_back_as_they_went(core: Core) -> None:
+    rng = np.random.default_rng(0)
+    photo = Image.fromarray(rng.integers(0, 256, (40, 60, 3), np.uint8))
+    mask = Image.fromarray((rng.random((40, 60)) > 0.5).astype(np.uint8) * 255)
+    with gr.Blocks():
+        part = pictures.easel("A picture", 100, "easel")
+    sent = part.postprocess(pictures.painted(photo, mask))
+    back, painted = pictures.drawn(part.preprocess(part.data_model(**sent.model_dump())))
+    np.testing.assert_array_equal(np.asarray(painted), np.asarray(mask))
+    np.testing.assert_array_equal(np.asarray(back), np.asarray(photo))
 
 
 def test_notes_of_others_stay(core: Core) -> None:

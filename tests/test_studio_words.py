@@ -11,6 +11,7 @@ import pytest
 from conftest import make_controlnet
 from PIL import Image
 
+from diffusion_kit.adapters.pictures import fit_image
 from diffusion_kit.cli import main
 from diffusion_kit.ledger import Recorder
 from diffusion_kit.making.job import Job as Wanted
@@ -72,6 +73,20 @@ def test_command_and_python_make_the_same_pixels(
     assert np.ptp(pictures[0]) > 20, "a picture, and not one grey"
     np.testing.assert_array_equal(pictures[1], pictures[0])
     np.testing.assert_array_equal(pictures[2], pictures[0])
+
+
+def test_what_a_control_will_see_is_what_it_sees(model: Path, work: Path) -> None:
+    """At the picture's size: a detector finds other edges in a photo of another."""
+    shop = workshop(model, work)
+    wanted, _ = CASES["two controls"](str(model / "more" / "net"))
+    result = made(shop, wanted)
+    own = settings_of(shop.config, shop.config.models[0])
+    asked = checked(wanted, type(own)(**{**vars(own), "size": (64, 64)}), 7, shop.config)
+    for number in range(2):
+        before = shop.control_image(asked, number)
+        used = fit_image(Image.open(result.shown[number]).convert("RGB"), 64, 64)
+        np.testing.assert_array_equal(np.asarray(before), np.asarray(used))
+        assert np.ptp(np.asarray(before)) > 20
 
 
 def test_models_and_schedulers_are_swapped_and_let_go(model: Path, work: Path, tmp_path: Path) -> None:

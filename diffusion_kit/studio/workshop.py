@@ -16,14 +16,14 @@ from PIL import Image
 from diffusion_kit.adapters.control import kind_of
 from diffusion_kit.adapters.detectors import detect, detector
 from diffusion_kit.adapters.maps import detector_of
-from diffusion_kit.adapters.pictures import eight_bit, load_image
+from diffusion_kit.adapters.pictures import eight_bit, fit_image, load_image
 from diffusion_kit.evaluation.measures import MEASURES
 from diffusion_kit.ledger import Recorder, pictures
 from diffusion_kit.making import loading
 from diffusion_kit.making.check import check
 from diffusion_kit.making.fingerprint import fingerprint
 from diffusion_kit.making.job import Settings, without_auto
-from diffusion_kit.making.pictures import Made, complete, make
+from diffusion_kit.making.pictures import Made, complete, make, make_control
 from diffusion_kit.recipes import Recipe, save
 
 from . import words
@@ -102,13 +102,12 @@ class Workshop:
             del loaded[kind]
             self.hashes.pop(str(self.pipe.control_source(kind)), None)
 
-    def make(self, asked: Asked, job: Job, source: str = pictures.STUDIO, *, measured: bool = False) -> Result:
-        """Makes a picture, its file, and its row in the ledger.
+    def recipe(self, asked: Asked) -> Recipe:
+        """What is asked for as a whole recipe, by its model, which is then loaded.
 
         Raises:
-            ValueError, FileNotFoundError: what cannot be made, in one line. Cancelled: the job was.
+            ValueError, FileNotFoundError: what cannot be made, in one line.
         """
-        began = time.monotonic()
         check(asked.job, asked.settings, asked.seed)
         pipe = self.load(asked.settings)
         named = tuple(
@@ -122,6 +121,26 @@ class Workshop:
                 f"the picture would have {recipe.width} x {recipe.height} pixels; this studio makes "
                 f"{self.config.megapixels:g} megapixels at most: give a size"
             )
+        return recipe
+
+    def control_image(self, asked: Asked, number: int) -> Image.Image:
+        """The image of one of the controls, from 0, as its network will see it: detected, and at the picture's size.
+
+        Raises:
+            ValueError, FileNotFoundError, ImportError: it cannot be made, in one line.
+        """
+        recipe = self.recipe(asked)
+        shown = make_control(self.pipe, recipe.controls[number], recipe).image
+        return fit_image(picture_of(shown), recipe.width, recipe.height, recipe.fit)
+
+    def make(self, asked: Asked, job: Job, source: str = pictures.STUDIO, *, measured: bool = False) -> Result:
+        """Makes a picture, its file, and its row in the ledger.
+
+        Raises:
+            ValueError, FileNotFoundError: what cannot be made, in one line. Cancelled: the job was.
+        """
+        began = time.monotonic()
+        recipe, pipe = self.recipe(asked), self.pipe
         made = make(pipe, recipe, Teller(job), preview=job.watched)
         seconds = time.monotonic() - began
         file = save_free(self.config.pictures, made.picture, recipe)
@@ -186,11 +205,15 @@ def free_file(folder: Path, seed: int) -> Path:
 
 def save_shown(file: Path, number: int, shown: Any) -> Path:
     """Writes a control image beside its picture, in a folder of its own: it is no picture of the history."""
-    picture = next(iter(shown.values())) if isinstance(shown, dict) else shown
     beside = file.parent / "controls" / f"{file.stem}-{number}.png"
     beside.parent.mkdir(exist_ok=True)
-    save(eight_bit(picture), beside)
+    save(picture_of(shown), beside)
     return beside
+
+
+def picture_of(shown: Any) -> Image.Image:
+    """A control image as it can be looked at; of a network for several types of pictures, the first of them."""
+    return eight_bit(next(iter(shown.values())) if isinstance(shown, dict) else shown)
 
 
 def fidelity(recipe: Recipe, made: Made) -> list[tuple[str, float]]:

@@ -16,9 +16,10 @@ from diffusion_kit.studio.core import Core
 from diffusion_kit.studio.queue import DONE, OVER, Full, Job
 from diffusion_kit.studio.requests import Asked
 
-from . import actions, form
-from .create import uploaded
+from . import actions, slots
 from .output import GLANCE, STILL
+from .pictures import given, kept
+from .settings import Settings, add_settings
 
 NAME = "compare"
 BY_SCALE, BY_KIND = "scale x seed", "adapters side by side"
@@ -35,7 +36,7 @@ class Cell:
 @dataclass
 class Compare:
     core: Core
-    settings: form.Settings
+    settings: Settings
     what: Any
     image: Any
     kind: Any
@@ -56,8 +57,8 @@ class Compare:
         """
         if values[self.image] is None:
             raise ValueError("give the control's picture")
-        image = uploaded(self.core, values[self.image], "the control's picture")
-        detect = form.DETECTORS.get(values[self.detect], values[self.detect])
+        image = kept(self.core, values[self.image], "the control's picture")
+        detect = slots.DETECTORS.get(values[self.detect], values[self.detect])
         seeds = [int(values[self.settings.seed] or 0) + k for k in range(int(values[self.seeds]))]
         if values[self.what] == BY_SCALE:
             rows = [(f"scale {scale:g}", values[self.kind], scale) for scale in numbers(values[self.scales])]
@@ -88,15 +89,15 @@ def numbers(text: str) -> list[float]:
 
 
 def tab(core: Core, client: Any) -> Compare:
-    choices = form.kinds(core)
+    choices = slots.kinds(core)
     with gr.Row():
         with gr.Column(scale=4, min_width=320):
-            settings = form.settings(core, NAME)
+            settings = add_settings(core, NAME)
             what = gr.Radio([BY_SCALE, BY_KIND], value=BY_SCALE, label="Compare", elem_id=f"{NAME}-what")
-            image = gr.Image(label="The control's picture", type="filepath", height=220, elem_id=f"{NAME}-image")
+            image = given("The control's picture", f"{NAME}-image")
             with gr.Row():
                 kind = gr.Dropdown(choices, value=choices[0] if choices else None, label="Adapter", min_width=120)
-                detect = gr.Dropdown(list(form.DETECTORS), value=form.BY_KIND, label="The picture is", min_width=160)
+                detect = gr.Dropdown(list(slots.DETECTORS), value=slots.BY_KIND, label="The picture is", min_width=160)
             kinds = gr.Dropdown(choices, value=choices[:3], multiselect=True, label="Adapters side by side")
             with gr.Row():
                 scales = gr.Textbox("0, 0.5, 1", label="Scales", elem_id=f"{NAME}-scales", min_width=120)

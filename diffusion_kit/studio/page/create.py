@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
 from diffusion_kit.adapters.pictures import FITS
 from diffusion_kit.making.job import Job
-from diffusion_kit.recipes import FileRef, Recipe
+from diffusion_kit.recipes import Recipe
 from diffusion_kit.studio.core import Core
 from diffusion_kit.studio.requests import Asked
 
-from . import actions, examples, form
+from . import actions, examples
 from .output import Output, output
+from .pictures import given, kept, opened
+from .settings import Settings, add_settings
+from .slots import Slot, add_slots, controls, filled_slots, lost, previews
 
 NAME = "create"
 
@@ -24,8 +26,8 @@ NAME = "create"
 @dataclass
 class Create:
     core: Core
-    settings: form.Settings
-    slots: list[form.Slot]
+    settings: Settings
+    slots: list[Slot]
     image: Any
     strength: Any
     fit: Any
@@ -37,21 +39,20 @@ class Create:
         return {*own, *(part for slot in self.slots for part in slot.parts)}
 
     def asked(self, values: Mapping[Any, Any]) -> Asked:
-        image = (
-            None if values[self.image] is None else uploaded(self.core, values[self.image], "the picture to start from")
-        )
-        controls = form.controls(self.core, self.slots, values)
+        file = values[self.image]
+        image = None if file is None else kept(self.core, file, "the picture to start from")
+        job = Job("", "", image, None, controls(self.core, self.slots, values))
         strength = float(values[self.strength]) if image is not None else None
-        return self.settings.asked(values, Job("", "", image, None, controls), strength, values[self.fit])
+        return self.settings.asked(values, job, strength, values[self.fit])
 
     def filled(self, recipe: Recipe) -> dict[Any, Any]:
         """Updates that show a recipe in the form; what it has no place for is told."""
-        if gone := form.lost(recipe):
+        if gone := lost(recipe):
             gr.Warning(f"not restored: {', '.join(gone)}")
-        image = form.opened(self.core, recipe.image) if recipe.image is not None else None
+        image = opened(self.core, recipe.image) if recipe.image is not None else None
         updates = self.settings.filled(recipe) | {self.fit: recipe.fit}
         updates |= {self.image: image, self.strength: recipe.strength or 0.6}
-        return updates | dict(form.filled_slots(self.core, self.slots, recipe))
+        return updates | dict(filled_slots(self.core, self.slots, recipe))
 
     @property
     def fillable(self) -> list[Any]:
@@ -67,19 +68,14 @@ class Create:
         ]
 
 
-def uploaded(core: Core, file: str, name: str) -> FileRef:
-    """Keeps an uploaded file, with the bytes that the user gave."""
-    return core.inputs.add(Path(file).read_bytes(), name)
-
-
 def tab(core: Core, client: Any, job: Any) -> Create:
     with gr.Row():
         with gr.Column(scale=5, min_width=320):
-            settings = form.settings(core, NAME)
+            settings = add_settings(core, NAME)
             with gr.Accordion("Start from a picture", open=False, elem_id=f"{NAME}-start"):
-                image = gr.Image(label="Picture", type="filepath", elem_id=f"{NAME}-image", height=220)
+                image = given("Picture", f"{NAME}-image")
                 strength = gr.Slider(0, 1, 0.6, step=0.05, label="Strength", elem_id=f"{NAME}-strength")
-            slots = form.slots(core, NAME, settings)
+            slots = add_slots(core, NAME, settings)
             fit = gr.Radio(list(FITS), value="cover", label="Pictures of another shape")
             go = gr.Button("Generate (Ctrl+Enter)", variant="primary", elem_id=f"{NAME}-go")
             tried = examples.row(core)
@@ -87,5 +83,6 @@ def tab(core: Core, client: Any, job: Any) -> Create:
             out = output(core, NAME, job)
     made = Create(core, settings, slots, image, strength, fit, out)
     actions.wire(core, out, client, go, made.inputs, made.asked)
+    previews(core, slots, made.inputs, made.asked)
     examples.wire(tried, made, client)
     return made

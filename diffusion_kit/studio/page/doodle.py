@@ -15,9 +15,11 @@ from diffusion_kit.recipes import ControlRecipe
 from diffusion_kit.studio.core import Core
 from diffusion_kit.studio.requests import Asked
 
-from . import actions, form
+from . import actions
 from .output import Output, output
 from .pad import drawing, pad
+from .settings import Settings, add_settings
+from .slots import follow_model, kinds
 
 NAME = "doodle"
 LINE = 128  # of 255: darker is a stroke
@@ -29,7 +31,7 @@ FAITH = {"freely": None, EXACT: 2.0}  # guidance of the control's own, a third c
 @dataclass
 class Doodle:
     core: Core
-    settings: form.Settings
+    settings: Settings
     pad: Any
     kind: Any
     scale: Any
@@ -61,7 +63,7 @@ def lines(picture: Image.Image | None) -> Image.Image:
 
 
 def tab(core: Core, client: Any, job: Any) -> Doodle:
-    choices = form.kinds(core)
+    choices = kinds(core)
     first = next((kind for kind in choices if KIND in kind), choices[0] if choices else None)
     with gr.Row():
         with gr.Column(scale=5, min_width=320):
@@ -73,11 +75,11 @@ def tab(core: Core, client: Any, job: Any) -> Doodle:
                 faith = gr.Radio(
                     list(FAITH), value=EXACT, label="Lines are followed", elem_id=f"{NAME}-faith", min_width=120
                 )
-            settings = form.settings(core, NAME)
+            settings = add_settings(core, NAME)
             go = gr.Button("Generate (Ctrl+Enter)", variant="primary", elem_id=f"{NAME}-go")
         with gr.Column(scale=5, min_width=320):
             out = output(core, NAME, job)
-    form.follow_model(core, settings, [kind])
+    follow_model(core, settings, [kind])
     made = Doodle(core, settings, own_pad, kind, scale, faith, live, out)
     actions.wire(core, out, client, go, made.inputs, made.asked)
     lifted(made, client)

@@ -12,8 +12,11 @@ from diffusion_kit.making.job import Job
 from diffusion_kit.studio.core import Core
 from diffusion_kit.studio.requests import Asked
 
-from . import actions, form
+from . import actions
 from .output import Output, output
+from .pictures import drawn, easel
+from .settings import Settings, add_settings
+from .slots import Slot, add_slots, controls, previews
 
 NAME = "inpaint"
 
@@ -21,8 +24,8 @@ NAME = "inpaint"
 @dataclass
 class Inpaint:
     core: Core
-    settings: form.Settings
-    slots: list[form.Slot]
+    settings: Settings
+    slots: list[Slot]
     canvas: Any
     strength: Any
     out: Output
@@ -32,35 +35,32 @@ class Inpaint:
         return {self.canvas, self.strength, *self.settings.parts, *(part for slot in self.slots for part in slot.parts)}
 
     def asked(self, values: Mapping[Any, Any]) -> Asked:
-        picture, mask = form.drawn(values[self.canvas])
+        picture, mask = drawn(values[self.canvas])
         if picture is None:
             raise ValueError("give a picture to repaint")
         if mask is None:
             raise ValueError("paint over what is to be made anew")
-        controls = form.controls(self.core, self.slots, values)
-        image = self.core.inputs.add_picture(picture, "the picture")
-        job = Job("", "", image, self.core.inputs.add_picture(mask, "the mask"), controls)
+        return self.drafted(values)
+
+    def drafted(self, values: Mapping[Any, Any]) -> Asked:
+        """What is asked for, be it painted already or not."""
+        found = zip(drawn(values[self.canvas]), ("the picture", "the mask"), strict=True)
+        image, mask = (None if own is None else self.core.inputs.add_picture(own, name) for own, name in found)
+        job = Job("", "", image, mask, controls(self.core, self.slots, values))
         return self.settings.asked(values, job, float(values[self.strength]))
 
 
 def tab(core: Core, client: Any, job: Any) -> Inpaint:
     with gr.Row():
         with gr.Column(scale=5, min_width=320):
-            canvas = gr.ImageMask(
-                label="Paint over what is to be made anew",
-                type="pil",
-                image_mode="RGBA",
-                layers=False,
-                transforms=(),
-                elem_id=f"{NAME}-canvas",
-                height=420,
-            )
-            settings = form.settings(core, NAME)
+            canvas = easel("Paint over what is to be made anew", 420, f"{NAME}-canvas")
+            settings = add_settings(core, NAME)
             strength = gr.Slider(0, 1, 1, step=0.05, label="Strength (1: nothing of what was there)")
-            slots = form.slots(core, NAME, settings)
+            slots = add_slots(core, NAME, settings)
             go = gr.Button("Repaint (Ctrl+Enter)", variant="primary", elem_id=f"{NAME}-go")
         with gr.Column(scale=5, min_width=320):
             out = output(core, NAME, job)
     made = Inpaint(core, settings, slots, canvas, strength, out)
     actions.wire(core, out, client, go, made.inputs, made.asked)
+    previews(core, slots, made.inputs, made.drafted)
     return made

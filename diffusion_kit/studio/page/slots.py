@@ -1,0 +1,227 @@
+"""Controls: their parts on a page, and from their values to the controls of a job."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from PIL import Image
+
+from diffusion_kit.adapters.detectors import detectors
+from diffusion_kit.making.job import AUTO
+from diffusion_kit.models.sources import locate
+from diffusion_kit.recipes import ControlRecipe, Recipe
+from diffusion_kit.studio.core import Core
+from diffusion_kit.studio.queue import Full
+from diffusion_kit.studio.requests import MOST_CONTROLS, Asked
+
+from . import actions
+from .pictures import drawn, easel, opened, painted
+from .settings import Settings, Values
+
+AS_IT_IS, BY_KIND = "a control image", "a photo (own detector)"
+DETECTORS = {BY_KIND: AUTO, AS_IT_IS: "none"}
+
+
+@dataclass
+class Slot:
+    """One control of a page."""
+
+    group: Any
+    kind: Any
+    image: Any
+    detect: Any
+    masked: Any
+    scale: Any
+    start: Any
+    end: Any
+    mode: Any
+    guidance: Any
+    type: Any
+    shown: Any  # how many of all slots are, the same of each
+    look: Any  # shows in `seen` what the network will see
+    seen: Any
+
+    @property
+    def parts(self) -> list[Any]:
+        return [part for name, part in vars(self).items() if name not in ("group", "shown", "look", "seen")]
+
+    def is_empty(self, values: Values) -> bool:
+        return drawn(values[self.image])[0] is None or not values[self.kind]
+
+    def recipe(self, values: Values, core: Core, name: str) -> ControlRecipe | None:
+        """The control of the values; None where it has no picture.
+
+        Raises:
+            ValueError: it cannot be used, in one line.
+        """
+        image, mask = drawn(values[self.image])
+        if image is None or not values[self.kind]:
+            return None
+        if values[self.masked] and mask is None:
+            raise ValueError(f"{name} is to act where its picture is painted, and nothing is: paint, or untick it")
+        detect = values[self.detect] or BY_KIND
+        return ControlRecipe(
+            values[self.kind],
+            core.inputs.add_picture(image, name),
+            detect=DETECTORS.get(detect, detect),
+            scale=float(values[self.scale]),
+            start=float(values[self.start]),
+            end=float(values[self.end]),
+            mode=values[self.mode],
+            mask=core.inputs.add_picture(mask, name) if values[self.masked] and mask is not None else None,
+            guidance=float(values[self.guidance]) if values[self.guidance] else None,
+            type=values[self.type] or None,
+        )
+
+
+def add_slots(core: Core, tab: str, settings: Settings) -> list[Slot]:
+    """Controls, of which the first is there and a button shows the next; what may be picked follows the model."""
+    shown = gr.State(1)
+    made = [add_slot(core, tab, number, shown) for number in range(1, MOST_CONTROLS + 1)]
+    more = gr.Button("Add a control", size="sm", elem_id=f"{tab}-more")
+
+    def add(count: int) -> list[Any]:
+        return [min(count + 1, MOST_CONTROLS), *(gr.update(visible=k <= count) for k in range(MOST_CONTROLS))]
+
+    more.click(add, shown, [shown, *(own.group for own in made)], show_progress="hidden", api_visibility="private")
+    follow_model(core, settings, [own.kind for own in made])
+    return made
+
+
+def follow_model(core: Core, settings: Settings, parts: list[Any]) -> None:
+    """Adapters that may be picked are those of the chosen model and of the folders, as these are now."""
+
+    def look(label: str, *chosen: str) -> list[Any]:
+        found = kinds(core, label)
+        return [gr.update(choices=found, value=own if own in found else next(iter(found), None)) for own in chosen]
+
+    same: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+    gr.on([settings.model.change, settings.again.click], look, [settings.model, *parts], parts, **same)
+
+
+def controls(core: Core, own: list[Slot], values: Values) -> tuple[ControlRecipe, ...]:
+    """Of the slots that have a picture.
+
+    Raises:
+        ValueError: one cannot be used, in one line.
+    """
+    named = (slot.recipe(values, core, f"control {k}") for k, slot in enumerate(own, 1))
+    return tuple(control for control in named if control is not None)
+
+
+def kinds(core: Core, label: str | None = None) -> list[str]:
+    """Controls that come with a model, by default the first, and those of the library."""
+    place = locate(core.library.model(label or core.library.first))
+    own = (
+        sorted(path.parent.name for path in Path(place).glob("controls/*/*.safetensors"))
+        if isinstance(place, Path)
+        else []
+    )
+    return list(dict.fromkeys([*own, *core.library.find_controls()]))
+
+
+def add_slot(core: Core, tab: str, number: int, shown: Any) -> Slot:
+    where, choices = f"{tab}-control-{number}", kinds(core)
+    with gr.Accordion(f"Control {number}", open=True, visible=number == 1, elem_id=where) as group:
+        with gr.Row():
+            kind = gr.Dropdown(
+                choices, value=choices[0] if choices else None, label="Adapter", elem_id=f"{where}-kind", min_width=120
+            )
+            detect = gr.Dropdown(
+                [*DETECTORS, *detectors()],
+                value=BY_KIND,
+                label="The picture is",
+                elem_id=f"{where}-detect",
+                min_width=160,
+            )
+        image = easel("Picture (paint where the control is to act)", 260, f"{where}-image")
+        with gr.Row():
+            scale = gr.Slider(0, 2, 1, step=0.05, label="Scale", elem_id=f"{where}-scale", min_width=120)
+            start = gr.Slider(0, 1, 0, step=0.05, label="From", min_width=100)
+            end = gr.Slider(0, 1, 1, step=0.05, label="Until (factor)", elem_id=f"{where}-end", min_width=100)
+        with gr.Accordion("More", open=False), gr.Row():
+            masked = gr.Checkbox(False, label="Only where painted", elem_id=f"{where}-masked", min_width=120)
+            mode = gr.Dropdown(["balanced", "prompt", "control"], value="balanced", label="Mode", min_width=120)
+            guidance = gr.Number(0, label="Guidance of its own (0: none)", minimum=0, step=0.5, min_width=120)
+            type_ = gr.Textbox(label="Type (for a ControlNet-Union)", min_width=120)
+        look = gr.Button("Show what the network will see", size="sm", elem_id=f"{where}-preview")
+        seen = gr.Image(
+            label="Control image", interactive=False, visible=False, height=200, elem_id=f"{where}-seen", buttons=[]
+        )
+    return Slot(group, kind, image, detect, masked, scale, start, end, mode, guidance, type_, shown, look, seen)
+
+
+def previews(core: Core, own: list[Slot], inputs: set[Any], ask: Callable[[Values], Asked]) -> None:
+    """The buttons of slots that show a control image as the network will see it, made on the queue.
+
+    Args:
+        ask: makes of the values of `inputs` the picture with all its controls: its size is the control image's.
+    """
+
+    def showing(number: int) -> Callable[..., Any]:
+        def show(values: dict[Any, Any]) -> Any:
+            with actions.said():
+                if own[number].is_empty(values):
+                    raise ValueError("give a picture first")
+                asked = ask(values)
+            before = sum(not slot.is_empty(values) for slot in own[:number])
+            return gr.update(value=seen(core, asked, before), visible=True)
+
+        return show
+
+    for number, slot in enumerate(own):
+        slot.look.click(showing(number), inputs, slot.seen, api_visibility="private")
+
+
+def seen(core: Core, asked: Asked, number: int) -> Image.Image:
+    """
+    Raises:
+        gr.Error: it cannot be made, in one line.
+    """
+    try:
+        job = core.queue.submit("", lambda job: core.workshop.control_image(asked, number))
+    except Full as error:
+        raise gr.Error(str(error), title="busy") from None
+    job.wait()
+    if job.error:
+        raise gr.Error(job.error, title="not like this")
+    picture, job.result = job.result, None  # the queue remembers jobs for a while: not pictures, too
+    return picture
+
+
+def lost(recipe: Recipe) -> list[str]:
+    """What of a recipe the form has no place for."""
+    own = recipe.controls
+    found = ["the mask of the inpainting (History sends pictures to Inpaint)"] if recipe.mask is not None else []
+    found += ["scales for each level"] if any(isinstance(control.scale, tuple) for control in own) else []
+    found += ["the background of a control"] if any(control.background for control in own) else []
+    return found + ([f"controls after the {MOST_CONTROLS}th"] if len(own) > MOST_CONTROLS else [])
+
+
+def filled_slots(core: Core, own: list[Slot], recipe: Recipe) -> Iterator[tuple[Any, Any]]:
+    """Updates that show a recipe's controls."""
+    labels = {source: label for label, source in core.library.find_controls().items()}
+    yield own[0].shown, min(max(1, len(recipe.controls)), len(own))
+    for k, part in enumerate(own):
+        control = recipe.controls[k] if k < len(recipe.controls) else None
+        yield part.group, gr.update(visible=k <= max(0, len(recipe.controls) - 1))
+        if control is None:
+            yield part.image, None
+            continue
+        picture = opened(core, control.image)
+        mask = None if control.mask is None else opened(core, control.mask)
+        yield part.kind, labels.get(control.kind, control.kind)
+        yield part.detect, control.detect or AS_IT_IS
+        yield part.image, None if picture is None else painted(picture, mask)
+        scale = sum(control.scale) / len(control.scale) if isinstance(control.scale, tuple) else control.scale
+        yield part.scale, min(max(scale, 0), part.scale.maximum)
+        yield part.start, control.start
+        yield part.end, control.end
+        yield part.mode, control.mode
+        yield part.guidance, control.guidance or 0
+        yield part.type, control.type or ""
+        yield part.masked, picture is not None and mask is not None
