@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Iterable
 from functools import cache
 from itertools import count
 from pathlib import Path
@@ -44,6 +45,14 @@ def own_history(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPa
     """Every test has a history of its own; its folder is made when something is written."""
     monkeypatch.setenv("DIFFUSION_KIT_HOME", f"{tmp_path_factory.getbasetemp()}/history-{next(NUMBERS)}")
     monkeypatch.delenv("DIFFUSION_KIT_LEDGER", raising=False)
+
+
+def light(cases: Iterable[Any], *kept: Any) -> list[Any]:
+    """Cases of a test, of which those that are not `kept` run with scripts/verify heavy: together they take minutes."""
+    return [
+        case if case in kept else pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.heavy)
+        for case in cases
+    ]
 
 
 CHANNELS = (32, 64, 64)

@@ -16,6 +16,7 @@ import torch
 from conftest import (
     distance,
     half_mask,
+    light,
     lines,
     make_adapter,
     make_controlnet,
@@ -213,7 +214,7 @@ def pixels(image: Any) -> torch.Tensor:
 
 @pytest.mark.parametrize("depth", [1, 2])
 @pytest.mark.parametrize("reuse", [True, False])
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", light(TASKS, "inpaint"))
 def test_a_plain_loop_over_the_same_blocks(task: str, reuse: bool, depth: int, controls: list[Control]) -> None:
     peer = pipeline(
         getattr(diffusers, f"StableDiffusionXL{dict(image='Img2Img', inpaint='Inpaint').get(task, '')}Pipeline")

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import seeds
+from conftest import light, seeds
 from PIL import Image, ImageDraw
 
 from diffusion_kit import AutoPipelineForText2Image, Control, detect
@@ -94,7 +94,9 @@ def shapes() -> list[Image.Image]:
     return pictures
 
 
-@pytest.mark.parametrize("name", ["canny", "canny_controlnet", "sketch", "palette", "regions"])
+@pytest.mark.parametrize(
+    "name", light(["canny", "canny_controlnet", "sketch", "palette", "regions"], "canny_controlnet", "sketch")
+)
 def test_a_control_is_followed(pipe: Any, name: str) -> None:
     follows(pipe, name)
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import make_adapter, make_vae, picture, pipeline, randomise, seeds
+from conftest import light, make_adapter, make_vae, picture, pipeline, randomise, seeds
 from diffusers.utils.torch_utils import TorchDeviceBackend
 from guides import FAULTS, OF_THE_PEER, Block, Fault, Reader, blocks, chains
 from kandinsky_models import (
@@ -169,7 +169,7 @@ OPTIMIZED: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("name", OPTIMIZED)
+@pytest.mark.parametrize("name", light(OPTIMIZED, "DiffusionPipeline", "KandinskyV22Pipeline"))
 def test_optimizations(name: str, places: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     """After every block of the section the picture is that of diffusers' plain pipeline. `DiffusionPipeline` is its own
     class, handed on; the others are the kit's in its place."""

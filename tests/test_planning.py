@@ -133,6 +133,7 @@ def test_live_bytes_of_a_chain() -> None:
         assert (live.now, live.gradients) == (4000, 4000)
 
 
+@pytest.mark.heavy
 def test_checkpointing_trades_operations_for_memory() -> None:
     plain, lean = (measured("unet").trace(flag, 4) for flag in (False, True))
     assert plain is not None

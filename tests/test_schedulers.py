@@ -8,7 +8,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from conftest import SCHEDULE, distance, lines, make_adapter, picture, pipeline, seeds, unet
+from conftest import SCHEDULE, distance, light, lines, make_adapter, picture, pipeline, seeds, unet
 
 import diffusion_kit
 from diffusion_kit.sampling.doors import Answer
@@ -83,7 +83,7 @@ def test_adapter_with_each_scheduler(name: str) -> None:
     assert distance(ours, theirs) < 1e-4
 
 
-@pytest.mark.parametrize("name", SEVERAL_CALLS)
+@pytest.mark.parametrize("name", light(SEVERAL_CALLS, "heun", "pndm", "pndm_prk"))
 def test_plain_with_each_scheduler_of_several_calls(name: str) -> None:
     ours, theirs = (
         call(pipeline(module.StableDiffusionXLPipeline, scheduler=make(name))) for module in (diffusion_kit, diffusers)
@@ -91,7 +91,7 @@ def test_plain_with_each_scheduler_of_several_calls(name: str) -> None:
     assert distance(ours, theirs) < 1e-4
 
 
-@pytest.mark.parametrize("name", SEVERAL_CALLS)
+@pytest.mark.parametrize("name", light(SEVERAL_CALLS, "heun", "pndm"))
 def test_adapter_window_counts_steps_not_calls(name: str) -> None:
     """Against a plain loop over the peer's UNet in which the adapter acts in the first half of the steps."""
     steps, scheduler, adapter = 8, make(name), make_adapter()

@@ -364,6 +364,7 @@ def test_check_learns_a_batch_and_draws_what_the_network_sees(tmp_path, capsys):
     train(config)
 
 
+@pytest.mark.heavy
 def test_a_batch_is_found_that_fits(tmp_path):
     config = training_models.config("t2i_adapter", tmp_path, batch="auto", steps=1)
     train(config)

@@ -40,6 +40,7 @@ def test_the_reference_asks_for_more_flops(small):
     assert 1.2 < found["kit"] < found["cached"]
 
 
+@pytest.mark.heavy
 def test_of_sdxl_at_1024_pixels_it_asks_for_as_much_as_was_said():
     found = speed.ratios(speed.sdxl_flops())
     assert found == pytest.approx({"kit": 1.31, "cached": 1.74}, abs=0.01)
