@@ -76,7 +76,7 @@ def parsed(url: str) -> URL:
         found = make_url(url)
     except ArgumentError:
         raise ValueError(
-            "DIFFUSION_KIT_LEDGER is no URL of a database: sqlite:///FILE or postgresql+psycopg://..."
+            "no URL of a database: sqlite:///FILE or postgresql+psycopg://...; the history's is in DIFFUSION_KIT_LEDGER"
         ) from None
     if found.drivername in ("postgres", "postgresql"):  # as Supabase and others write it
         found = found.set(drivername="postgresql+psycopg")
@@ -85,24 +85,34 @@ def parsed(url: str) -> URL:
     return found
 
 
-def connect(url: URL) -> Engine:
+def connect(url: URL, *, own: bool = True) -> Engine:
+    """
+    Args:
+        own: the ledger: a file that is not there is made, and it writes ahead, which stays with it.
+    """
     if url.get_backend_name() == "postgresql":
         try:
             return create_engine(url, connect_args=NETWORK, pool_pre_ping=True)
         except ImportError:
             raise ImportError("a ledger in Postgres needs psycopg: pip install 'diffusion_kit[postgres]'") from None
-    if url.database:
+    if url.database and own:
         Path(url.database).absolute().parent.mkdir(parents=True, exist_ok=True)
     engine = create_engine(url, connect_args={"timeout": BUSY})
     event.listen(engine, "connect", _prepare)
+    if own:
+        event.listen(engine, "connect", _write_ahead)
     event.listen(engine, "begin", _begin)
     return engine
 
 
 def _prepare(connection: Any, _: Any) -> None:
     connection.isolation_level = None  # transactions begin as `_begin` says, not as the driver does
-    for setting in ("journal_mode=WAL", "synchronous=NORMAL", "foreign_keys=ON"):
-        connection.execute(f"PRAGMA {setting}")
+    connection.execute("PRAGMA foreign_keys=ON")
+
+
+def _write_ahead(connection: Any, _: Any) -> None:
+    connection.execute("PRAGMA journal_mode=WAL")
+    connection.execute("PRAGMA synchronous=NORMAL")
 
 
 def _begin(connection: Connection) -> None:

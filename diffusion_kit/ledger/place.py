@@ -26,10 +26,11 @@ def remember(folder: Path) -> None:
     file, line = home() / PLACES, str(folder.absolute())
     if line not in places():
         file.parent.mkdir(parents=True, exist_ok=True)
-        with file.open("a", encoding="utf-8") as stream:
+        with file.open("a", encoding="utf-8", errors="surrogateescape") as stream:
             stream.write(f"{line}\n")
 
 
 def places() -> list[str]:
     file = home() / PLACES
-    return list(dict.fromkeys(file.read_text(encoding="utf-8").splitlines())) if file.is_file() else []
+    lines = file.read_text("utf-8", "surrogateescape").splitlines() if file.is_file() else []
+    return list(dict.fromkeys(lines))

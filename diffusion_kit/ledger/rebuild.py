@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 from PIL import Image
-from sqlalchemy.exc import DatabaseError
+from sqlalchemy.exc import DatabaseError, InterfaceError, OperationalError, SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from diffusion_kit.recipes import Recipe, read
@@ -26,6 +26,7 @@ from diffusion_kit.recipes.files import FORMATS
 from . import evaluations, pictures, runs
 from .database import Ledger, parsed
 from .place import ledger_url, places
+from .recorder import summary
 from .tables import Picture, Run
 
 RUN = "run.json"  # of a run's folder: id, when it was begun, and by which command
@@ -102,12 +103,17 @@ def batches(files: Iterable[Path]) -> Iterator[list[Path]]:
 def add(session: Session, file: Path, say: Callable[[str], None]) -> str:
     """Writes what a file tells; what it was, or nothing."""
     try:
-        if file.name == RUN:
-            return add_run(session, file.parent)
-        if file.name == evaluations.REPORT:
-            return add_report(session, file)
-        if file.suffix.lower() in FORMATS:
-            return add_picture(session, file)
+        with session.begin_nested():  # of a file all, or nothing
+            if file.name == RUN:
+                return add_run(session, file.parent)
+            if file.name == evaluations.REPORT:
+                return add_report(session, file)
+            if file.suffix.lower() in FORMATS:
+                return add_picture(session, file)
+    except (OperationalError, InterfaceError):  # the database's, not the file's
+        raise
+    except SQLAlchemyError as error:
+        say(f"{file} is left out: {summary(error)}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
         say(f"{file} is left out: {' '.join(str(error).split())}")
     return ""

@@ -61,7 +61,7 @@ class Recorder:
     def place(self, folder: Path) -> None:
         """Remembers a folder of pictures, runs or reports."""
         if self.on:
-            with suppress(OSError):  # a disk that is full has been told by whoever wrote the picture
+            with suppress(OSError, ValueError):  # a disk that is full has been told by whoever wrote the picture
                 remember(folder)
 
     def flush(self) -> None:

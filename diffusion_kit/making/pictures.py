@@ -99,10 +99,10 @@ def natural_size(pipe: Any, picture: Image.Image | None, multiple: int) -> tuple
 
 @dataclass(frozen=True)
 class Made:
-    """A picture, and the control images as the networks saw them, in the controls' order."""
+    """A picture, and the control images as the networks saw them, in the controls' order and at the picture's size."""
 
     picture: Image.Image
-    shown: tuple[Any, ...]
+    shown: tuple[Image.Image, ...]
 
 
 OnStep = Callable[[int, int, Tensor | None], None]
@@ -140,7 +140,13 @@ def make(pipe: Any, recipe: Recipe, on_step: OnStep | None = None, *, preview: b
         height=recipe.height,
         **call,
     )
-    return Made(made.images[0], tuple(control.image for control in controls))
+    return Made(made.images[0], tuple(as_seen(control, recipe) for control in controls))
+
+
+def as_seen(control: Control, recipe: Recipe) -> Image.Image:
+    """The image of a recipe's control at the picture's size; of a network for several types of pictures, the first."""
+    image = next(iter(control.image.values())) if isinstance(control.image, dict) else control.image
+    return fit_image(image, recipe.width, recipe.height, recipe.fit)
 
 
 def _told(on_step: OnStep) -> Callable[..., dict[str, Any]]:

@@ -172,7 +172,10 @@ class Gate:
 
     def is_own(self, origin: str, host: str) -> bool:
         """Whether a page is the studio's: of the same name and port, or of a name that a proxy shows it under."""
-        found = urlsplit(origin)
+        try:
+            found = urlsplit(origin)
+        except ValueError:
+            return False
         name = (found.hostname or "").lower()
         return found.netloc.lower() == host.lower() or (name in self.hosts and name not in LOOPBACK)
 

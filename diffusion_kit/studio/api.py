@@ -96,6 +96,7 @@ OfResult = Annotated[Result, Depends(result_of)]
 @router.post("/pictures", status_code=202)
 def ask(body: PictureRequest, core: Own, owner: Owner) -> JobState:
     try:
+        core.queue.check_room()  # before its pictures are decoded
         own = asked(body, core.config, core.library, core.inputs)
         return state_of(core, core.submit(own, owner, source=pictures.API))
     except FORESEEN as error:
@@ -139,8 +140,11 @@ async def detect(body: DetectRequest, core: Own, owner: Owner) -> Response:
     except Full as error:
         raise busy(error) from None
     await over(own, LONGEST_WAIT)
+    if own.state not in OVER:
+        core.queue.cancel(own)
+        raise HTTPException(504, f"not done in {LONGEST_WAIT:.0f} s, and cancelled: try again later")
     if own.state != DONE:
-        raise HTTPException(422 if own.state in OVER else 504, own.error or f"the job is {own.state}")
+        raise HTTPException(422, own.error or f"the job is {own.state}")
     picture, own.result = own.result, None  # the queue remembers jobs for a while: not pictures, too
     return Response(picture, media_type="image/png")
 

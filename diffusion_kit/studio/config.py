@@ -23,7 +23,7 @@ class StudioConfig:
         root_path: under which a proxy shows it.
         queue: jobs that wait or run at most.
         upload: megabytes of a picture at most.
-        megapixels: of a picture that is made, or given, at most.
+        megapixels: of a picture that is made at most.
         cells: pictures of a comparison at most.
         device, dtype, optimize, engine, low_memory: as of `diffusion-kit generate`.
         history: whether pictures are written to the ledger.
@@ -63,8 +63,16 @@ class StudioConfig:
                 raise ValueError(f"--{name} is {value}; it must be more than 0")
         if not 0 <= self.port < 2**16:
             raise ValueError(f"--port is {self.port}; it must be 0 to 65535")
+        for place in self.controls:
+            if not Path(place).exists():
+                raise ValueError(f"--controls {place}: there is no such folder or file")
         if self.root_path and not self.root_path.startswith("/"):
             raise ValueError(f"--root-path is {self.root_path!r}; it must begin with /")
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether others than the one at the machine may be on its pages: it has users, or is behind a proxy."""
+        return self.users is not None or bool(self.hosts or self.root_path)
 
     @property
     def pictures(self) -> Path:

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from sqlalchemy.exc import SQLAlchemyError
 
 from diffusion_kit.ledger import Ledger, Recorder, pictures
+from diffusion_kit.ledger.recorder import summary
 from diffusion_kit.recipes.whole import write_whole
 
 from .config import StudioConfig
@@ -23,7 +25,7 @@ from .queue import Job, Queue
 from .requests import Asked
 from .workshop import Result, Workshop
 
-FORESEEN = (ValueError, TypeError, FileNotFoundError, PermissionError, ImportError)
+FORESEEN = (ValueError, TypeError, FileNotFoundError, PermissionError, ImportError, SQLAlchemyError)
 
 
 class Core:
@@ -50,17 +52,30 @@ class Core:
 
         return self.queue.submit(owner, work, watched=watched)
 
+    def submit_preview(self, asked: Asked, number: int, owner: str) -> Job:
+        """Of the image of one control, as its network will see it.
+
+        Raises:
+            Full: the queue takes no more.
+        """
+        return self.queue.submit(owner, lambda job: self.workshop.control_image(asked, number))
+
     def shown(self, file: Path) -> str:
         """A picture as the page may show it: in the studio's own folder, by a copy of one that lies elsewhere."""
         file = file.absolute()
         if file.resolve().is_relative_to(self.config.output.resolve()) or not file.is_file():
             return str(file)
-        key = hashlib.sha256(f"{file} {file.stat().st_mtime_ns}".encode()).hexdigest()[:20]
-        copy = self.config.output / "shown" / f"{key}{file.suffix.lower()}"
+        copy = self.copy_of(file)
         if not copy.is_file():
             copy.parent.mkdir(parents=True, exist_ok=True)
             write_whole(copy, file.read_bytes())
         return str(copy)
+
+    def copy_of(self, file: Path) -> Path:
+        """Where the copy is of one that lies elsewhere."""
+        time = file.stat().st_mtime_ns if file.is_file() else 0
+        key = hashlib.sha256(f"{file.absolute()} {time}".encode()).hexdigest()[:20]
+        return self.config.output / "shown" / f"{key}{file.suffix.lower()}"
 
     @property
     def ledger(self) -> Ledger:
@@ -86,6 +101,8 @@ def explain(error: Exception) -> str:
         return (
             "the device has not enough memory: make a smaller picture, with fewer controls, or start with --low-memory"
         )
+    if isinstance(error, SQLAlchemyError):
+        return f"the history is not reached ({summary(error)}): all else goes on"
     if isinstance(error, FORESEEN):
         return re.sub(r"--([a-z][a-z-]*)", lambda found: found[1].replace("-", " "), str(error))
     traceback.print_exception(error, file=sys.stderr)

@@ -16,7 +16,7 @@ from diffusion_kit.ledger.recorder import summary
 
 from .grid import grid, rows_of
 from .outbox import Outbox
-from .tables import Source, masked
+from .tables import MOST, Source, masked
 
 CHARTS: dict[str, Any] = {"bar": gr.BarPlot, "line": gr.LinePlot, "scatter": gr.ScatterPlot}
 SHOWN = 1000  # rows in the page's table
@@ -30,13 +30,18 @@ class Live:
     outbox: Outbox
     data: pd.DataFrame | None = None
     at: float = 0.0
-    problem: str | None = None
+    problem: str | None = None  # why it was not read
+    unsent: str | None = None  # why rows still wait
     columns: list[str] = field(default_factory=list)
 
     def look(self) -> pd.DataFrame:
         """Sends what waits and reads; where the table is not reached, the last data stay."""
         try:
             self.outbox.send()
+            self.unsent = None
+        except Exception as error:  # what holds up the rows may let them be read
+            self.unsent = masked(summary(error))
+        try:
             self.columns = self.columns or self.source.columns()
             self.data = pd.DataFrame(self.source.read(), columns=self.columns or None)
             self.at, self.problem = time.monotonic(), None
@@ -47,10 +52,11 @@ class Live:
     @property
     def words(self) -> str:
         waiting = len(self.outbox)
-        told = f" {waiting} rows wait to be sent." if waiting else ""
+        told = f" {waiting} rows wait to be sent{f' ({self.unsent})' if self.unsent else ''}." if waiting else ""
         told += f" **{masked(self.outbox.refused)}**" if self.outbox.refused else ""
         if self.problem is None:
-            return f"{len(self.data) if self.data is not None else 0} rows, just read.{told}"
+            count = 0 if self.data is None else len(self.data)
+            return f"{count} rows{', the first of more' if count >= MOST else ''}, just read.{told}"
         age = "nothing was read yet" if self.data is None else f"the data are {aged(time.monotonic() - self.at)} old"
         return f"**Not reached** ({self.problem}); {age}.{told}"
 
@@ -119,7 +125,8 @@ def add(live: Live, rows: pd.DataFrame) -> pd.DataFrame:
     found = rows_of(rows)
     if not found:
         raise gr.Error("write a row first")
-    if unknown := [name for name in found[0] if live.columns and name not in live.columns]:
+    names = list(dict.fromkeys(name for row in found for name in row))
+    if unknown := [name for name in names if live.columns and name not in live.columns]:
         raise gr.Error(f"the table has no column {unknown[0]!r}; it has {', '.join(live.columns)}")
     live.outbox.add(found)
-    return pd.DataFrame(columns=live.columns or list(found[0]))
+    return pd.DataFrame(columns=live.columns or names)

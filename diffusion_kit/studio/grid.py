@@ -86,13 +86,11 @@ def pasted(rows: pd.DataFrame, told: str) -> pd.DataFrame:
 
 
 def rows_of(rows: pd.DataFrame) -> list[dict[str, Any]]:
-    """What stands in a grid: rows with anything in them, numbers as numbers."""
-    found = []
-    for row in rows.to_dict("records"):
-        own = {str(name): number(value) for name, value in row.items()}
-        if any(value is not None for value in own.values()):
-            found.append(own)
-    return found
+    """What stands in a grid: rows with anything in them, numbers as numbers, without empty cells: what is not given is as
+    the table says."""
+    read = ({str(name): number(value) for name, value in row.items()} for row in rows.to_dict("records"))
+    kept = ({name: value for name, value in row.items() if value is not None} for row in read)
+    return [row for row in kept if row]
 
 
 def number(value: Any) -> Any:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from diffusion_kit.adapters.pictures import load_image
+from diffusion_kit.adapters.pictures import MEGAPIXELS, load_image
 from diffusion_kit.recipes import FileRef
 from diffusion_kit.recipes.whole import write_whole
 
@@ -39,6 +39,9 @@ class Inputs:
         if len(data) > self.largest:
             raise ValueError(f"{name} has {len(data) / 1e6:.1f} MB; at most {self.largest / 1e6:g} MB are taken")
         load_image(data, name=name)
+        return self._keep(data)
+
+    def _keep(self, data: bytes) -> FileRef:
         digest = hashlib.sha256(data).hexdigest()
         suffix = next((own for start, own in SUFFIXES.items() if data.startswith(start)), ".png")
         file = self.folder / f"{digest[:20]}{suffix}"
@@ -67,7 +70,13 @@ class Inputs:
             raise ValueError(f"{name} must be a picture in base64; files and URLs are not followed") from None
 
     def add_picture(self, picture: Image.Image, name: str) -> FileRef:
-        """Keeps what was drawn."""
+        """Keeps what was drawn: as a PNG, which may have more bytes than what was uploaded.
+
+        Raises:
+            ValueError: it has more pixels than the kit reads.
+        """
+        if (pixels := picture.width * picture.height) > MEGAPIXELS * 1e6:
+            raise ValueError(f"{name} has {pixels / 1e6:.1f} megapixels; at most {MEGAPIXELS} are read")
         data = io.BytesIO()
-        picture.save(data, "PNG")
-        return self.add(data.getvalue(), name)
+        picture.save(data, "PNG", compress_level=1)
+        return self._keep(data.getvalue())

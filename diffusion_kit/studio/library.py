@@ -47,6 +47,10 @@ class Library:
         _label(found, (own for place in self.controls for own in _controls_in(Path(place).absolute())))
         return found
 
+    def label(self, source: str) -> str | None:
+        """Of a model by its source; None where it is not in the library."""
+        return next((label for label, own in self.find_models().items() if own == source), None)
+
     def model(self, name: str) -> str:
         """The source of a model by its label, or by itself.
 

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
-import os
-import threading
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from diffusion_kit.ledger.recorder import summary
+from diffusion_kit.recipes.whole import write_whole
 
 from .tables import Source, refuses
+
+
+def columns_of(row: Mapping[str, Any]) -> tuple[str, ...]:
+    return tuple(row)
 
 
 class Outbox:
@@ -28,19 +34,16 @@ class Outbox:
     """
 
     def __init__(self, folder: Path, source: Source) -> None:
-        self.folder, self.source, self.lock = folder, source, threading.Lock()
+        self.folder, self.source = folder, source
         self.refused: str | None = None
 
     def add(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Keeps rows; `send` sends them."""
-        if not rows:
-            return
+        """Keeps rows, those with the same columns together; `send` sends them."""
         self.folder.mkdir(parents=True, exist_ok=True)
         number = max((int(file.stem.partition("-")[0]) for file in self.batches()), default=0) + 1
-        file = self.folder / f"{number:09}-{uuid.uuid4().hex[:8]}.json"
-        beside = file.with_suffix(".part")
-        beside.write_text(json.dumps([dict(row) for row in rows], default=str), "utf-8")
-        os.replace(beside, file)
+        for k, (_, batch) in enumerate(groupby(rows, key=columns_of)):
+            file = self.folder / f"{number + k:09}-{uuid.uuid4().hex[:8]}.json"
+            write_whole(file, json.dumps([dict(row) for row in batch], default=str).encode())
 
     def send(self) -> int:
         """Sends what waits, in its order; how many rows were taken.
@@ -49,7 +52,7 @@ class Outbox:
             Exception: what the table's driver raises where it is not reached; what was not taken waits on.
         """
         taken = 0
-        with self.lock:
+        with self.alone():
             for file in self.batches():
                 rows = json.loads(file.read_text("utf-8"))
                 try:
@@ -64,9 +67,23 @@ class Outbox:
                     taken += len(rows)
         return taken
 
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """One thread of one process at a time is inside: two dashboards of a table must not send the same rows."""
+        if not self.folder.is_dir():
+            yield
+            return
+        with (self.folder / ".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
     def batches(self) -> list[Path]:
         return sorted(self.folder.glob("*.json"))
 
     def __len__(self) -> int:
         """Rows that wait."""
-        return sum(len(json.loads(file.read_text("utf-8"))) for file in self.batches())
+        count = 0
+        for file in self.batches():
+            with suppress(FileNotFoundError):  # sent meanwhile
+                count += len(json.loads(file.read_text("utf-8")))
+        return count

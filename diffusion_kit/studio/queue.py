@@ -109,13 +109,21 @@ class Queue:
         """
         job = Job(owner, work, watched)
         with self.changed:
-            if len(self.jobs) >= self.size:
-                self.outside = min(self.outside + 1, self.size)
-                raise Full(len(self.jobs), self.pace * self.outside)  # each after those before
+            self.check_room()
             self.outside = max(self.outside - 1, 0)
             self.jobs[job.id] = job
             self.changed.notify_all()
         return job
+
+    def check_room(self) -> None:
+        """
+        Raises:
+            Full: it takes no more.
+        """
+        with self.changed:
+            if len(self.jobs) >= self.size:
+                self.outside = min(self.outside + 1, self.size)
+                raise Full(len(self.jobs), self.pace * self.outside)  # each after those before
 
     def find(self, id: str, owner: str) -> Job | None:
         """The job, if it is the owner's; another's is not there."""
@@ -139,11 +147,12 @@ class Queue:
         return len(self.jobs)
 
     def close(self) -> None:
-        """Ends the thread after the call of the network that it is in."""
+        """Ends what waits, and the thread after the call of the network that it is in."""
         with self.changed:
             self.closed = True
-            for job in list(self.jobs.values()):
-                job.cancelling.set()
+        for job in list(self.jobs.values()):
+            self.cancel(job)
+        with self.changed:
             self.changed.notify_all()
         self.thread.join()
 

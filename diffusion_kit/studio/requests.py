@@ -100,9 +100,6 @@ def asked(request: PictureRequest, config: StudioConfig, library: Library, input
     Raises:
         ValueError: a picture or a model that cannot be used, in one line.
     """
-    controls = tuple(control_recipe(own, k, inputs) for k, own in enumerate(request.controls, 1))
-    image = None if request.image is None else inputs.add_base64(request.image, "image")
-    mask = None if request.mask is None else inputs.add_base64(request.mask, "mask")
     size = (request.width, request.height) if request.width and request.height else None
     if (request.width is None) != (request.height is None):
         raise ValueError("give width and height, or neither")
@@ -116,6 +113,10 @@ def asked(request: PictureRequest, config: StudioConfig, library: Library, input
         strength=request.strength,
         fit=request.fit,
     )
+    checked(Job("", request.prompt, None, None, ()), settings, request.seed, config)  # before anything is kept
+    controls = tuple(control_recipe(own, k, inputs) for k, own in enumerate(request.controls, 1))
+    image = None if request.image is None else inputs.add_base64(request.image, "image")
+    mask = None if request.mask is None else inputs.add_base64(request.mask, "mask")
     return checked(Job("", request.prompt, image, mask, controls), settings, request.seed, config)
 
 

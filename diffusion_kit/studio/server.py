@@ -25,6 +25,7 @@ from .config import StudioConfig
 from .core import Core
 
 PACE = 0.03  # seconds between two looks for what happened on a page
+PAGES, FOLLOWERS = 100, 4  # events that are under way at once: of pages, and of pages for each job of the queue
 GRACE = 2  # seconds for what is under way when the server is ended
 EVERYWHERE = ("0.0.0.0", "::")  # addresses that are no names
 OVERHEAD = 6  # bodies hold several pictures, in base64
@@ -36,8 +37,19 @@ async def fetch_nothing(url: str, request: Any = None) -> Any:
     raise HTTPException(403, f"nothing is fetched from {url[:100]!r}")
 
 
-gradio.routes.secure_url_stream_response = fetch_nothing
-gradio.processing_utils.async_ssrf_protected_get = fetch_nothing
+def put(owner: Any, name: str, value: Any) -> None:
+    """In place of what gradio has under a name that is its own affair, and may be another in its next version.
+
+    Raises:
+        ImportError: it has nothing there: what is put would change nothing, and nobody would know.
+    """
+    if not hasattr(owner, name):
+        raise ImportError(f"this version of gradio ({gr.__version__}) has no {name}: the studio needs 6.31")
+    setattr(owner, name, value)
+
+
+put(gradio.routes, "secure_url_stream_response", fetch_nothing)
+put(gradio.processing_utils, "async_ssrf_protected_get", fetch_nothing)
 
 
 def make_app(config: StudioConfig, say: Callable[[str], None] = print) -> FastAPI:
@@ -100,7 +112,9 @@ def mount(app: FastAPI, blocks: gr.Blocks, config: StudioConfig, **look: Any) ->
     """Adds a page at the root."""
     blocks.queue(api_open=False, default_concurrency_limit=None)
     # Else gradio looks for events 1,000 times a second, each time in the way of who makes pictures: a tenth of their speed.
-    blocks._queue.sleep_when_free = PACE
+    put(blocks._queue, "sleep_when_free", PACE)
+    # Else 40 pages that follow a job would leave no place for anybody's click on Cancel.
+    put(blocks._queue, "max_thread_count", PAGES + FOLLOWERS * config.queue)
     gr.mount_gradio_app(
         app,
         blocks,
@@ -118,7 +132,7 @@ def mount(app: FastAPI, blocks: gr.Blocks, config: StudioConfig, **look: Any) ->
     )
     # Else gradio takes any path that a request names for a file that was uploaded: of a page that is mounted it does not
     # check where files lie.
-    blocks.has_launched = True
+    put(blocks, "has_launched", True)
 
 
 def serve(config: StudioConfig, say: Callable[[str], None] = print) -> None:

@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from datetime import date, datetime, time
+from pathlib import Path
 from typing import Any, Protocol, cast
 from urllib.parse import urlsplit
 
@@ -21,7 +22,7 @@ URL, KEY = "SUPABASE_URL", "SUPABASE_SECRET_KEY"
 PAGE = 1000  # rows in an answer: Supabase gives no more at once
 MOST = 200_000  # rows that a chart is made of
 TIMES = (datetime, date, time)
-REFUSED = re.compile("2[23]|42")  # classes of SQLSTATE: of the data, not of the way to the table
+REFUSED = re.compile(r"(2[23]|42)...|PGRST1\d\d|PGRST204")  # SQLSTATE's and PostgREST's: of the data, not of the way
 Rows = list[dict[str, Any]]
 
 
@@ -38,7 +39,7 @@ class Source(Protocol):
         """Its columns; empty where a table without rows does not say."""
 
     def read(self) -> Rows:
-        """All rows, page by page."""
+        """All rows, or as many as a chart is made of (`MOST`)."""
 
     def insert(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Adds rows; those whose primary key is there already are left out, so that rows may be sent twice."""
@@ -52,7 +53,10 @@ class SqlTable:
     """
 
     def __init__(self, url: str, name: str) -> None:
-        self.name, self.engine = name, connect(parsed(url))
+        own = parsed(url)
+        if own.get_backend_name() == "sqlite" and own.database and not Path(own.database).is_file():
+            raise ValueError(f"no database {own.database}")
+        self.name, self.engine = name, connect(own, own=False)
         names = sa.inspect(self.engine).get_table_names()
         if name not in names:
             raise ValueError(f"no table {name!r}; there are {', '.join(sorted(names)) or 'none'}")
@@ -63,14 +67,9 @@ class SqlTable:
 
     def read(self) -> Rows:
         order = list(self.table.primary_key.columns) or list(self.table.columns)
-        own, rows = sa.select(self.table).order_by(*order), Rows()
         with self.engine.connect() as connection:
-            while len(rows) < MOST:
-                page = connection.execute(own.limit(PAGE).offset(len(rows))).mappings().all()
-                rows += [dict(row) for row in page]
-                if len(page) < PAGE:
-                    break
-        return rows
+            found = connection.execute(sa.select(self.table).order_by(*order).limit(MOST))
+            return [dict(row) for row in found.mappings()]
 
     def insert(self, rows: Sequence[Mapping[str, Any]]) -> None:
         statement = INSERTS[self.engine.dialect.name](self.table).on_conflict_do_nothing()
@@ -111,12 +110,15 @@ class SupabaseTable:
         return list(rows[0]) if rows else []
 
     def read(self) -> Rows:
-        rows = Rows()
-        while len(rows) < MOST:
-            page = self.client.table(self.name).select("*").range(len(rows), len(rows) + PAGE - 1).execute().data
-            rows += page
-            if len(page) < PAGE:
+        """Page by page, in an order that is the same for each; a project may give fewer rows at once than are asked for."""
+        rows, columns = Rows(), self.columns()
+        order = ["id"] if "id" in columns else columns[:1]
+        while order and len(rows) < MOST:
+            own = self.client.table(self.name).select("*").order(order[0])
+            page = own.range(len(rows), len(rows) + PAGE - 1).execute().data
+            if not page:
                 break
+            rows += page
         return rows
 
     def insert(self, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -129,7 +131,7 @@ def refuses(error: Exception) -> bool:
         return not isinstance(error, (sa.exc.OperationalError, sa.exc.InterfaceError))
     if isinstance(error, Refused):
         return True
-    return REFUSED.match(str(getattr(error, "code", ""))) is not None and len(str(error.code)) == 5  # type: ignore[attr-defined]
+    return REFUSED.fullmatch(str(getattr(error, "code", ""))) is not None
 
 
 def open_table(name: str, source: str | None = None) -> Source:

@@ -21,7 +21,7 @@ THREADS = 4
 class Thumbs:
     """
     Args:
-        folder: where they are kept, by the hash of the picture's recipe and its time.
+        folder: where they are kept, by the id of the picture's row and the time of its file.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -43,6 +43,10 @@ class Thumbs:
         except (OSError, ValueError):
             return None
         return file
+
+    def all_of(self, row: Picture) -> list[Path]:
+        """Those that were made, of the picture as it is and as it was."""
+        return list(self.folder.glob(f"{row.id}-*.webp"))
 
     def make(self, source: Path, file: Path) -> None:
         picture = load_image(source).convert("RGB")

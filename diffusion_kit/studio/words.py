@@ -13,8 +13,11 @@ DEFAULTS = {"start": 0.0, "end": 1.0, "mode": "balanced", "guidance": None, "bac
 
 def command(recipe: Recipe) -> str:
     """`diffusion-kit generate ...`, in lines."""
-    parts = [f"diffusion-kit generate {shlex.quote(recipe.prompt)}"]
-    parts += [f"{name} {shlex.quote(value)}" for name, value in options(recipe)]
+    own = [f"{name}{'=' if value.startswith('-') else ' '}{shlex.quote(value)}" for name, value in options(recipe)]
+    if recipe.prompt.startswith("-"):  # which is no option
+        parts = ["diffusion-kit generate", *own, f"-- {shlex.quote(recipe.prompt)}"]
+    else:
+        parts = [f"diffusion-kit generate {shlex.quote(recipe.prompt)}", *own]
     return " \\\n  ".join(parts)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -16,14 +17,14 @@ from PIL import Image
 from diffusion_kit.adapters.control import kind_of
 from diffusion_kit.adapters.detectors import detect, detector
 from diffusion_kit.adapters.maps import detector_of
-from diffusion_kit.adapters.pictures import eight_bit, fit_image, load_image
+from diffusion_kit.adapters.pictures import eight_bit, load_image
 from diffusion_kit.evaluation.measures import MEASURES
 from diffusion_kit.ledger import Recorder, pictures
 from diffusion_kit.making import loading
 from diffusion_kit.making.check import check
 from diffusion_kit.making.fingerprint import fingerprint
 from diffusion_kit.making.job import Settings, without_auto
-from diffusion_kit.making.pictures import Made, complete, make, make_control
+from diffusion_kit.making.pictures import Made, as_seen, complete, make, make_control
 from diffusion_kit.recipes import Recipe, save
 
 from . import words
@@ -130,8 +131,7 @@ class Workshop:
             ValueError, FileNotFoundError, ImportError: it cannot be made, in one line.
         """
         recipe = self.recipe(asked)
-        shown = make_control(self.pipe, recipe.controls[number], recipe).image
-        return fit_image(picture_of(shown), recipe.width, recipe.height, recipe.fit)
+        return eight_bit(as_seen(make_control(self.pipe, recipe.controls[number], recipe), recipe))
 
     def make(self, asked: Asked, job: Job, source: str = pictures.STUDIO, *, measured: bool = False) -> Result:
         """Makes a picture, its file, and its row in the ledger.
@@ -146,10 +146,13 @@ class Workshop:
         file = save_free(self.config.pictures, made.picture, recipe)
         self.recorder.picture(file, recipe, source)
         by_type = {own.kind for own in recipe.controls if kind_of_is_by_type(pipe, own.kind)}
+        shown = list[Path]()
+        with suppress(OSError):  # the picture is there: a disk that is full now does not take it away
+            shown += [save_shown(file, k, own) for k, own in enumerate(made.shown, 1)]
         return Result(
             file,
             recipe,
-            tuple(save_shown(file, k, own) for k, own in enumerate(made.shown, 1)),
+            tuple(shown),
             tuple(fidelity(recipe, made)) if measured else (),
             seconds,
             words.command(recipe),
@@ -203,17 +206,12 @@ def free_file(folder: Path, seed: int) -> Path:
             return file
 
 
-def save_shown(file: Path, number: int, shown: Any) -> Path:
+def save_shown(file: Path, number: int, shown: Image.Image) -> Path:
     """Writes a control image beside its picture, in a folder of its own: it is no picture of the history."""
     beside = file.parent / "controls" / f"{file.stem}-{number}.png"
     beside.parent.mkdir(exist_ok=True)
-    save(picture_of(shown), beside)
+    save(eight_bit(shown), beside)
     return beside
-
-
-def picture_of(shown: Any) -> Image.Image:
-    """A control image as it can be looked at; of a network for several types of pictures, the first of them."""
-    return eight_bit(next(iter(shown.values())) if isinstance(shown, dict) else shown)
 
 
 def fidelity(recipe: Recipe, made: Made) -> list[tuple[str, float]]:
@@ -221,12 +219,11 @@ def fidelity(recipe: Recipe, made: Made) -> list[tuple[str, float]]:
     found = []
     for control, shown in zip(recipe.controls, made.shown, strict=True):
         name = (control.detect or control.type or detector_of(control.kind) or "").partition(":")[0]
-        if name not in MEASURES or not isinstance(shown, Image.Image):
+        if name not in MEASURES:
             continue
         measure = MEASURES[name][0]
-        wanted = shown if shown.size == made.picture.size else shown.resize(made.picture.size)
         try:
-            comparison = measure.compare(detect(name, made.picture), wanted)
+            comparison = measure.compare(detect(name, made.picture), shown)
         except (ValueError, FileNotFoundError, ImportError):  # nobody in the picture, or no weights
             continue
         found.append((measure.name, float(measure.figure(np.array([[comparison]])))))

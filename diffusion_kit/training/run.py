@@ -93,8 +93,10 @@ class Run:
         file = self.folder / ASKED
         if not (self.main and file.is_file()):
             return set()
-        found = set(file.read_text().split())
-        file.unlink()
+        taken = file.with_name(f"{ASKED}.taken")  # what is asked from now on is for the next step
+        os.replace(file, taken)
+        found = set(taken.read_text().split())
+        taken.unlink()
         return found
 
     def validations(self) -> dict[int, dict[str, float]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import gradio as gr
 from diffusion_kit.studio.core import Core
 
 from . import actions, compare, create, doodle, history, inpaint, runs
+from .events import QUIET, telling, told
 
 TABS = ("create", "doodle", "inpaint", "compare", "runs", "history")
 HERE = Path(__file__).parent
@@ -38,40 +40,47 @@ def build(core: Core) -> gr.Blocks:
             with gr.Tab("Inpaint", id="inpaint"):
                 painting = inpaint.tab(core, client, jobs["inpaint"])
             with gr.Tab("Compare", id="compare"):
-                compare.tab(core, client)
+                comparing = compare.tab(core, client)
             with gr.Tab("Runs", id="runs") as runs_tab:
                 running = runs.tab(core)
             with gr.Tab("History", id="history") as history_tab:
                 past = history.tab(core)
         dropped = gr.File(label="restore", file_types=[".png", ".webp", ".jpg"], elem_id="restore", type="filepath")
-        same: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-        drafted: dict[str, Any] = {create.NAME: creating, doodle.NAME: drawing, inpaint.NAME: painting}
-        first = blocks.load(None, client, client, js=NEW_CLIENT, **same)
+        drafted: dict[str, Any] = {
+            create.NAME: creating,
+            doodle.NAME: drawing,
+            inpaint.NAME: painting,
+            compare.NAME: comparing,
+        }
+        first = blocks.load(None, client, client, js=NEW_CLIENT, **QUIET)
         for name, own in drafted.items():
             keep_draft(blocks, gr.BrowserState(None, storage_key=f"diffusion-kit-draft-{name}", secret=secret), own)
-            first.then(actions.resume(core, own.out), [own.out.job, client], own.out.parts, **same)
-        runs_tab.select(running.looked, running.chosen, running.parts, **same)
-        history_tab.select(past.found, {*past.filters, past.page}, [past.count, past.gallery, past.ids], **same)
+        for own in (creating, drawing, painting):
+            first.then(actions.resume(core, own.out), [own.out.job, client], own.out.parts, **QUIET)
+        first.then(comparing.resume, client, comparing.shown, **QUIET)
+        runs_tab.select(running.looked, running.chosen, running.parts, **QUIET)
+        history_tab.select(
+            telling(past.found), {*past.filters, past.page}, [past.count, past.gallery, past.ids], **QUIET
+        )
         sending(core, past, creating, painting, tabs)
-        dropped.upload(restored(creating, tabs), dropped, [tabs, *creating.fillable], **same)
+        dropped.upload(restored(creating, tabs), dropped, [tabs, *creating.fillable], **QUIET)
     return blocks
 
 
 def keep_draft(blocks: gr.Blocks, draft: Any, tab: Any) -> None:
-    """What is written in a tab's settings stays in the browser; a page that is loaded again shows it."""
-    parts = tab.settings.parts
-    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+    """What is written and chosen in a tab stays in the browser; a page that is loaded again shows it."""
+    parts = tab.drafted
     blocks.load(
-        lambda saved: saved if saved and len(saved) == len(parts) else [gr.skip()] * len(parts), draft, parts, **quiet
+        lambda saved: saved if saved and len(saved) == len(parts) else [gr.skip()] * len(parts), draft, parts, **QUIET
     )
-    gr.on([part.change for part in parts], None, parts, draft, js="(...values) => [values]", **quiet)
+    gr.on([part.change for part in parts], None, parts, draft, js="(...values) => [values]", **QUIET)
 
 
 def restored(creating: create.Create, tabs: Any) -> Any:
     """A picture that was dropped on the page shows its settings in Create."""
 
     def fill(file: str) -> dict[Any, Any]:
-        with actions.said():
+        with told():
             recipe = actions.shown_recipe(file)
         return creating.filled(recipe) | {tabs: gr.Tabs(selected=create.NAME)}
 
@@ -80,8 +89,7 @@ def restored(creating: create.Create, tabs: Any) -> Any:
 
 def sending(core: Core, past: history.History, creating: create.Create, painting: inpaint.Inpaint, tabs: Any) -> None:
     """From History to the other tabs."""
-    to_create, to_start, to_inpaint = past.buttons  # type: ignore[attr-defined]
-    same: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+    to_create, to_start, to_inpaint = past.buttons
 
     def settings(id: str | None) -> dict[Any, Any]:
         return creating.filled(history.recipe_of(past.row(id))) | {tabs: gr.Tabs(selected="create")}
@@ -96,15 +104,16 @@ def sending(core: Core, past: history.History, creating: create.Create, painting
             tabs: gr.Tabs(selected="inpaint"),
         }
 
-    to_create.click(settings, past.chosen, [tabs, *creating.fillable], **same)
-    to_start.click(start, past.chosen, [tabs, creating.image], **same)
-    to_inpaint.click(repaint, past.chosen, [tabs, painting.canvas], **same)
+    to_create.click(telling(settings), past.chosen, [tabs, *creating.fillable], **QUIET)
+    to_start.click(telling(start), past.chosen, [tabs, creating.image], **QUIET)
+    to_inpaint.click(telling(repaint), past.chosen, [tabs, painting.canvas], **QUIET)
 
 
 def stored_secret(file: Path) -> str:
     """The key of what browsers keep, the same after a restart."""
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
-        with open(os.open(file, os.O_CREAT | os.O_WRONLY, 0o600), "w", encoding="ascii") as stream:
-            stream.write(secrets.token_hex(16))
+        with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as beside:  # its owner's alone
+            beside.write(secrets.token_hex(16))
+        os.replace(beside.name, file)
     return file.read_text("ascii")

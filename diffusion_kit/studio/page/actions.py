@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import replace
@@ -12,20 +13,15 @@ import gradio as gr
 
 from diffusion_kit.making.job import Job as Wanted
 from diffusion_kit.recipes import FileRef, Recipe, read
-from diffusion_kit.studio.core import FORESEEN, Core, explain
-from diffusion_kit.studio.queue import Full
+from diffusion_kit.studio.core import Core
+from diffusion_kit.studio.queue import DONE, Full, Job
 from diffusion_kit.studio.requests import Asked, check_detector, settings_of
 
+from .events import QUIET, aside, owner_of
 from .output import Output
 
 Ask = Callable[[Mapping[Any, Any]], Asked]
 Updates = AsyncIterator[dict[Any, Any]]
-
-
-def owner_of(request: gr.Request, client: str | None) -> str:
-    """The user; where there are none, the browser, by the secret that it keeps."""
-    user = getattr(request.request.state, "user", "") if request.request is not None else ""
-    return str(user) or f"browser {client}"
 
 
 def wire(core: Core, out: Output, client: Any, go: Any, inputs: set[Any], ask: Ask, *, measured: bool = False) -> None:
@@ -36,14 +32,12 @@ def wire(core: Core, out: Output, client: Any, go: Any, inputs: set[Any], ask: A
     """
 
     async def start(values: dict[Any, Any], request: gr.Request) -> Updates:
-        with said():
-            asked = ask(values)
+        asked = await aside(ask, values)
         async for update in run(core, out, asked, owner_of(request, values[client]), values[out.gallery], measured):
             yield update
 
     async def repeat(values: dict[Any, Any], request: gr.Request, *, vary: bool) -> Updates:
-        with said():
-            asked = asked_of(core, shown_recipe(values[out.file]))
+        asked = await aside(lambda: asked_of(core, shown_recipe(values[out.file])))
         if vary:
             asked = replace(asked, seed=secrets.randbelow(2**32))
         async for update in run(core, out, asked, owner_of(request, values[client]), values[out.gallery], measured):
@@ -57,12 +51,11 @@ def wire(core: Core, out: Output, client: Any, go: Any, inputs: set[Any], ask: A
         async for update in repeat(values, request, vary=True):
             yield update
 
-    same: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-    go.click(start, inputs | {client, out.gallery}, out.parts, **same)
-    out.again.click(again, {client, out.gallery, out.file}, out.parts, **same)
-    out.vary.click(vary, {client, out.gallery, out.file}, out.parts, **same)
-    out.cancel.click(cancelling(core), [out.job, client], None, **same)
-    out.gallery.select(picking(out), None, [out.file, out.picture, out.about], **same)
+    go.click(start, inputs | {client, out.gallery}, out.parts, **QUIET)
+    out.again.click(again, {client, out.gallery, out.file}, out.parts, **QUIET)
+    out.vary.click(vary, {client, out.gallery, out.file}, out.parts, **QUIET)
+    out.cancel.click(cancelling(core), [out.job, client], None, **QUIET)
+    out.gallery.select(picking(out), None, [out.file, out.picture, out.about], **QUIET)
 
 
 def cancelling(core: Core) -> Callable[..., None]:
@@ -84,6 +77,23 @@ def picking(out: Output) -> Callable[..., dict[Any, Any]]:
     return pick
 
 
+async def awaited(submit: Callable[[], Job]) -> Any:
+    """What a job gives, which is not kept for anybody else.
+
+    Raises:
+        gr.Error: it gives nothing, in one line.
+    """
+    try:
+        job = submit()
+    except Full as error:
+        raise gr.Error(str(error), title="busy") from None
+    await asyncio.wrap_future(job.over)
+    if job.state != DONE:
+        raise gr.Error(job.error or f"it was {job.state}", title="not like this")
+    result, job.result = job.result, None
+    return result
+
+
 async def run(core: Core, out: Output, asked: Asked, owner: str, gallery: list[Any] | None, measured: bool) -> Updates:
     try:
         job = core.submit(asked, owner, watched=True, measured=measured)
@@ -103,17 +113,6 @@ def resume(core: Core, out: Output) -> Callable[..., Updates]:
                 yield update
 
     return follow
-
-
-class said:
-    """Errors that a user can cause stand on the page in their line."""
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, FORESEEN):
-            raise gr.Error(explain(error), title="not like this") from None
 
 
 def shown_recipe(file: str | None) -> Recipe:

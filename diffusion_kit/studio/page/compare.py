@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import gradio as gr
@@ -17,12 +17,14 @@ from diffusion_kit.studio.queue import DONE, OVER, Full, Job
 from diffusion_kit.studio.requests import Asked
 
 from . import actions, slots
+from .events import QUIET, aside, owner_of
 from .output import GLANCE, STILL
 from .pictures import given, kept
 from .settings import Settings, add_settings
 
 NAME = "compare"
 BY_SCALE, BY_KIND = "scale x seed", "adapters side by side"
+MOST = 64  # owners whose last comparison is remembered
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,54 @@ class Cell:
 
     caption: str
     asked: Asked
+
+
+@dataclass(eq=False)
+class Comparison:
+    """A grid, and the jobs of those cells that were asked for so far."""
+
+    owner: str
+    cells: list[Cell]
+    columns: int
+    jobs: list[Job] = field(default_factory=list)
+    stopped: bool = False
+
+    def ask(self, core: Core) -> None:
+        """For more, while the queue has room for others too."""
+        while len(self.jobs) < len(self.cells) and len(core.queue) < max(1, core.queue.size // 2):
+            try:
+                self.jobs.append(core.submit(self.cells[len(self.jobs)].asked, self.owner, measured=True))
+            except Full:
+                return
+
+    def stop(self, core: Core) -> None:
+        self.stopped = True
+        for job in self.jobs:
+            core.queue.cancel(job)
+
+    @property
+    def done(self) -> int:
+        return sum(job.state == DONE for job in self.jobs)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether all are made; or one failed, or it was stopped."""
+        states = [job.state for job in self.jobs]
+        return self.stopped or self.done == len(self.cells) or any(own in OVER and own != DONE for own in states)
+
+    @property
+    def said(self) -> str:
+        return next((job.error for job in self.jobs if job.error), f"{self.done} of {len(self.cells)}")
+
+    @property
+    def pictures(self) -> list[tuple[str, str]]:
+        """Those that are made, with their captions."""
+        found = []
+        for cell, job in zip(self.cells, self.jobs, strict=False):  # fewer jobs than cells, while they are made
+            if job.state == DONE:
+                figures = ", ".join(f"{name} {value:.2f}" for name, value in job.result.fidelity)
+                found.append((str(job.result.file), f"{cell.caption}: {figures or 'not measured'}"))
+        return found
 
 
 @dataclass
@@ -44,11 +94,40 @@ class Compare:
     kinds: Any
     scales: Any
     seeds: Any
+    words: Any
+    grid: Any
+    running: dict[str, Comparison] = field(default_factory=dict)  # the last of each owner
+
+    @property
+    def drafted(self) -> list[Any]:
+        """What a page that is loaded again has as it was."""
+        return [*self.settings.parts, self.what, self.kind, self.detect, self.kinds, self.scales, self.seeds]
 
     @property
     def inputs(self) -> set[Any]:
-        own = {self.what, self.image, self.kind, self.detect, self.kinds, self.scales, self.seeds}
-        return own | set(self.settings.parts)
+        return {self.image, *self.drafted}
+
+    @property
+    def shown(self) -> list[Any]:
+        return [self.words, self.grid]
+
+    async def follow(self, made: Comparison) -> actions.Updates:
+        """Updates until it is over."""
+        yield {self.words: made.said, self.grid: gr.update(value=made.pictures, columns=made.columns)}
+        done = made.done
+        while not made.is_over:
+            made.ask(self.core)
+            yield {self.words: made.said} | ({self.grid: made.pictures} if made.done > done else {})
+            done = made.done
+            await asyncio.sleep(GLANCE)
+        made.stop(self.core)  # where one failed, the others
+        yield {self.words: made.said, self.grid: made.pictures}
+
+    async def resume(self, client: str | None, request: gr.Request) -> actions.Updates:
+        """What a page that is loaded again does: it follows the comparison that its browser asked for last."""
+        if (made := self.running.get(owner_of(request, client))) is not None:
+            async for update in self.follow(made):
+                yield update
 
     def cells(self, values: Mapping[Any, Any]) -> list[Cell]:
         """
@@ -110,55 +189,25 @@ def tab(core: Core, client: Any) -> Compare:
             grid = gr.Gallery(
                 label="Fidelity stands under each", columns=3, height="85vh", elem_id=f"{NAME}-grid", **STILL
             )
-    made = Compare(core, settings, what, image, kind, detect, kinds, scales, seeds)
-    running = gr.State([])
-    wire(made, client, go, cancel, words, grid, running)
+    made = Compare(core, settings, what, image, kind, detect, kinds, scales, seeds, words, grid)
+    wire(made, client, go, cancel)
     return made
 
 
-def wire(own: Compare, client: Any, go: Any, cancel: Any, words: Any, grid: Any, running: Any) -> None:
-    core = own.core
-
+def wire(own: Compare, client: Any, go: Any, cancel: Any) -> None:
     async def start(values: dict[Any, Any], request: gr.Request) -> actions.Updates:
-        with actions.said():
-            cells = own.cells(values)
-        owner, jobs, columns = actions.owner_of(request, values[client]), list[Job](), int(values[own.seeds])
-        yield {words: f"0 of {len(cells)}", grid: gr.update(value=[], columns=columns)}
-        shown = 0
-        while len(jobs) < len(cells) or any(job.state not in OVER for job in jobs):
-            while len(jobs) < len(cells) and len(core.queue) < max(1, core.queue.size // 2):  # others want in, too
-                try:
-                    jobs.append(core.submit(cells[len(jobs)].asked, owner, measured=True))
-                except Full:
-                    break
-            if any(job.state in OVER and job.state != DONE for job in jobs):
-                break
-            done = sum(job.state == DONE for job in jobs)
-            update = {words: f"{done} of {len(cells)}", running: [job.id for job in jobs]}
-            yield update | ({grid: pictures(cells, jobs)} if done > shown else {})
-            shown = done
-            await asyncio.sleep(GLANCE)
-        failed = next((job.error for job in jobs if job.error), None)
-        for job in jobs:
-            core.queue.cancel(job)
-        done = sum(job.state == DONE for job in jobs)
-        yield {words: failed or f"{done} of {len(cells)}", grid: pictures(cells, jobs), running: []}
+        cells, owner = await aside(own.cells, values), owner_of(request, values[client])
+        if (before := own.running.pop(owner, None)) is not None:
+            before.stop(own.core)
+        own.running[owner] = Comparison(owner, cells, int(values[own.seeds]))
+        while len(own.running) > MOST:
+            own.running.pop(next(iter(own.running))).stop(own.core)
+        async for update in own.follow(own.running[owner]):
+            yield update
 
-    def stop(ids: list[str], own_client: str | None, request: gr.Request) -> None:
-        for id in ids:
-            if (job := core.queue.find(id, actions.owner_of(request, own_client))) is not None:
-                core.queue.cancel(job)
+    def stop(own_client: str | None, request: gr.Request) -> None:
+        if (running := own.running.get(owner_of(request, own_client))) is not None:
+            running.stop(own.core)
 
-    same: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-    go.click(start, own.inputs | {client}, [words, grid, running], **same)
-    cancel.click(stop, [running, client], None, **same)
-
-
-def pictures(cells: list[Cell], jobs: list[Job]) -> list[tuple[str, str]]:
-    """Those that are made, with their captions."""
-    found = []
-    for cell, job in zip(cells, jobs, strict=False):
-        if job.state == DONE:
-            figures = ", ".join(f"{name} {value:.2f}" for name, value in job.result.fidelity)
-            found.append((str(job.result.file), f"{cell.caption}: {figures or 'not measured'}"))
-    return found
+    go.click(start, own.inputs | {client}, own.shown, **QUIET)
+    cancel.click(stop, client, None, **QUIET)

@@ -21,6 +21,7 @@ from .settings import Settings, add_settings
 from .slots import Slot, add_slots, controls, filled_slots, lost, previews
 
 NAME = "create"
+STRENGTH = 0.6  # of image-to-image
 
 
 @dataclass
@@ -34,9 +35,13 @@ class Create:
     out: Output
 
     @property
+    def drafted(self) -> list[Any]:
+        """What a page that is loaded again has as it was: all but pictures."""
+        return [*self.settings.parts, self.strength, self.fit, *(part for slot in self.slots for part in slot.plain)]
+
+    @property
     def inputs(self) -> set[Any]:
-        own = [self.image, self.strength, self.fit, *self.settings.parts]
-        return {*own, *(part for slot in self.slots for part in slot.parts)}
+        return {self.image, *self.drafted, *(slot.image for slot in self.slots)}
 
     def asked(self, values: Mapping[Any, Any]) -> Asked:
         file = values[self.image]
@@ -47,12 +52,16 @@ class Create:
 
     def filled(self, recipe: Recipe) -> dict[Any, Any]:
         """Updates that show a recipe in the form; what it has no place for is told."""
-        if gone := lost(recipe):
+        gone = lost(recipe)
+        image = None if recipe.image is None else opened(self.core, recipe.image)
+        gone += ["the picture to start from"] if recipe.image is not None and image is None else []
+        strength = STRENGTH if recipe.strength is None else recipe.strength
+        updates = self.settings.filled(recipe, gone)
+        updates |= {self.fit: recipe.fit, self.image: image, self.strength: strength}
+        updates |= dict(filled_slots(self.core, self.slots, recipe, gone))
+        if gone:
             gr.Warning(f"not restored: {', '.join(gone)}")
-        image = opened(self.core, recipe.image) if recipe.image is not None else None
-        updates = self.settings.filled(recipe) | {self.fit: recipe.fit}
-        updates |= {self.image: image, self.strength: recipe.strength or 0.6}
-        return updates | dict(filled_slots(self.core, self.slots, recipe))
+        return updates
 
     @property
     def fillable(self) -> list[Any]:
@@ -74,7 +83,7 @@ def tab(core: Core, client: Any, job: Any) -> Create:
             settings = add_settings(core, NAME)
             with gr.Accordion("Start from a picture", open=False, elem_id=f"{NAME}-start"):
                 image = given("Picture", f"{NAME}-image")
-                strength = gr.Slider(0, 1, 0.6, step=0.05, label="Strength", elem_id=f"{NAME}-strength")
+                strength = gr.Slider(0, 1, STRENGTH, step=0.05, label="Strength", elem_id=f"{NAME}-strength")
             slots = add_slots(core, NAME, settings)
             fit = gr.Radio(list(FITS), value="cover", label="Pictures of another shape")
             go = gr.Button("Generate (Ctrl+Enter)", variant="primary", elem_id=f"{NAME}-go")
@@ -83,6 +92,6 @@ def tab(core: Core, client: Any, job: Any) -> Create:
             out = output(core, NAME, job)
     made = Create(core, settings, slots, image, strength, fit, out)
     actions.wire(core, out, client, go, made.inputs, made.asked)
-    previews(core, slots, made.inputs, made.asked)
+    previews(core, slots, client, made.inputs, made.asked)
     examples.wire(tried, made, client)
     return made

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from diffusion_kit.studio.core import Core
 from diffusion_kit.studio.requests import Asked
 
 from . import actions
+from .events import QUIET, aside, owner_of
 from .output import Output, output
 from .pad import drawing, pad
 from .settings import Settings, add_settings
@@ -40,8 +42,13 @@ class Doodle:
     out: Output
 
     @property
+    def drafted(self) -> list[Any]:
+        """What a page that is loaded again has as it was; the pad keeps its drawing by itself."""
+        return [*self.settings.parts, self.kind, self.scale, self.faith, self.live]
+
+    @property
     def inputs(self) -> set[Any]:
-        return {self.pad, self.kind, self.scale, self.faith, *self.settings.parts}
+        return {self.pad, *self.drafted}
 
     def asked(self, values: Mapping[Any, Any]) -> Asked:
         strokes = self.core.inputs.add_picture(lines(drawing(values[self.pad])), "the drawing")
@@ -50,15 +57,19 @@ class Doodle:
         return self.settings.asked(values, Job("", "", None, None, (control,)))
 
 
+class NothingDrawn(ValueError):
+    """There is no stroke: nothing is to be made, and after a stroke was wiped nobody has to be told."""
+
+
 def lines(picture: Image.Image | None) -> Image.Image:
     """White strokes on black, as controls of sketches expect, of dark lines on light.
 
     Raises:
-        ValueError: nothing is drawn.
+        NothingDrawn: there are none.
     """
     strokes = None if picture is None else np.asarray(picture.convert("L")) < LINE
     if strokes is None or not strokes.any():
-        raise ValueError("draw something first")
+        raise NothingDrawn("draw something first")
     return Image.fromarray((strokes * 255).astype(np.uint8)).convert("RGB")
 
 
@@ -92,24 +103,27 @@ def lifted(own: Doodle, client: Any) -> None:
     out, core = own.out, own.core
 
     def cancel(values: dict[Any, Any], request: gr.Request) -> None:
-        old = core.queue.find(values[out.job] or "", actions.owner_of(request, values[client]))
+        old = core.queue.find(values[out.job] or "", owner_of(request, values[client]))
         if values[own.live] and old is not None:
             core.queue.cancel(old)
 
     async def redraw(values: dict[Any, Any], request: gr.Request) -> actions.Updates:
         if not values[own.live]:
             return
-        owner = actions.owner_of(request, values[client])
+        owner = owner_of(request, values[client])
         if (old := core.queue.find(values[out.job] or "", owner)) is not None:
             core.queue.cancel(old)
-        try:
-            asked = own.asked(values)
-        except ValueError:  # wiped
+        asked = await aside(drawn, values)
+        if asked is None:
             return
         async for update in actions.run(core, out, asked, owner, values[out.gallery], False):
             yield update
 
-    inputs = own.inputs | {own.live, client, out.gallery, out.job}
-    same: dict[str, Any] = {"show_progress": "hidden", "trigger_mode": "always_last", "api_visibility": "private"}
-    own.pad.input(cancel, {own.live, client, out.job}, None, **same | {"trigger_mode": "multiple"})
-    own.pad.input(redraw, inputs, out.parts, **same)
+    def drawn(values: dict[Any, Any]) -> Asked | None:
+        with suppress(NothingDrawn):
+            return own.asked(values)
+        return None
+
+    inputs = own.inputs | {client, out.gallery, out.job}
+    own.pad.input(cancel, {own.live, client, out.job}, None, trigger_mode="multiple", **QUIET)
+    own.pad.input(redraw, inputs, out.parts, trigger_mode="always_last", **QUIET)

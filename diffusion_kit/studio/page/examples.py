@@ -10,6 +10,7 @@ import gradio as gr
 from diffusion_kit.studio.core import Core
 
 from . import actions
+from .events import QUIET, aside, owner_of
 from .output import STILL
 
 FILES = sorted((Path(__file__).parents[1] / "examples").glob("*.png"))
@@ -30,10 +31,10 @@ def wire(part: Any, creating: Any, client: Any) -> None:
 
     async def make(values: dict[Any, Any], event: gr.SelectData, request: gr.Request) -> actions.Updates:
         recipe = actions.shown_recipe(str(FILES[event.index]))
-        yield creating.filled(recipe) | {part: gr.update(selected_index=None)}
-        asked, owner = actions.asked_of(core, recipe), actions.owner_of(request, values[client])
+        yield await aside(creating.filled, recipe) | {part: gr.update(selected_index=None)}
+        asked, owner = await aside(actions.asked_of, core, recipe), owner_of(request, values[client])
         async for update in actions.run(core, out, asked, owner, values[out.gallery], False):
             yield update
 
     shown = [part, *creating.fillable, *out.parts]
-    part.select(make, {client, out.gallery}, shown, show_progress="hidden", api_visibility="private")
+    part.select(make, {client, out.gallery}, shown, **QUIET)

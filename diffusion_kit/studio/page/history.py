@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import socket
 import tempfile
+import time
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,15 +18,17 @@ import gradio as gr
 from diffusion_kit.ledger import pictures
 from diffusion_kit.ledger.tables import Picture
 from diffusion_kit.recipes import Recipe, read
-from diffusion_kit.studio import thumbs
 from diffusion_kit.studio.core import Core
+from diffusion_kit.studio.thumbs import Thumbs
 
 from . import actions
+from .events import QUIET, telling, told
 from .output import SHOWN, STILL
 
 NAME = "history"
 PAGE = 36  # pictures at once
 MOST = 1000  # pictures in a zip
+HOUR = 3600.0
 DAYS = {"any time": None, "today": 1, "last 7 days": 7, "last 30 days": 30}
 ANY = "any"
 SOURCES = [ANY, pictures.STUDIO, pictures.API, pictures.GENERATE, pictures.RUN]
@@ -51,10 +55,15 @@ class History:
     stars: Any
     tags: Any
     zip: Any
+    buttons: tuple[Any, ...]  # that send it to other tabs: its settings, itself to start from, itself to be repainted
 
     @property
     def filters(self) -> list[Any]:
         return [self.words, self.control, self.model, self.source, self.days, self.rating, self.favourite]
+
+    @property
+    def thumbs(self) -> Thumbs:
+        return Thumbs(self.core.config.output / "thumbs")
 
     def query(self, values: Mapping[Any, Any]) -> pictures.Query:
         days = DAYS[values[self.days]]
@@ -75,7 +84,7 @@ class History:
             count = pictures.count(session, query)
             rows = pictures.search(session, query, limit=PAGE, offset=(page - 1) * PAGE)
         pages = max(1, -(-count // PAGE))
-        small = thumbs.Thumbs(self.core.config.output / "thumbs").of(rows)
+        small = self.thumbs.of(rows)
         shown = [(row, file) for row, file in zip(rows, small, strict=True) if file is not None]
         lost = len(rows) - len(shown)
         words = f"{count} pictures, page {min(page, pages)} of {pages}" + (f"; {lost} files are gone" if lost else "")
@@ -105,14 +114,20 @@ class History:
         return row
 
     def zipped(self, values: Mapping[Any, Any]) -> str:
-        """A zip of all that fits, the newest first."""
+        """A zip of all that fits and lies here, the newest first; those of an hour ago are removed."""
+        query = self.query(values)
         with self.core.ledger.reading() as session:
-            rows = pictures.search(session, self.query(values), limit=MOST)
-        files = [Path(row.file) for row in rows if Path(row.file).is_file()]
+            count, rows = pictures.count(session, query), pictures.search(session, query, limit=MOST)
+        files = [Path(row.file) for row in rows if row.host == socket.gethostname() and Path(row.file).is_file()]
         if not files:
             raise gr.Error("no picture fits")
+        if len(files) < count:
+            gr.Warning(f"the zip holds {len(files)} of {count} pictures: the newest {MOST}, of those that are here")
         folder = self.core.config.output / "zips"
         folder.mkdir(parents=True, exist_ok=True)
+        for old in folder.iterdir():
+            if time.time() - old.stat().st_mtime > HOUR:
+                shutil.rmtree(old, ignore_errors=True)
         out = Path(tempfile.mkdtemp(dir=folder)) / f"pictures-{datetime.now():%Y%m%d-%H%M%S}.zip"
         with zipfile.ZipFile(out, "w", zipfile.ZIP_STORED) as archive:
             for k, file in enumerate(files, 1):
@@ -120,14 +135,18 @@ class History:
         return str(out)
 
     def deleted(self, id: str | None) -> None:
-        """Removes a picture's file and its row; of several users, only pictures of the studio."""
+        """Removes a picture's file with what was made of it, and its row; where others are, only what the studio made."""
         row, config = self.row(id), self.core.config
         file = Path(row.file)
+        own = file.resolve().is_relative_to(config.pictures.resolve())
         if row.host != socket.gethostname():
             raise gr.Error(f"this picture lies on {row.host}: delete it there")
-        if config.users is not None and not file.resolve().is_relative_to(config.pictures.resolve()):
+        if config.is_shared and not own:
             raise gr.Error("this picture was not made by the studio: delete its file at the machine")
-        file.unlink(missing_ok=True)
+        made = [*self.thumbs.all_of(row), *([] if own else [self.core.copy_of(file)])]
+        made += file.parent.glob(f"controls/{file.stem}-*.png") if own else []
+        for one in (file, *made):
+            one.unlink(missing_ok=True)
         with self.core.ledger.writing() as session:
             pictures.forget(session, [row.id])
 
@@ -198,20 +217,18 @@ def tab(core: Core) -> History:
         stars,
         tags,
         zipped,
+        (create, start, inpaint),
     )
-    made.buttons = (create, start, inpaint)  # type: ignore[attr-defined]
     wire(made, refresh, pack, delete)
     return made
 
 
 def wire(own: History, refresh: Any, pack: Any, delete: Any) -> None:
-    inputs, same = {*own.filters, own.page}, {"show_progress": "hidden", "api_visibility": "private"}
+    inputs, found = {*own.filters, own.page}, telling(own.found)
     look = [own.count, own.gallery, own.ids]
     shown = [own.chosen, own.picture, own.about, own.marked, own.stars, own.tags]
-    gr.on([part.change for part in own.filters], lambda: 1, None, own.page, **same).then(
-        own.found, inputs, look, **same
-    )
-    gr.on([own.page.submit, own.page.input, refresh.click], own.found, inputs, look, **same)
+    gr.on([part.change for part in own.filters], lambda: 1, None, own.page, **QUIET).then(found, inputs, look, **QUIET)
+    gr.on([own.page.submit, own.page.input, refresh.click], found, inputs, look, **QUIET)
 
     def pick(ids: list[str], event: gr.SelectData) -> dict[Any, Any]:
         return own.shown(ids[event.index])
@@ -221,16 +238,18 @@ def wire(own: History, refresh: Any, pack: Any, delete: Any) -> None:
             with own.core.ledger.writing() as session:
                 pictures.mark(session, [id], **said)
 
-    own.gallery.select(pick, own.ids, shown, **same)
+    own.gallery.select(telling(pick), own.ids, shown, **QUIET)
     marks: list[tuple[list[Any], Any, Any]] = [  # each writes its own: the others may have been changed elsewhere
         ([own.marked.input], lambda id, value: mark(id, favourite=value), own.marked),
         ([own.stars.release], lambda id, value: mark(id, rating=int(value)), own.stars),
         ([own.tags.submit, own.tags.blur], lambda id, value: mark(id, tags=value), own.tags),
     ]
     for events, write, part in marks:
-        gr.on(events, write, [own.chosen, part], None, **same).then(own.found, inputs, look, **same)
-    delete.click(own.deleted, own.chosen, None, **same).then(own.found, inputs, look, **same)
-    pack.click(own.zipped, inputs, own.zip, **same).then(lambda: gr.update(visible=True), None, own.zip, **same)
+        gr.on(events, telling(write), [own.chosen, part], None, **QUIET).then(found, inputs, look, **QUIET)
+    delete.click(telling(own.deleted), own.chosen, None, **QUIET).then(found, inputs, look, **QUIET)
+    pack.click(telling(own.zipped), inputs, own.zip, **QUIET).then(
+        lambda: gr.update(visible=True), None, own.zip, **QUIET
+    )
 
 
 def recipe_of(row: Picture) -> Recipe:
@@ -238,5 +257,5 @@ def recipe_of(row: Picture) -> Recipe:
     Raises:
         gr.Error: it has none.
     """
-    with actions.said():
+    with told():
         return actions.shown_recipe(row.file)

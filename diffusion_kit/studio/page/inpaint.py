@@ -31,8 +31,13 @@ class Inpaint:
     out: Output
 
     @property
+    def drafted(self) -> list[Any]:
+        """What a page that is loaded again has as it was: all but pictures."""
+        return [*self.settings.parts, self.strength, *(part for slot in self.slots for part in slot.plain)]
+
+    @property
     def inputs(self) -> set[Any]:
-        return {self.canvas, self.strength, *self.settings.parts, *(part for slot in self.slots for part in slot.parts)}
+        return {self.canvas, *self.drafted, *(slot.image for slot in self.slots)}
 
     def asked(self, values: Mapping[Any, Any]) -> Asked:
         picture, mask = drawn(values[self.canvas])
@@ -40,9 +45,9 @@ class Inpaint:
             raise ValueError("give a picture to repaint")
         if mask is None:
             raise ValueError("paint over what is to be made anew")
-        return self.drafted(values)
+        return self.unchecked(values)
 
-    def drafted(self, values: Mapping[Any, Any]) -> Asked:
+    def unchecked(self, values: Mapping[Any, Any]) -> Asked:
         """What is asked for, be it painted already or not."""
         found = zip(drawn(values[self.canvas]), ("the picture", "the mask"), strict=True)
         image, mask = (None if own is None else self.core.inputs.add_picture(own, name) for own, name in found)
@@ -62,5 +67,5 @@ def tab(core: Core, client: Any, job: Any) -> Inpaint:
             out = output(core, NAME, job)
     made = Inpaint(core, settings, slots, canvas, strength, out)
     actions.wire(core, out, client, go, made.inputs, made.asked)
-    previews(core, slots, made.inputs, made.drafted)
+    previews(core, slots, client, made.inputs, made.unchecked)
     return made

@@ -72,7 +72,7 @@ def opened(core: Core, ref: FileRef) -> Image.Image | None:
     """A recipe's picture, if it may be read: one of the studio's own, or any where there is one user, at the machine."""
     from diffusion_kit.making.pictures import opened as open_ref
 
-    if ref.data is None and not core.config.is_own(ref.path) and core.config.users is not None:
+    if ref.data is None and not core.config.is_own(ref.path) and core.config.is_shared:
         return None
     try:
         return open_ref(ref)

@@ -11,9 +11,9 @@ import pandas as pd
 
 from diffusion_kit.ledger import runs
 from diffusion_kit.ledger.tables import Run
-from diffusion_kit.studio.core import Core
+from diffusion_kit.studio.core import FORESEEN, Core, explain
 
-from . import actions
+from .events import QUIET, telling, told
 from .output import PLAIN
 
 NAME = "runs"
@@ -43,7 +43,13 @@ class Runs:
         return [self.table, self.loss, self.fidelity, self.bars, self.sheets, self.words, self.sent, self.timer]
 
     def looked(self, chosen: list[str]) -> dict[Any, Any]:
-        """Updates that show what is there now."""
+        """Updates that show what is there now; where the ledger is not reached, the page keeps what it has and says so."""
+        try:
+            return self.found(chosen)
+        except FORESEEN as error:
+            return {self.words: f"**{explain(error)}**"}
+
+    def found(self, chosen: list[str]) -> dict[Any, Any]:
         with self.core.ledger.reading() as session:
             rows = runs.found(session)
             last = {run.id: runs.last(session, run.id) for run in rows}
@@ -126,19 +132,20 @@ ASKED = {"save": "Save now", "validate": "Validate now", "stop": "Stop"}
 
 
 def wire(own: Runs, buttons: dict[str, Any], several: Any) -> None:
-    same: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-    own.timer.tick(own.looked, own.chosen, own.parts, **same)
+    own.timer.tick(own.looked, own.chosen, own.parts, **QUIET)
 
     def pick(table: pd.DataFrame, before: list[str], many: bool, event: gr.SelectData) -> list[str]:
         id = str(event.row_value[COLUMNS.index("id")])
         return [*(own for own in before if own != id), id] if many else [id]
 
-    own.table.select(pick, [own.table, own.chosen, several], own.chosen, **same).then(
-        own.looked, own.chosen, own.parts, **same
+    own.table.select(pick, [own.table, own.chosen, several], own.chosen, **QUIET).then(
+        own.looked, own.chosen, own.parts, **QUIET
     )
-    own.table.input(lambda table, sent: write_notes(own.core, table, sent), [own.table, own.sent], own.sent, **same)
+    own.table.input(
+        telling(lambda table, sent: write_notes(own.core, table, sent)), [own.table, own.sent], own.sent, **QUIET
+    )
     for what, button in buttons.items():
-        button.click(asking(own.core, what), own.chosen, None, **same)
+        button.click(asking(own.core, what), own.chosen, None, **QUIET)
 
 
 def write_notes(core: Core, table: pd.DataFrame, sent: dict[str, str]) -> dict[str, str]:
@@ -161,7 +168,7 @@ def asking(core: Core, what: str) -> Any:
 
         if not chosen:
             raise gr.Error("pick a run first")
-        with actions.said(), core.ledger.reading() as session:
+        with told(), core.ledger.reading() as session:
             ask(Path(session.get_one(Run, chosen[-1]).folder), what)
         gr.Info(f"asked it to {what}: it does after the step at hand")
 

@@ -16,6 +16,8 @@ from diffusion_kit.studio.core import Core
 from diffusion_kit.studio.requests import Asked, checked, settings_of
 from diffusion_kit.studio.styles import NONE, styled, styles
 
+from .events import QUIET
+
 Values = Mapping[Any, Any]  # of components
 OWN = "the model's own"
 SCHEDULERS = (
@@ -32,6 +34,7 @@ SCHEDULERS = (
     "PNDMScheduler",
     "LCMScheduler",
 )
+EXACT = 2**53  # above it a browser rounds whole numbers
 USUAL = (30, 7.5)  # steps and guidance where the model's card does not say
 
 
@@ -79,19 +82,30 @@ class Settings:
         seed = None if values[self.randomise] else int(values[self.seed] or 0)
         return checked(replace(job, prompt=prompt), settings, seed, self.core.config)
 
-    def filled(self, recipe: Recipe) -> dict[Any, Any]:
-        """Updates that show a recipe's settings."""
-        label = next((own for own, source in self.core.library.find_models().items() if source == recipe.model), None)
+    def filled(self, recipe: Recipe, gone: list[str]) -> dict[Any, Any]:
+        """Updates that show a recipe's settings.
+
+        Args:
+            gone: to which is added what cannot be shown.
+        """
+        label, steps = self.core.library.label(recipe.model), min(recipe.steps, self.steps.maximum)
+        guidance = min(max(recipe.guidance_scale, 0), self.guidance.maximum)
+        scheduler = recipe.scheduler if recipe.scheduler in SCHEDULERS else OWN
+        gone += [f"the model {recipe.model}, which is not here"] if label is None else []
+        gone += [f"{recipe.steps} steps"] if steps != recipe.steps else []
+        gone += [f"a guidance of {recipe.guidance_scale:g}"] if guidance != recipe.guidance_scale else []
+        gone += [f"the seed {recipe.seed}, which a page rounds"] if recipe.seed > EXACT else []
+        gone += [f"the scheduler {recipe.scheduler}"] if scheduler != recipe.scheduler else []
         return {
             self.prompt: recipe.prompt,
             self.negative: recipe.negative_prompt or "",
             self.style: NONE,
             self.model: gr.skip() if label is None else label,
-            self.steps: min(recipe.steps, self.steps.maximum),
-            self.guidance: min(max(recipe.guidance_scale, 0), self.guidance.maximum),
+            self.steps: steps,
+            self.guidance: guidance,
             self.seed: recipe.seed,
             self.randomise: False,
-            self.scheduler: recipe.scheduler if recipe.scheduler in SCHEDULERS else OWN,
+            self.scheduler: scheduler,
             self.width: recipe.width,
             self.height: recipe.height,
         }
@@ -119,8 +133,8 @@ def add_settings(core: Core, tab: str) -> Settings:
             size: dict[str, Any] = {"precision": 0, "minimum": 0, "step": 8, "min_width": 100}
             width = gr.Number(0, label="Width (0: the model's)", elem_id=f"{tab}-width", **size)
             height = gr.Number(0, label="Height", elem_id=f"{tab}-height", **size)
-    model.input(lambda name: of_model(core, name), model, [steps_part, guidance_part], show_progress="hidden")
-    again.click(lambda: gr.update(choices=list(core.library.find_models())), None, model, show_progress="hidden")
+    model.input(lambda name: of_model(core, name), model, [steps_part, guidance_part], **QUIET)
+    again.click(lambda: gr.update(choices=list(core.library.find_models())), None, model, **QUIET)
     head = (core, prompt, negative, style, model, steps_part, guidance_part)
     return Settings(*head, seed, randomise, scheduler, width, height, again)
 

@@ -8,17 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from PIL import Image
 
 from diffusion_kit.adapters.detectors import detectors
 from diffusion_kit.making.job import AUTO
 from diffusion_kit.models.sources import locate
 from diffusion_kit.recipes import ControlRecipe, Recipe
 from diffusion_kit.studio.core import Core
-from diffusion_kit.studio.queue import Full
 from diffusion_kit.studio.requests import MOST_CONTROLS, Asked
 
 from . import actions
+from .events import QUIET, aside, owner_of
 from .pictures import drawn, easel, opened, painted
 from .settings import Settings, Values
 
@@ -48,6 +47,11 @@ class Slot:
     @property
     def parts(self) -> list[Any]:
         return [part for name, part in vars(self).items() if name not in ("group", "shown", "look", "seen")]
+
+    @property
+    def plain(self) -> list[Any]:
+        """Its parts but the picture."""
+        return [part for part in self.parts if part is not self.image]
 
     def is_empty(self, values: Values) -> bool:
         return drawn(values[self.image])[0] is None or not values[self.kind]
@@ -87,7 +91,7 @@ def add_slots(core: Core, tab: str, settings: Settings) -> list[Slot]:
     def add(count: int) -> list[Any]:
         return [min(count + 1, MOST_CONTROLS), *(gr.update(visible=k <= count) for k in range(MOST_CONTROLS))]
 
-    more.click(add, shown, [shown, *(own.group for own in made)], show_progress="hidden", api_visibility="private")
+    more.click(add, shown, [shown, *(own.group for own in made)], **QUIET)
     follow_model(core, settings, [own.kind for own in made])
     return made
 
@@ -97,10 +101,11 @@ def follow_model(core: Core, settings: Settings, parts: list[Any]) -> None:
 
     def look(label: str, *chosen: str) -> list[Any]:
         found = kinds(core, label)
+        for kind in {kind for kind in chosen if kind and kind not in found}:
+            gr.Warning(f"the control {kind} is not one of {label}: another is picked")
         return [gr.update(choices=found, value=own if own in found else next(iter(found), None)) for own in chosen]
 
-    same: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-    gr.on([settings.model.change, settings.again.click], look, [settings.model, *parts], parts, **same)
+    gr.on([settings.model.change, settings.again.click], look, [settings.model, *parts], parts, **QUIET)
 
 
 def controls(core: Core, own: list[Slot], values: Values) -> tuple[ControlRecipe, ...]:
@@ -155,7 +160,7 @@ def add_slot(core: Core, tab: str, number: int, shown: Any) -> Slot:
     return Slot(group, kind, image, detect, masked, scale, start, end, mode, guidance, type_, shown, look, seen)
 
 
-def previews(core: Core, own: list[Slot], inputs: set[Any], ask: Callable[[Values], Asked]) -> None:
+def previews(core: Core, own: list[Slot], client: Any, inputs: set[Any], ask: Callable[[Values], Asked]) -> None:
     """The buttons of slots that show a control image as the network will see it, made on the queue.
 
     Args:
@@ -163,38 +168,26 @@ def previews(core: Core, own: list[Slot], inputs: set[Any], ask: Callable[[Value
     """
 
     def showing(number: int) -> Callable[..., Any]:
-        def show(values: dict[Any, Any]) -> Any:
-            with actions.said():
-                if own[number].is_empty(values):
-                    raise ValueError("give a picture first")
-                asked = ask(values)
-            before = sum(not slot.is_empty(values) for slot in own[:number])
-            return gr.update(value=seen(core, asked, before), visible=True)
+        def asked(values: dict[Any, Any]) -> tuple[Asked, int]:
+            if own[number].is_empty(values):
+                raise ValueError("give a picture first")
+            return ask(values), sum(not slot.is_empty(values) for slot in own[:number])
+
+        async def show(values: dict[Any, Any], request: gr.Request) -> Any:
+            picture, before = await aside(asked, values)
+            seen = await actions.awaited(
+                lambda: core.submit_preview(picture, before, owner_of(request, values[client]))
+            )
+            return gr.update(value=seen, visible=True)
 
         return show
 
     for number, slot in enumerate(own):
-        slot.look.click(showing(number), inputs, slot.seen, api_visibility="private")
-
-
-def seen(core: Core, asked: Asked, number: int) -> Image.Image:
-    """
-    Raises:
-        gr.Error: it cannot be made, in one line.
-    """
-    try:
-        job = core.queue.submit("", lambda job: core.workshop.control_image(asked, number))
-    except Full as error:
-        raise gr.Error(str(error), title="busy") from None
-    job.wait()
-    if job.error:
-        raise gr.Error(job.error, title="not like this")
-    picture, job.result = job.result, None  # the queue remembers jobs for a while: not pictures, too
-    return picture
+        slot.look.click(showing(number), inputs | {client}, slot.seen, api_visibility="private")
 
 
 def lost(recipe: Recipe) -> list[str]:
-    """What of a recipe the form has no place for."""
+    """What of a recipe the form has no place for, wherever it is restored."""
     own = recipe.controls
     found = ["the mask of the inpainting (History sends pictures to Inpaint)"] if recipe.mask is not None else []
     found += ["scales for each level"] if any(isinstance(control.scale, tuple) for control in own) else []
@@ -202,26 +195,41 @@ def lost(recipe: Recipe) -> list[str]:
     return found + ([f"controls after the {MOST_CONTROLS}th"] if len(own) > MOST_CONTROLS else [])
 
 
-def filled_slots(core: Core, own: list[Slot], recipe: Recipe) -> Iterator[tuple[Any, Any]]:
-    """Updates that show a recipe's controls."""
+def filled_slots(core: Core, own: list[Slot], recipe: Recipe, gone: list[str]) -> Iterator[tuple[Any, Any]]:
+    """Updates that show a recipe's controls.
+
+    Args:
+        gone: to which is added what cannot be shown.
+    """
     labels = {source: label for label, source in core.library.find_controls().items()}
+    known = kinds(core, core.library.label(recipe.model))
     yield own[0].shown, min(max(1, len(recipe.controls)), len(own))
     for k, part in enumerate(own):
-        control = recipe.controls[k] if k < len(recipe.controls) else None
         yield part.group, gr.update(visible=k <= max(0, len(recipe.controls) - 1))
-        if control is None:
+        control = recipe.controls[k] if k < len(recipe.controls) else None
+        kind = None if control is None else labels.get(control.kind, control.kind)
+        if control is not None and kind not in known:
+            gone.append(f"the control {control.kind}, which is not here")
+        if control is None or kind not in known:
             yield part.image, None
             continue
-        picture = opened(core, control.image)
-        mask = None if control.mask is None else opened(core, control.mask)
-        yield part.kind, labels.get(control.kind, control.kind)
-        yield part.detect, control.detect or AS_IT_IS
-        yield part.image, None if picture is None else painted(picture, mask)
-        scale = sum(control.scale) / len(control.scale) if isinstance(control.scale, tuple) else control.scale
-        yield part.scale, min(max(scale, 0), part.scale.maximum)
-        yield part.start, control.start
-        yield part.end, control.end
-        yield part.mode, control.mode
-        yield part.guidance, control.guidance or 0
-        yield part.type, control.type or ""
-        yield part.masked, picture is not None and mask is not None
+        yield part.kind, kind
+        yield from filled_slot(core, part, control, gone)
+
+
+def filled_slot(core: Core, part: Slot, control: ControlRecipe, gone: list[str]) -> Iterator[tuple[Any, Any]]:
+    picture, mask = (None if ref is None else opened(core, ref) for ref in (control.image, control.mask))
+    detector, _, weights = (control.detect or "").partition(":")
+    gone += [f"the picture of the control {control.kind}"] if picture is None else []
+    gone += [f"the region of the control {control.kind}"] if control.mask is not None and mask is None else []
+    gone += [f"the detector {control.detect}"] if weights or (detector and detector not in detectors()) else []
+    yield part.detect, detector if detector in detectors() else AS_IT_IS
+    yield part.image, None if picture is None else painted(picture, mask)
+    scale = sum(control.scale) / len(control.scale) if isinstance(control.scale, tuple) else control.scale
+    yield part.scale, min(max(scale, 0), part.scale.maximum)
+    yield part.start, control.start
+    yield part.end, control.end
+    yield part.mode, control.mode
+    yield part.guidance, control.guidance or 0
+    yield part.type, control.type or ""
+    yield part.masked, picture is not None and mask is not None
