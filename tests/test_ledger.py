@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import sqlite3
 import time
@@ -328,6 +329,27 @@ def test_rebuilding_keeps_what_the_user_said_and_a_broken_file(made: Path) -> No
     assert "is broken; it is now" in told[-1]
     assert [path.read_bytes()[:4] for path in home().glob("ledger.db.broken-*")] == [b"this"]
     assert places() == [str(made)]
+
+
+def test_one_bad_file_does_not_end_a_rebuild(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing of it is written: no run that would be taken for one that is alive."""
+    run = made / "bad"
+    shutil.copytree(next(file.parent for file in made.rglob("run.json")), run)
+    (run / "run.json").write_text((run / "run.json").read_text().replace('"id": "', '"id": "x'))
+    (run / "metrics.jsonl").write_text('{"step": null, "loss": 1.0}\n')
+    assert main(["history", "--rebuild", str(made)]) == 0
+    assert "is left out" in capsys.readouterr().err
+    own = Ledger()
+    with own.reading() as session:
+        assert not any(found.id.startswith("x") for found in runs.found(session))
+        assert list(runs.found(session))
+    own.close()
+
+
+def test_a_folder_whose_name_is_no_text_stops_no_picture(tmp_path: Path) -> None:
+    place = tmp_path / os.fsdecode(b"caf\xe9")
+    Recorder(print).place(place)
+    assert str(place) in places()
 
 
 def test_history_is_searched_on_the_terminal(made: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -56,7 +56,15 @@ def test_own_hosts_are_let_in(host: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "origin", ["http://evil.example", "http://127.0.0.1:9999", "null", "http://localhost:7860.evil.example", "file://"]
+    "origin",
+    [
+        "http://evil.example",
+        "http://127.0.0.1:9999",
+        "null",
+        "http://localhost:7860.evil.example",
+        "file://",
+        "http://[x",
+    ],
 )
 def test_foreign_origins_are_refused(origin: str) -> None:
     for method in ("GET", "POST", "DELETE"):

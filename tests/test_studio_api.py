@@ -25,6 +25,7 @@ from diffusion_kit.studio.config import StudioConfig
 
 pytest.importorskip("gradio", reason="the studio is an extra; scripts/verify studio runs all of it")
 
+from diffusion_kit.studio import api  # noqa: E402
 from diffusion_kit.studio.server import make_app  # noqa: E402
 
 OWN, API = "http://127.0.0.1:7860", "/api/v1"
@@ -310,7 +311,7 @@ def test_one_users_job_is_no_other_users(model: Path, tmp_path: Path) -> None:
         assert client.get(where, auth=ann).json()["state"] == "cancelled"
 
 
-def test_a_full_queue_is_429(model: Path, tmp_path: Path) -> None:
+def test_a_full_queue_is_429(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = StudioConfig(models=(str(model),), output=tmp_path / "studio", queue=2)
     with TestClient(make_app(config), base_url=OWN) as client:
         body = {**SIZE, "prompt": "a", "steps": 300}
@@ -318,5 +319,13 @@ def test_a_full_queue_is_429(model: Path, tmp_path: Path) -> None:
         assert [job.status_code for job in jobs] == [202, 202, 429]
         assert int(jobs[2].headers["retry-after"]) >= 1
         assert "the queue is full (2 jobs)" in jobs[2].json()["detail"]
+        full = client.post(f"{API}/pictures", json={**body, "image": encoded(picture())})
+        assert full.status_code == 429
+        assert not (tmp_path / "studio" / "inputs").exists(), "nothing is kept of what is not taken"
+        monkeypatch.setattr(api, "LONGEST_WAIT", 0.1)
+        client.delete(f"{API}/jobs/{jobs[1].json()['id']}")
+        late = client.post(f"{API}/detect", json={"detector": "canny", "image": encoded(picture())})
+        assert (late.status_code, "cancelled" in late.json()["detail"]) == (504, True)
+        assert len(client.app.state.core.queue) == 1, "it waits no more"  # type: ignore[attr-defined]
         for job in jobs[:2]:
             client.delete(f"{API}/jobs/{job.json()['id']}")

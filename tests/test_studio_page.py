@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -14,12 +15,14 @@ from PIL import Image
 
 gr = pytest.importorskip("gradio", reason="the studio is an extra; scripts/verify studio runs all of it")
 
+from diffusion_kit.ledger import pictures as ledger_pictures  # noqa: E402
 from diffusion_kit.ledger import runs as ledger_runs  # noqa: E402
 from diffusion_kit.recipes import FileRef  # noqa: E402
 from diffusion_kit.studio.config import StudioConfig  # noqa: E402
 from diffusion_kit.studio.core import Core  # noqa: E402
 from diffusion_kit.studio.library import Library  # noqa: E402
-from diffusion_kit.studio.page import actions, create, examples, pictures, runs  # noqa: E402
+from diffusion_kit.studio.page import actions, compare, create, doodle, examples, history, pictures, runs  # noqa: E402
+from diffusion_kit.studio.queue import CANCELLED, Job  # noqa: E402
 
 NEAR = 2.0  # of 255: other processors round in another way
 
@@ -67,6 +70,106 @@ def test_a_recipe_fills_the_form_and_the_form_asks_for_it(core: Core, tmp_path: 
         shown = np.asarray(Image.open(own.mask.path).convert("L")) > 127
         assert abs(shown.mean() - 0.5) < 0.02
         assert shown[:, 0].all()
+
+
+def test_what_of_a_recipe_is_not_here_is_told(core: Core, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slot whose control or picture is missing stays empty; that the picture is then made without it is said."""
+    warned = list[str]()
+    monkeypatch.setattr(gr, "Warning", warned.append)
+    with gr.Blocks():
+        creating = create.tab(core, gr.State(None), gr.State(None))
+    recipe = actions.shown_recipe(str(examples.FILES[3]))
+    first, second = recipe.controls
+    Image.new("RGB", (8, 8)).save(tmp_path / "gone.png")
+    gone = FileRef.of(tmp_path / "gone.png")
+    (tmp_path / "gone.png").unlink()
+    changed = replace(
+        recipe,
+        model="/models/other",
+        steps=400,
+        scheduler="TCDScheduler",
+        image=gone,
+        strength=0.0,
+        controls=(replace(first, kind="/nets/other"), replace(second, image=gone, detect="depth:/weights")),
+    )
+    filled = creating.filled(changed)
+    for told in (
+        "the model /models/other", "400 steps", "TCDScheduler", "the picture to start from", "the control /nets/other",
+        f"the picture of the control {second.kind}", "the detector depth:/weights",
+    ):  # fmt: skip
+        assert told in warned[0]
+    assert filled[creating.strength] == 0.0
+    assert filled[creating.slots[0].image] is filled[creating.slots[1].image] is None
+    assert filled[creating.slots[1].detect] == "depth"
+    warned.clear()
+    creating.filled(recipe)
+    assert not warned
+
+
+def test_a_comparison_goes_on_without_its_page_and_is_stopped(core: Core, monkeypatch: pytest.MonkeyPatch) -> None:
+    go = threading.Event()
+
+    def work(job: Job) -> str:
+        assert go.wait(20)
+        return "made"
+
+    monkeypatch.setattr(core, "submit", lambda asked, owner, measured: core.queue.submit(owner, work))
+    made = compare.Comparison("ann", [compare.Cell(f"{k}", None) for k in range(core.queue.size)], 2)  # type: ignore[arg-type]
+    made.ask(core)
+    assert len(made.jobs) == core.queue.size // 2, "others find room"
+    assert not made.is_over
+    made.stop(core)
+    go.set()
+    assert made.is_over
+    assert all(job.wait(20) for job in made.jobs)
+    assert all(job.state == CANCELLED for job in made.jobs[1:])
+
+
+def test_a_deleted_picture_leaves_nothing(core: Core, tmp_path: Path) -> None:
+    with gr.Blocks():
+        past = history.tab(core)
+    file = core.config.pictures / "2026-11-30" / "00001-7.png"
+    beside = file.parent / "controls" / "00001-7-1.png"
+    for own in (file, beside):
+        own.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(own)
+    other = tmp_path / "other.png"
+    Image.new("RGB", (8, 8)).save(other)
+    recipe = actions.shown_recipe(str(examples.FILES[0]))
+    with core.ledger.writing() as session:
+        for own in (file, other):
+            ledger_pictures.add(session, own, recipe, ledger_pictures.STUDIO)
+    ids = [ledger_pictures.id_of(own) for own in (file, other)]
+    small = [past.thumbs.one(past.row(id)) for id in ids]
+    copy = Path(core.shown(other))
+    assert copy.is_file()
+    past.deleted(ids[0])
+    assert not any(own is not None and own.exists() for own in (file, beside, small[0]))
+    assert other.is_file()
+    past.deleted(ids[1])
+    assert not any(own is not None and own.exists() for own in (other, copy, small[1]))
+    with core.ledger.reading() as session:
+        assert ledger_pictures.count(session, ledger_pictures.Query()) == 0
+
+
+def test_behind_a_proxy_only_what_the_studio_made_is_deleted(tmp_path: Path) -> None:
+    core = Core(StudioConfig(output=tmp_path / "studio", hosts=("studio.lan",)), print)
+    with gr.Blocks():
+        past = history.tab(core)
+    other = tmp_path / "other.png"
+    Image.new("RGB", (8, 8)).save(other)
+    with core.ledger.writing() as session:
+        ledger_pictures.add(session, other, actions.shown_recipe(str(examples.FILES[0])), ledger_pictures.GENERATE)
+    with pytest.raises(gr.Error, match="not made by the studio"):
+        past.deleted(ledger_pictures.id_of(other))
+    assert other.is_file()
+    core.close()
+
+
+def test_a_wiped_doodle_is_no_error_and_all_else_is() -> None:
+    for nothing in (None, Image.new("L", (8, 8), "white")):
+        with pytest.raises(doodle.NothingDrawn):
+            doodle.lines(nothing)
 
 
 @pytest.mark.parametrize(("suffix", "told"), [("tif", "is not a PNG, JPEG or WEBP"), ("png", "at most 64 megapixels")])

@@ -106,6 +106,18 @@ def test_a_job_that_fails_says_so_and_the_next_one_runs(queue: Queue) -> None:
     assert queue.submit("a", lambda job: 1).wait(PATIENCE)
 
 
+def test_what_waits_when_the_queue_is_closed_is_over() -> None:
+    """Else who waits for it would wait for ever, and hold the process."""
+    queue, work = Queue(3, str), Held()
+    running, waiting = queue.submit("a", work), queue.submit("a", work)
+    assert work.began.wait(PATIENCE)
+    threading.Timer(0.1, work.go.set).start()
+    queue.close()
+    assert running.wait(PATIENCE)
+    assert waiting.wait(PATIENCE)
+    assert (running.state, waiting.state) == (CANCELLED, CANCELLED)
+
+
 def test_what_is_over_is_forgotten_after_a_while(queue: Queue) -> None:
     first = queue.submit("a", lambda job: bytes(10))
     for _ in range(KEPT):

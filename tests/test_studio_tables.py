@@ -50,6 +50,9 @@ class Rest(BaseHTTPRequestHandler):
         given = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if rows is None or not self.allowed(rows):
             return
+        if any("colour" in row for row in given):
+            self.answer(400, {"message": "no column colour", "code": "PGRST204", "hint": None, "details": None})
+            return
         ignore = "ignore-duplicates" in self.headers.get("Prefer", "")
         known = {row["product_id"] for row in rows}
         new = [row for row in given if not (ignore and row["product_id"] in known)]
@@ -252,6 +255,63 @@ def test_rows_that_the_table_refuses_are_laid_aside_and_the_others_go_on(tmp_pat
     assert "1 rows, just read" in live.words
     assert "were refused (at is 'soon', which is no datetime)" in live.words
     assert len(list(live.outbox.folder.glob("*.refused"))) == 2
+
+
+def test_empty_cells_are_as_the_table_says(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'shop.db'}"
+    with sa.create_engine(url).begin() as connection:
+        connection.execute(sa.text("CREATE TABLE Sold (id INTEGER PRIMARY KEY, name TEXT NOT NULL DEFAULT 'none')"))
+    live = dashboard.make_live(SqlTable(url, "Sold"), url)
+    dashboard.add(live, pd.DataFrame([["", "a"], ["7", ""], ["", "b"]], columns=["id", "name"]))
+    assert live.look().to_dict("records") == [
+        {"id": 1, "name": "a"}, {"id": 7, "name": "none"}, {"id": 8, "name": "b"}
+    ]  # fmt: skip
+    assert live.outbox.refused is None
+
+
+def test_a_database_of_others_stays_as_it_is(database: str, tmp_path: Path) -> None:
+    dashboard.make_live(SqlTable(database, "Product"), database).look()
+    with sa.create_engine(database).connect() as connection:
+        assert connection.execute(sa.text("PRAGMA journal_mode")).scalar() == "delete"
+    with pytest.raises(ValueError, match="no database"):
+        SqlTable(f"sqlite:///{tmp_path / 'no' / 'such.db'}", "Product")
+    assert not (tmp_path / "no").exists()
+
+
+def test_what_a_table_refuses_by_its_interface_does_not_hold_up_the_rest(rest: str) -> None:
+    """An empty table of Supabase does not say its columns: rows with one that is none are found out by sending them."""
+    Rest.tables["Product"], live = [], dashboard.make_live(open_table("Product"), rest)
+    live.outbox.add([{"product_id": 1, "colour": "red"}])
+    live.outbox.add(products(2))
+    assert len(live.look()) == 2
+    assert "were refused" in live.words
+
+
+def test_rows_that_cannot_be_sent_hide_none_that_can_be_read(rest: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    Rest.tables["Product"], live = products(3), dashboard.make_live(open_table("Product"), rest)
+    live.outbox.add([{"product_id": 9}])
+
+    def lost(rows: Any) -> None:
+        raise OSError("no way to write")
+
+    monkeypatch.setattr(live.source, "insert", lost)
+    assert len(live.look()) == 3
+    assert "3 rows, just read. 1 rows wait to be sent (no way to write)" in live.words
+
+
+def test_two_dashboards_send_a_row_once(tmp_path: Path) -> None:
+    url, rows = f"sqlite:///{tmp_path / 'shop.db'}", 20
+    with sa.create_engine(url).begin() as connection:
+        connection.execute(sa.text("CREATE TABLE Sold (id INTEGER PRIMARY KEY, name TEXT)"))
+    own = [Outbox(tmp_path / "outbox", SqlTable(url, "Sold")) for _ in range(2)]
+    for k in range(rows):
+        own[0].add([{"name": f"{k}"}])
+    threads = [threading.Thread(target=box.send) for box in own]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(int(row["name"]) for row in SqlTable(url, "Sold").read()) == list(range(rows))
 
 
 @pytest.mark.parametrize(

@@ -89,6 +89,22 @@ def test_what_a_control_will_see_is_what_it_sees(model: Path, work: Path) -> Non
         assert np.ptp(np.asarray(before)) > 20
 
 
+def test_a_control_of_another_shape_is_shown_and_measured_as_it_was_cut(model: Path, work: Path) -> None:
+    shop = workshop(model, work)
+    wide = Image.open("lines.png").convert("RGB").resize((128, 64))
+    wide.save("wide.png")
+    result = made(shop, Wanted("", "a fox", None, None, (ControlRecipe("canny", REF("wide.png"), detect="none"),)))
+    (seen,) = (np.asarray(Image.open(file)) for file in result.shown)
+    np.testing.assert_array_equal(seen, np.asarray(fit_image(wide, 64, 64)))
+
+
+def test_words_that_begin_with_a_dash_are_no_options(model: Path, work: Path) -> None:
+    shop = workshop(model, work)
+    result = made(shop, Wanted("", "-fox", None, None, ()), negative_prompt="-blue")
+    assert main([*shlex.split(result.command.replace("\\\n", " "))[1:-2], "--out", "command.png", "--", "-fox"]) == 0
+    np.testing.assert_array_equal(np.asarray(Image.open("command.png")), np.asarray(Image.open(result.file)))
+
+
 def test_models_and_schedulers_are_swapped_and_let_go(model: Path, work: Path, tmp_path: Path) -> None:
     shop = workshop(model, work)
     wanted = Wanted("", "a fox", None, None, ())
