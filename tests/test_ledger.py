@@ -25,8 +25,9 @@ from sqlalchemy.orm import Session
 
 from diffusion_kit.cli import main
 from diffusion_kit.ledger import Ledger, Recorder, database, evaluations, pictures, recorder, runs
+from diffusion_kit.ledger.folders import new_run
 from diffusion_kit.ledger.place import home, places
-from diffusion_kit.ledger.rebuild import new_run, rebuild
+from diffusion_kit.ledger.rebuild import rebuild
 from diffusion_kit.ledger.tables import Metric, Picture, Run, Table
 from diffusion_kit.recipes import ControlRecipe, FileRef, Recipe, save
 

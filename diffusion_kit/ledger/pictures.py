@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from sqlalchemy import ColumnElement, and_, delete, exists, func, or_, select, update
 from sqlalchemy.orm import Session
 
@@ -51,14 +52,18 @@ def add(session: Session, file: Path, recipe: Recipe, source: str, made: datetim
     _write(session, file, row | {"source": source, "made": made or datetime.now(UTC)}, controls)
 
 
-def add_sheet(
-    session: Session, file: Path, size: tuple[int, int], prompt: str, run: str, step: int, model: str
-) -> None:
-    """Writes a sheet of pictures that a run made to validate itself."""
-    row = {"task": "validation", "prompt": prompt, "model": model, "width": size[0], "height": size[1]}
+def sheet(file: Path, config: dict[str, Any], run: str, step: int) -> dict[str, Any]:
+    """The row of a sheet of pictures that a run of this configuration made to validate itself."""
+    with Image.open(file) as picture:
+        width, height = picture.size
+    row = {"task": "validation", "model": config["base"]["model"], "width": width, "height": height}
+    row |= {"prompt": " / ".join(config["validation"]["prompts"]) or f"{file.stem} pictures"}
     row |= {"digest": f"{run} {step} {file.name}", "source": RUN, "run_id": run, "step": step}
-    made = datetime.fromtimestamp(file.stat().st_mtime, UTC) if file.is_file() else datetime.now(UTC)
-    _write(session, file, row | {"made": made}, [])
+    return row | {"made": datetime.fromtimestamp(file.stat().st_mtime, UTC)}
+
+
+def add_sheet(session: Session, file: Path, row: dict[str, Any]) -> None:
+    _write(session, file, row, [])
 
 
 def _write(session: Session, file: Path, row: dict[str, Any], controls: list[dict[str, Any]]) -> None:

@@ -6,9 +6,7 @@ the ledger alone, stay.
 
 from __future__ import annotations
 
-import json
 import os
-import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
@@ -16,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from PIL import Image
 from sqlalchemy.exc import DatabaseError, InterfaceError, OperationalError, SQLAlchemyError
 from sqlalchemy.orm import Session
 
@@ -25,12 +22,11 @@ from diffusion_kit.recipes.files import FORMATS
 
 from . import evaluations, pictures, runs
 from .database import Ledger, parsed
+from .folders import LOGS, RUN, about, config_of, lines_of
 from .place import ledger_url, places
 from .recorder import summary
 from .tables import Picture, Run
 
-RUN = "run.json"  # of a run's folder: id, when it was begun, and by which command
-LOGS = ("timing", "metrics")  # of its folder
 AT_ONCE = 200  # files in a transaction
 
 
@@ -146,11 +142,7 @@ def run_of_sheet(file: Path) -> tuple[Path, int] | None:
 
 
 def add_sheet(session: Session, file: Path, folder: Path, step: int) -> str:
-    config = yaml.safe_load((folder / "config.yaml").read_text("utf-8"))
-    with Image.open(file) as sheet:
-        size = sheet.size
-    prompt = " / ".join(config["validation"]["prompts"]) or f"{file.stem} pictures"
-    pictures.add_sheet(session, file, size, prompt, about(folder)["id"], step, config["base"]["model"])
+    pictures.add_sheet(session, file, pictures.sheet(file, config_of(folder), about(folder)["id"], step))
     return "pictures"
 
 
@@ -167,7 +159,7 @@ def add_run(session: Session, folder: Path) -> str:
     known = session.get(Run, own["id"])
     if known is not None and runs.state_of(known) == runs.RUNNING:
         return ""
-    config = yaml.safe_load((folder / "config.yaml").read_text("utf-8"))
+    config = config_of(folder)
     row = own | {"folder": str(folder.absolute()), "target": config["target"], "config": config, "step": 0}
     row["steps"] = config["steps"]
     runs.begin(session, row)
@@ -175,32 +167,3 @@ def add_run(session: Session, folder: Path) -> str:
         runs.log(session, row | {"step": line["step"]}, {key: line[key] for key in line if key != "step"})
     runs.end(session, own["id"], runs.ENDED if (folder / "result").is_dir() else runs.STOPPED)
     return "runs"
-
-
-def about(folder: Path) -> dict[str, Any]:
-    """Id, command and begin of a run."""
-    own = json.loads((folder / RUN).read_text("utf-8"))
-    return {"id": own["id"], "command": own["command"], "started": datetime.fromisoformat(own["started"])}
-
-
-def new_run(folder: Path, command: str) -> dict[str, Any]:
-    """Writes a run's file, once: it keeps its id wherever the folder goes."""
-    file = folder / RUN
-    if not file.is_file():
-        own = {"id": uuid.uuid4().hex[:12], "command": command, "started": datetime.now(UTC).isoformat()}
-        beside = file.with_suffix(".part")
-        beside.write_text(json.dumps(own) + "\n", "utf-8")
-        os.replace(beside, file)
-    return about(folder)
-
-
-def lines_of(file: Path) -> list[dict[str, Any]]:
-    """The whole lines of a log."""
-    rows = []
-    for line in file.read_text("utf-8").splitlines() if file.is_file() else []:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        rows += [row] if isinstance(row, dict) and "step" in row else []
-    return rows

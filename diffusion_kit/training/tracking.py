@@ -17,7 +17,7 @@ from accelerate.tracking import GeneralTracker
 from PIL import Image
 
 from diffusion_kit.ledger import Recorder, evaluations, pictures, runs
-from diffusion_kit.ledger.rebuild import new_run
+from diffusion_kit.ledger.folders import new_run
 from diffusion_kit.ledger.recorder import summary
 
 from . import run
@@ -63,11 +63,8 @@ class LedgerTracker(GeneralTracker):
         """What a validation wrote: a sheet and a report of each group."""
         own, config = self.row["id"], self.row["config"]
         for file in sorted(folder.glob("*.png")):
-            with Image.open(file) as sheet:
-                size = sheet.size
-            prompt = " / ".join(config["validation"]["prompts"]) or f"{file.stem} pictures"
-            about = (size, prompt, own, step, config["base"]["model"])
-            self.recorder(lambda session, file=file, about=about: pictures.add_sheet(session, file, *about))
+            row = pictures.sheet(file, config, own, step)
+            self.recorder(lambda session, file=file, row=row: pictures.add_sheet(session, file, row))
         for file in sorted(folder.glob(f"*/{evaluations.REPORT}")):
             self.recorder(lambda session, file=file: evaluations.add_file(session, file, run=own, step=step))
 

@@ -134,9 +134,14 @@ def add_settings(core: Core, tab: str) -> Settings:
             width = gr.Number(0, label="Width (0: the model's)", elem_id=f"{tab}-width", **size)
             height = gr.Number(0, label="Height", elem_id=f"{tab}-height", **size)
     model.input(lambda name: of_model(core, name), model, [steps_part, guidance_part], **QUIET)
-    again.click(lambda: gr.update(choices=list(core.library.find_models())), None, model, **QUIET)
+    again.click(lambda: found(core), None, [model, style], **QUIET)
     head = (core, prompt, negative, style, model, steps_part, guidance_part)
     return Settings(*head, seed, randomise, scheduler, width, height, again)
+
+
+def found(core: Core) -> list[Any]:
+    """Models and styles that may be picked, as their folders and file are now."""
+    return [gr.update(choices=own) for own in (list(core.library.find_models()), [NONE, *styles()])]
 
 
 def of_model(core: Core, label: str) -> tuple[int, float]:
