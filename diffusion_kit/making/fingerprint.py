@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 
 from diffusion_kit.models.sources import locate
+from diffusion_kit.recipes.whole import write_whole
 
 LARGE = 256_000_000  # bytes; hashes of larger files are remembered, since they take seconds
 
@@ -69,8 +70,6 @@ def _remember(store: Path, known: dict[str, str]) -> None:
     """Written beside and renamed; a cache that cannot be written is done without."""
     try:
         store.parent.mkdir(parents=True, exist_ok=True)
-        beside = store.with_name(f".{store.name}.{os.getpid()}")
-        beside.write_text(json.dumps(known))
-        os.replace(beside, store)
+        write_whole(store, json.dumps(known).encode())
     except OSError:
         return

@@ -30,6 +30,8 @@ import torch
 import yaml
 from tqdm import tqdm
 
+from diffusion_kit.recipes.whole import write_whole
+
 from . import checkpoints
 from .config import Config, parse, read
 from .tree import leaves
@@ -116,9 +118,7 @@ class Run:
             if not file.is_file():
                 continue
             lines = [line for line in file.read_text().splitlines() if _step(line) <= step]
-            beside = file.with_suffix(".part")
-            beside.write_text("".join(line + "\n" for line in lines))
-            os.replace(beside, file)
+            write_whole(file, "".join(line + "\n" for line in lines).encode())
 
 
 def ask(folder: Path, what: str) -> None:
@@ -192,9 +192,7 @@ def begin(config: Config, resume: bool, allow: Sequence[str]) -> None:
     (folder / ASKED).unlink(missing_ok=True)
     if (own := launcher()) is not None:
         (folder / LAUNCHER).write_text(own)
-    beside = file.with_suffix(".part")
-    beside.write_text(config.dump())
-    os.replace(beside, file)
+    write_whole(file, config.dump().encode())
 
 
 def newest(root: Path, in_all: Callable[[list[int]], list[list[int]]]) -> checkpoints.Checkpoint | None:
