@@ -269,6 +269,7 @@ def controls(studio: Studio) -> dict[str, Any]:
     give(page, "#create-control-1-image", edges)
     page.click("#create-control-1-preview")
     page.wait_for_selector("#create-control-1-seen img")
+    seen = page.evaluate("document.querySelector('#create-control-1-seen img').naturalWidth")
     page.click("#create-more")
     page.click("#create-control-2-kind input")
     page.get_by_role("option", name="palette", exact=True).click()
@@ -290,6 +291,7 @@ def controls(studio: Studio) -> dict[str, Any]:
     return {
         "controls": [own.kind for own in recipe.controls],
         "passed": {
+            "the preview is what the network sees": seen == recipe.width,
             "two controls": len(recipe.controls) == 2,
             "as Python, the same pixels": same[0],
             "as a command, the same pixels": same[1],
@@ -420,7 +422,8 @@ def examples(studio: Studio) -> dict[str, Any]:
 
 
 def compare(studio: Studio) -> dict[str, Any]:
-    """A grid over scale and seed; the fidelity stands under each picture."""
+    """A grid over scale and seed; the fidelity stands under each picture. A reload in the middle follows it, and finds what was
+    written."""
     page = studio.page()
     tab(page, "Compare")
     page.fill("#compare-prompt textarea", "a brown horse on a blue background")
@@ -428,7 +431,14 @@ def compare(studio: Studio) -> dict[str, Any]:
     page.wait_for_selector("#compare-image img")
     before = len(studio.pictures())
     page.click("#compare-go")
+    until(page, lambda: page.inner_text("#compare-progress")[:1] in "12345", "it begins", 60)
+    page.reload()
+    page.wait_for_selector("#create-prompt textarea")
+    tab(page, "Compare")
     until(page, lambda: "6 of 6" in page.inner_text("#compare-progress"), "six pictures are made", 180)
+    kept = page.input_value("#compare-prompt textarea")
+    page.set_input_files("#compare-image input[type=file]", str(ROOT / "examples" / "horse.png"))
+    page.wait_for_selector("#compare-image img")
     page.wait_for_timeout(1500)
     studio.shot(page, "compare")
     captions = page.locator("#compare-grid .caption-label").all_inner_texts()
@@ -444,6 +454,7 @@ def compare(studio: Studio) -> dict[str, Any]:
         "captions": captions,
         "kinds": kinds,
         "passed": {
+            "a page that is loaded again has what was written": kept == "a brown horse on a blue background",
             "six pictures, each with its figure": len(studio.pictures()) - before == 12 and len(captions) == 6,
             "three adapters side by side, each with its figure": sum("not measured" not in own for own in kinds) == 6,
             "a control of scale 1 is followed more than one of 0": min(figures["1"]) > max(figures["0"]),
