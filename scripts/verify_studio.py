@@ -422,7 +422,7 @@ def examples(studio: Studio) -> dict[str, Any]:
 
 
 def compare(studio: Studio) -> dict[str, Any]:
-    """A grid over scale and seed; the fidelity stands under each picture. A reload in the middle follows it, and finds what was
+    """A grid over scale and seed, the fidelity under each picture. A reload in the middle follows it, and finds what was
     written."""
     page = studio.page()
     tab(page, "Compare")
@@ -431,7 +431,7 @@ def compare(studio: Studio) -> dict[str, Any]:
     page.wait_for_selector("#compare-image img")
     before = len(studio.pictures())
     page.click("#compare-go")
-    until(page, lambda: page.inner_text("#compare-progress")[:1] in "12345", "it begins", 60)
+    until(page, lambda: page.inner_text("#compare-progress")[:1] in tuple("12345"), "it begins", 60)
     page.reload()
     page.wait_for_selector("#create-prompt textarea")
     tab(page, "Compare")
