@@ -196,7 +196,8 @@ def tab(core: Core) -> History:
                 inpaint = gr.Button("Repaint it", size="sm", elem_id=f"{NAME}-to-inpaint", min_width=80)
                 delete = gr.Button("Delete", size="sm", variant="stop", elem_id=f"{NAME}-delete", min_width=80)
             about = gr.Textbox(label="How it was made", lines=12, interactive=False, elem_id=f"{NAME}-about")
-    ids, chosen = gr.State([]), gr.State(None)
+    # Sent by the page with each event, as its other parts are: tags are of the picture beside which they were written.
+    ids, chosen = gr.State([]), gr.Textbox(visible="hidden")
     made = History(
         core,
         words,
@@ -234,7 +235,7 @@ def wire(own: History, refresh: Any, pack: Any, delete: Any) -> None:
         return own.shown(ids[event.index])
 
     def mark(id: str | None, **said: Any) -> None:
-        if id is not None:
+        if id:
             with own.core.ledger.writing() as session:
                 pictures.mark(session, [id], **said)
 
