@@ -347,6 +347,15 @@ def test_one_bad_file_does_not_end_a_rebuild(made: Path, capsys: pytest.CaptureF
     own.close()
 
 
+def test_what_a_studio_keeps_beside_its_pictures_is_none_of_them(made: Path) -> None:
+    own = made / "studio"
+    for name in ("pictures/2026-11-30", "inputs", "shown", "cache/ab"):
+        (own / name).mkdir(parents=True)
+        save(Image.new("RGB", (8, 8)), own / name / "1.png", RECIPE)
+    (own / ".browser").write_text("secret")
+    assert rebuild([own], print)["pictures"] == 1
+
+
 def test_a_folder_whose_name_is_no_text_stops_no_picture(tmp_path: Path) -> None:
     place = tmp_path / os.fsdecode(b"caf\xe9")
     Recorder(print).place(place)

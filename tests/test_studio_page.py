@@ -185,6 +185,38 @@ def test_what_is_painted_on_is_a_picture_that_the_kit_opens(suffix: str, told: s
         part.preprocess(payload)
 
 
+def test_what_is_given_is_a_picture(tmp_path: Path) -> None:
+    """Told in a line, without a path of the server."""
+    file = tmp_path / "words.png"
+    file.write_text("no picture")
+    with gr.Blocks():
+        part = pictures.given("A picture", "given")
+    with pytest.raises(gr.Error, match="^.the picture is not a PNG, JPEG or WEBP image.$"):
+        part.preprocess(gr.FileData(path=str(file), orig_name=file.name))
+
+
+def test_strokes_on_an_empty_field_are_the_picture_and_on_a_picture_its_region() -> None:
+    rng = np.random.default_rng(0)
+    photo = Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8))
+    empty, mask = Image.new("RGB", (8, 8), "white"), Image.fromarray(np.eye(8, dtype=np.uint8) * 255)
+    assert pictures.sketched(photo, mask) == (photo, mask)
+    assert pictures.sketched(empty, None) == (None, None)
+    strokes, none = pictures.sketched(empty, mask)
+    np.testing.assert_array_equal(np.asarray(strokes)[..., 0], 255 - np.asarray(mask))
+    assert none is None
+
+
+def test_a_run_that_is_over_is_asked_for_nothing(core: Core, tmp_path: Path) -> None:
+    own = {"target": "t2i_adapter", "step": 1, "steps": 2, "config": {}, "command": "", "started": datetime.now(UTC)}
+    (tmp_path / "config.yaml").write_text("target: t2i_adapter")
+    with core.ledger.writing() as session:
+        ledger_runs.begin(session, own | {"id": "a", "folder": str(tmp_path)})
+        ledger_runs.end(session, "a", ledger_runs.STOPPED)
+    with pytest.raises(gr.Error, match="is stopped: nothing can be asked of it"):
+        runs.asking(core, "stop")(["a"])
+    assert not (tmp_path / ".asked").exists()
+
+
 def test_painted_pictures_come_back_as_they_went(core: Core) -> None:
     rng = np.random.default_rng(0)
     photo = Image.fromarray(rng.integers(0, 256, (40, 60, 3), np.uint8))

@@ -27,6 +27,7 @@ from .place import ledger_url, places
 from .recorder import summary
 from .tables import Picture, Run
 
+COPIES = ("cache", "inputs", "shown", "thumbs", "zips")  # folders of a studio
 AT_ONCE = 200  # files in a transaction
 
 
@@ -81,9 +82,14 @@ def files_of(given: Iterable[Path]) -> Iterator[Path]:
     walks += [place.rglob("*") if (place / RUN).is_file() else place.iterdir() for place in known]
     for walk in walks:
         for file in sorted(walk):
-            if file not in seen and file.is_file():
+            if file not in seen and file.is_file() and not is_copy(file):
                 seen.add(file)
                 yield file
+
+
+def is_copy(file: Path) -> bool:
+    """Whether a studio keeps it beside its pictures: what was given to it, and what its pages were sent."""
+    return any(own.name in COPIES and (own.parent / ".browser").is_file() for own in file.parents)
 
 
 def batches(files: Iterable[Path]) -> Iterator[list[Path]]:

@@ -16,6 +16,7 @@ from PIL import Image
 QUEUED, RUNNING, DONE, FAILED, CANCELLED = "queued", "running", "done", "failed", "cancelled"
 OVER = (DONE, FAILED, CANCELLED)
 KEPT = 64  # jobs that are over and may still be asked about
+GRACE = 5.0  # seconds for the step at hand when the queue is closed
 PACE = 0.3  # weight of the newest job in the mean of their seconds
 
 
@@ -154,7 +155,7 @@ class Queue:
             self.cancel(job)
         with self.changed:
             self.changed.notify_all()
-        self.thread.join()
+        self.thread.join(GRACE)
 
     def _work(self) -> None:
         while (job := self._next()) is not None:

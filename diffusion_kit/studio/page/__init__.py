@@ -13,7 +13,7 @@ import gradio as gr
 from diffusion_kit.studio.core import Core
 
 from . import actions, compare, create, doodle, history, inpaint, runs
-from .events import QUIET, telling, told
+from .events import QUIET, telling
 
 TABS = ("create", "doodle", "inpaint", "compare", "runs", "history")
 HERE = Path(__file__).parent
@@ -63,7 +63,7 @@ def build(core: Core) -> gr.Blocks:
             telling(past.found), {*past.filters, past.page}, [past.count, past.gallery, past.ids], **QUIET
         )
         sending(core, past, creating, painting, tabs)
-        dropped.upload(restored(creating, tabs), dropped, [tabs, *creating.fillable], **QUIET)
+        dropped.upload(restored(creating, tabs, dropped), dropped, [tabs, dropped, *creating.fillable], **QUIET)
     return blocks
 
 
@@ -76,13 +76,16 @@ def keep_draft(blocks: gr.Blocks, draft: Any, tab: Any) -> None:
     gr.on([part.change for part in parts], None, parts, draft, js="(...values) => [values]", **QUIET)
 
 
-def restored(creating: create.Create, tabs: Any) -> Any:
+def restored(creating: create.Create, tabs: Any, dropped: Any) -> Any:
     """A picture that was dropped on the page shows its settings in Create."""
 
     def fill(file: str) -> dict[Any, Any]:
-        with told():
+        try:
             recipe = actions.shown_recipe(file)
-        return creating.filled(recipe) | {tabs: gr.Tabs(selected=create.NAME)}
+        except ValueError:
+            gr.Warning("this picture carries no recipe of the kit: nothing is restored")
+            return {dropped: None}  # so that the next one is taken
+        return creating.filled(recipe) | {tabs: gr.Tabs(selected=create.NAME), dropped: None}
 
     return fill
 
@@ -95,7 +98,8 @@ def sending(core: Core, past: history.History, creating: create.Create, painting
         return creating.filled(history.recipe_of(past.row(id))) | {tabs: gr.Tabs(selected="create")}
 
     def start(id: str | None) -> dict[Any, Any]:
-        return {creating.image: core.shown(Path(past.row(id).file)), tabs: gr.Tabs(selected="create")}
+        file = core.shown(Path(past.row(id).file))
+        return {creating.image: file, creating.start: gr.update(open=True), tabs: gr.Tabs(selected="create")}
 
     def repaint(id: str | None) -> dict[Any, Any]:
         file = core.shown(Path(past.row(id).file))
@@ -105,7 +109,7 @@ def sending(core: Core, past: history.History, creating: create.Create, painting
         }
 
     to_create.click(telling(settings), past.chosen, [tabs, *creating.fillable], **QUIET)
-    to_start.click(telling(start), past.chosen, [tabs, creating.image], **QUIET)
+    to_start.click(telling(start), past.chosen, [tabs, creating.image, creating.start], **QUIET)
     to_inpaint.click(telling(repaint), past.chosen, [tabs, painting.canvas], **QUIET)
 
 

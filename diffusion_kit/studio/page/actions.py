@@ -51,11 +51,12 @@ def wire(core: Core, out: Output, client: Any, go: Any, inputs: set[Any], ask: A
         async for update in repeat(values, request, vary=True):
             yield update
 
-    go.click(start, inputs | {client, out.gallery}, out.parts, **QUIET)
+    # What is asked for while a picture is made is made after it, the last of it: gradio would drop it without a word.
+    go.click(start, inputs | {client, out.gallery}, out.parts, trigger_mode="always_last", **QUIET)
     out.again.click(again, {client, out.gallery, out.file}, out.parts, **QUIET)
     out.vary.click(vary, {client, out.gallery, out.file}, out.parts, **QUIET)
     out.cancel.click(cancelling(core), [out.job, client], None, **QUIET)
-    out.gallery.select(picking(out), None, [out.file, out.picture, out.about], **QUIET)
+    out.gallery.select(picking(out), None, out.parts, **QUIET)
 
 
 def cancelling(core: Core) -> Callable[..., None]:
@@ -107,6 +108,7 @@ def resume(core: Core, out: Output) -> Callable[..., Updates]:
     """What a page that is loaded again does: it follows the job that its browser asked for last."""
 
     async def follow(id: str | None, client: str | None, request: gr.Request) -> Updates:
+        yield {out.progress: gr.skip()}  # gradio empties what a handler says nothing of
         job = core.queue.find(id or "", owner_of(request, client))
         if job is not None:
             async for update in out.follow(job, []):

@@ -125,6 +125,7 @@ class Compare:
 
     async def resume(self, client: str | None, request: gr.Request) -> actions.Updates:
         """What a page that is loaded again does: it follows the comparison that its browser asked for last."""
+        yield {self.words: gr.skip()}  # gradio empties what a handler says nothing of
         if (made := self.running.get(owner_of(request, client))) is not None:
             async for update in self.follow(made):
                 yield update

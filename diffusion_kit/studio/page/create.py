@@ -29,6 +29,7 @@ class Create:
     core: Core
     settings: Settings
     slots: list[Slot]
+    start: Any  # opens on the picture to start from
     image: Any
     strength: Any
     fit: Any
@@ -58,6 +59,7 @@ class Create:
         strength = STRENGTH if recipe.strength is None else recipe.strength
         updates = self.settings.filled(recipe, gone)
         updates |= {self.fit: recipe.fit, self.image: image, self.strength: strength}
+        updates |= {self.start: gr.update(open=image is not None)}
         updates |= dict(filled_slots(self.core, self.slots, recipe, gone))
         if gone:
             gr.Warning(f"not restored: {', '.join(gone)}")
@@ -69,6 +71,7 @@ class Create:
         return [
             *self.settings.parts,
             self.fit,
+            self.start,
             self.image,
             self.strength,
             self.slots[0].shown,
@@ -81,7 +84,7 @@ def tab(core: Core, client: Any, job: Any) -> Create:
     with gr.Row():
         with gr.Column(scale=5, min_width=320):
             settings = add_settings(core, NAME)
-            with gr.Accordion("Start from a picture", open=False, elem_id=f"{NAME}-start"):
+            with gr.Accordion("Start from a picture", open=False, elem_id=f"{NAME}-start") as start:
                 image = given("Picture", f"{NAME}-image")
                 strength = gr.Slider(0, 1, STRENGTH, step=0.05, label="Strength", elem_id=f"{NAME}-strength")
             slots = add_slots(core, NAME, settings)
@@ -90,7 +93,7 @@ def tab(core: Core, client: Any, job: Any) -> Create:
             tried = examples.row(core)
         with gr.Column(scale=5, min_width=320):
             out = output(core, NAME, job)
-    made = Create(core, settings, slots, image, strength, fit, out)
+    made = Create(core, settings, slots, start, image, strength, fit, out)
     actions.wire(core, out, client, go, made.inputs, made.asked)
     previews(core, slots, client, made.inputs, made.asked)
     examples.wire(tried, made, client)

@@ -108,6 +108,7 @@ def lifted(own: Doodle, client: Any) -> None:
             core.queue.cancel(old)
 
     async def redraw(values: dict[Any, Any], request: gr.Request) -> actions.Updates:
+        yield {out.progress: gr.skip()}  # gradio empties what a handler says nothing of
         if not values[own.live]:
             return
         owner = owner_of(request, values[client])

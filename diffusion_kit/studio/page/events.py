@@ -27,7 +27,7 @@ def told() -> Iterator[None]:
     try:
         yield
     except FORESEEN as error:
-        raise gr.Error(explain(error), title="not like this") from None
+        raise gr.Error(explain(error), title="not like this", print_exception=False) from None
 
 
 def telling(handler: Callable[..., Any]) -> Callable[..., Any]:

@@ -29,6 +29,7 @@ NAME = "history"
 PAGE = 36  # pictures at once
 MOST = 1000  # pictures in a zip
 HOUR = 3600.0
+SURE = "(id) => (id && confirm('Delete this picture, with its file?') ? id : '')"
 DAYS = {"any time": None, "today": 1, "last 7 days": 7, "last 30 days": 30}
 ANY = "any"
 SOURCES = [ANY, pictures.STUDIO, pictures.API, pictures.GENERATE, pictures.RUN]
@@ -82,12 +83,13 @@ class History:
         query, page = self.query(values), max(1, int(values[self.page] or 1))
         with self.core.ledger.reading() as session:
             count = pictures.count(session, query)
+            pages = max(1, -(-count // PAGE))
+            page = min(page, pages)
             rows = pictures.search(session, query, limit=PAGE, offset=(page - 1) * PAGE)
-        pages = max(1, -(-count // PAGE))
         small = self.thumbs.of(rows)
         shown = [(row, file) for row, file in zip(rows, small, strict=True) if file is not None]
         lost = len(rows) - len(shown)
-        words = f"{count} pictures, page {min(page, pages)} of {pages}" + (f"; {lost} files are gone" if lost else "")
+        words = f"{count} pictures, page {page} of {pages}" + (f"; {lost} files are gone" if lost else "")
         return {
             self.count: words,
             self.gallery: gr.update(value=[(str(file), caption(row)) for row, file in shown], selected_index=None),
@@ -134,8 +136,14 @@ class History:
                 archive.write(file, f"{k:04}-{file.name}")
         return str(out)
 
-    def deleted(self, id: str | None) -> None:
-        """Removes a picture's file with what was made of it, and its row; where others are, only what the studio made."""
+    def deleted(self, id: str | None) -> dict[Any, Any]:
+        """Removes a picture's file with what was made of it, and its row; where others are, only what the studio made.
+
+        Args:
+            id: empty, if the user thought better of it.
+        """
+        if not id:
+            return {self.about: gr.skip()}
         row, config = self.row(id), self.core.config
         file = Path(row.file)
         own = file.resolve().is_relative_to(config.pictures.resolve())
@@ -149,6 +157,7 @@ class History:
             one.unlink(missing_ok=True)
         with self.core.ledger.writing() as session:
             pictures.forget(session, [row.id])
+        return {self.chosen: "", self.picture: None, self.about: "", self.marked: False, self.stars: 0, self.tags: ""}
 
 
 def caption(row: Picture) -> str:
@@ -247,7 +256,7 @@ def wire(own: History, refresh: Any, pack: Any, delete: Any) -> None:
     ]
     for events, write, part in marks:
         gr.on(events, telling(write), [own.chosen, part], None, **QUIET).then(found, inputs, look, **QUIET)
-    delete.click(telling(own.deleted), own.chosen, None, **QUIET).then(found, inputs, look, **QUIET)
+    delete.click(telling(own.deleted), own.chosen, shown, js=SURE, **QUIET).then(found, inputs, look, **QUIET)
     pack.click(telling(own.zipped), inputs, own.zip, **QUIET).then(
         lambda: gr.update(visible=True), None, own.zip, **QUIET
     )

@@ -13,6 +13,7 @@ from typing import Any
 import gradio as gr
 
 from diffusion_kit.recipes import Recipe, read
+from diffusion_kit.studio import words
 from diffusion_kit.studio.core import Core
 from diffusion_kit.studio.queue import CANCELLED, DONE, FAILED, QUEUED, Job
 from diffusion_kit.studio.workshop import Result
@@ -83,8 +84,11 @@ class Output:
     def showing(self, file: Path) -> dict[Any, Any]:
         """Updates that show a picture that there is."""
         recipe = read(file)
-        about = recipe.describe() if isinstance(recipe, Recipe) else ""
-        return {self.file: str(file), self.picture: str(file), self.about: about}
+        whole = isinstance(recipe, Recipe)
+        about, command = (recipe.describe(), words.command(recipe)) if isinstance(recipe, Recipe) else ("", "")
+        beside = sorted(file.parent.glob(f"controls/{file.stem}-*.png")) if whole else []
+        update = {self.file: str(file), self.picture: str(file), self.about: about}
+        return update | {self.command: command, self.python: "", self.shown: [str(own) for own in beside]}
 
 
 def output(core: Core, tab: str, job: Any) -> Output:
@@ -126,6 +130,8 @@ def said(core: Core, job: Job) -> str:
         return f"done in {seconds:.1f} s"
     if job.state == CANCELLED:
         return f"cancelled at {job.done} of {job.of}" if job.of else "cancelled"
+    if job.cancelling.is_set():
+        return "cancelled as soon as the step at hand is done"
     if not job.of:
         return f"getting ready, {time.monotonic() - (job.began or job.asked):.0f} s"
     left = job.seconds_left

@@ -30,6 +30,7 @@ const show = (source, after) => {
     pen.drawImage(picture, (canvas.width - width) / 2, (canvas.height - height) / 2, width, height);
     after?.();
   };
+  picture.onerror = () => alert("this file is no picture that a browser shows");
   picture.src = source;
 };
 const place = (event) => {
@@ -52,6 +53,7 @@ canvas.addEventListener("pointerdown", (event) => {
   if (event.button !== 0) return;
   event.preventDefault();
   canvas.setPointerCapture(event.pointerId);
+  canvas.focus(); // its keys are the pad's
   remember();
   drawing = true;
   last = place(event);
@@ -71,10 +73,16 @@ element.querySelector(".pad-eraser").addEventListener("click", (event) => {
   erases = !erases;
   event.currentTarget.setAttribute("aria-pressed", String(erases));
 });
-element.querySelector(".pad-undo").addEventListener("click", () => {
+const undo = () => {
   if (!before.length) return;
   pen.putImageData(before.pop(), 0, 0);
   tell();
+};
+element.querySelector(".pad-undo").addEventListener("click", undo);
+element.addEventListener("keydown", (event) => {
+  if (event.key.toLowerCase() !== "z" || !(event.ctrlKey || event.metaKey)) return;
+  event.preventDefault();
+  undo();
 });
 element.querySelector(".pad-clear").addEventListener("click", () => {
   remember();

@@ -9,7 +9,7 @@
       event.preventDefault();
       document.activeElement?.blur(); // a number that is being written counts
       setTimeout(() => press("go"), 50);
-    } else if (event.key === "Escape") {
+    } else if (event.key === "Escape" && !event.target.closest?.("[role=combobox], [role=listbox], [role=dialog], dialog")) {
       press("cancel");
     }
   });
@@ -23,8 +23,9 @@
   document.addEventListener("dragleave", (event) => {
     if (event.relatedTarget === null) document.body.classList.remove("dropping");
   });
+  // First of all: fields keep what is dropped on them to themselves.
+  document.addEventListener("drop", () => document.body.classList.remove("dropping"), true);
   document.addEventListener("drop", (event) => {
-    document.body.classList.remove("dropping");
     const file = event.dataTransfer?.files?.[0];
     const input = document.querySelector("#restore input[type=file]");
     if (!file || !input || isField(event.target)) return;

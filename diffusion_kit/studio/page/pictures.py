@@ -9,7 +9,6 @@ from typing import Any
 
 import gradio as gr
 import numpy as np
-from gradio.data_classes import FileData
 from PIL import Image
 
 from diffusion_kit.adapters.pictures import load_image
@@ -26,22 +25,26 @@ def easel(label: str, height: int, elem_id: str) -> Any:
     return part
 
 
-def safely(decode: Callable[..., Any], file: FileData | bytes | None, **options: Any) -> Any:
+def safely(decode: Callable[..., Any], file: Any, *options: Any, **more: Any) -> Any:
     """
     Raises:
         gr.Error: no picture that the kit opens, in one line.
     """
     if file is not None:
         try:
-            load_image(file.path if isinstance(file, FileData) else bytes(file), name="the picture")
+            load_image(
+                bytes(file) if isinstance(file, (bytes, bytearray, memoryview)) else file.path, name="the picture"
+            )
         except ValueError as error:
-            raise gr.Error(str(error), title="not like this") from None
-    return decode(file, **options)
+            raise gr.Error(str(error), title="not like this", print_exception=False) from None
+    return decode(file, *options, **more)
 
 
 def given(label: str, elem_id: str) -> Any:
     """A picture that is not painted on; its value is the file as the user gave it, which gradio does not open."""
-    return gr.Image(label=label, type="filepath", image_mode=None, height=220, elem_id=elem_id)
+    part: Any = gr.Image(label=label, type="filepath", image_mode=None, height=220, elem_id=elem_id)
+    part.preprocess = partial(safely, part.preprocess)
+    return part
 
 
 def kept(core: Core, file: str, name: str) -> FileRef:
@@ -68,6 +71,13 @@ def drawn(value: Mapping[str, Any] | None) -> tuple[Image.Image | None, Image.Im
     return background.convert("RGB"), Image.fromarray((mask * 255).astype(np.uint8)) if mask.any() else None
 
 
+def sketched(picture: Image.Image | None, mask: Image.Image | None) -> tuple[Image.Image | None, Image.Image | None]:
+    """Of strokes on an empty field, which are no region of a picture: the strokes, black on white, are the picture."""
+    if picture is None or picture.getextrema() != ((255, 255),) * 3:
+        return picture, mask
+    return (None, None) if mask is None else (Image.eval(mask, lambda value: 255 - value).convert("RGB"), None)
+
+
 def opened(core: Core, ref: FileRef) -> Image.Image | None:
     """A recipe's picture, if it may be read: one of the studio's own, or any where there is one user, at the machine."""
     from diffusion_kit.making.pictures import opened as open_ref
@@ -86,5 +96,4 @@ def painted(picture: Image.Image, mask: Image.Image | None) -> dict[str, Any]:
         return {"background": picture, "layers": [], "composite": picture}
     layer = Image.new("RGBA", picture.size, "black")
     layer.putalpha(mask.convert("L").resize(picture.size).point(lambda value: 255 * (value > 127)))
-    whole = Image.alpha_composite(picture.convert("RGBA"), layer)
-    return {"background": picture, "layers": [layer], "composite": whole}
+    return {"background": picture, "layers": [layer], "composite": picture}  # gradio takes it for the background

@@ -169,7 +169,10 @@ def asking(core: Core, what: str) -> Any:
         if not chosen:
             raise gr.Error("pick a run first")
         with told(), core.ledger.reading() as session:
-            ask(Path(session.get_one(Run, chosen[-1]).folder), what)
+            run = session.get_one(Run, chosen[-1])
+            if (state := runs.state_of(run)) != runs.RUNNING:
+                raise ValueError(f"{label(run)} is {state}: nothing can be asked of it")
+            ask(Path(run.folder), what)
         gr.Info(f"asked it to {what}: it does after the step at hand")
 
     return ask

@@ -126,7 +126,9 @@ def add_settings(core: Core, tab: str) -> Settings:
             steps_part = gr.Slider(1, 150, steps, step=1, label="Steps", elem_id=f"{tab}-steps")
             guidance_part = gr.Slider(0, 20, guidance, step=0.1, label="Guidance", elem_id=f"{tab}-guidance")
         with gr.Row():
-            seed = gr.Number(0, label="Seed", precision=0, minimum=0, elem_id=f"{tab}-seed", min_width=100)
+            seed = gr.Number(
+                0, label="Seed", precision=0, minimum=0, maximum=EXACT, elem_id=f"{tab}-seed", min_width=100
+            )
             randomise = gr.Checkbox(True, label="Another seed each time", elem_id=f"{tab}-randomise", min_width=100)
             scheduler = gr.Dropdown([OWN, *SCHEDULERS], value=OWN, label="Scheduler", min_width=160)
         with gr.Row():

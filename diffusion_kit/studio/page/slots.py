@@ -18,9 +18,10 @@ from diffusion_kit.studio.requests import MOST_CONTROLS, Asked
 
 from . import actions
 from .events import QUIET, aside, owner_of
-from .pictures import drawn, easel, opened, painted
+from .pictures import drawn, easel, opened, painted, sketched
 from .settings import Settings, Values
 
+BARE: dict[str, Any] = {"buttons": [], "elem_classes": "studio-picture"}
 AS_IT_IS, BY_KIND = "a control image", "a photo (own detector)"
 DETECTORS = {BY_KIND: AUTO, AS_IT_IS: "none"}
 
@@ -33,7 +34,6 @@ class Slot:
     kind: Any
     image: Any
     detect: Any
-    masked: Any
     scale: Any
     start: Any
     end: Any
@@ -62,11 +62,9 @@ class Slot:
         Raises:
             ValueError: it cannot be used, in one line.
         """
-        image, mask = drawn(values[self.image])
+        image, mask = sketched(*drawn(values[self.image]))
         if image is None or not values[self.kind]:
             return None
-        if values[self.masked] and mask is None:
-            raise ValueError(f"{name} is to act where its picture is painted, and nothing is: paint, or untick it")
         detect = values[self.detect] or BY_KIND
         return ControlRecipe(
             values[self.kind],
@@ -76,7 +74,7 @@ class Slot:
             start=float(values[self.start]),
             end=float(values[self.end]),
             mode=values[self.mode],
-            mask=core.inputs.add_picture(mask, name) if values[self.masked] and mask is not None else None,
+            mask=None if mask is None else core.inputs.add_picture(mask, name),
             guidance=float(values[self.guidance]) if values[self.guidance] else None,
             type=values[self.type] or None,
         )
@@ -143,21 +141,20 @@ def add_slot(core: Core, tab: str, number: int, shown: Any) -> Slot:
                 elem_id=f"{where}-detect",
                 min_width=160,
             )
-        image = easel("Picture (paint where the control is to act)", 260, f"{where}-image")
+        image = easel("Picture (painted, it acts there alone)", 260, f"{where}-image")
         with gr.Row():
             scale = gr.Slider(0, 2, 1, step=0.05, label="Scale", elem_id=f"{where}-scale", min_width=120)
             start = gr.Slider(0, 1, 0, step=0.05, label="From", min_width=100)
             end = gr.Slider(0, 1, 1, step=0.05, label="Until (factor)", elem_id=f"{where}-end", min_width=100)
         with gr.Accordion("More", open=False), gr.Row():
-            masked = gr.Checkbox(False, label="Only where painted", elem_id=f"{where}-masked", min_width=120)
             mode = gr.Dropdown(["balanced", "prompt", "control"], value="balanced", label="Mode", min_width=120)
             guidance = gr.Number(0, label="Guidance of its own (0: none)", minimum=0, step=0.5, min_width=120)
             type_ = gr.Textbox(label="Type (for a ControlNet-Union)", min_width=120)
         look = gr.Button("Show what the network will see", size="sm", elem_id=f"{where}-preview")
         seen = gr.Image(
-            label="Control image", interactive=False, visible=False, height=200, elem_id=f"{where}-seen", buttons=[]
+            label="Control image", interactive=False, visible=False, height=200, elem_id=f"{where}-seen", **BARE
         )
-    return Slot(group, kind, image, detect, masked, scale, start, end, mode, guidance, type_, shown, look, seen)
+    return Slot(group, kind, image, detect, scale, start, end, mode, guidance, type_, shown, look, seen)
 
 
 def previews(core: Core, own: list[Slot], client: Any, inputs: set[Any], ask: Callable[[Values], Asked]) -> None:
@@ -183,6 +180,7 @@ def previews(core: Core, own: list[Slot], client: Any, inputs: set[Any], ask: Ca
         return show
 
     for number, slot in enumerate(own):
+        gr.on([slot.kind.change, slot.detect.change], lambda: gr.update(visible=False), None, slot.seen, **QUIET)
         slot.look.click(showing(number), inputs | {client}, slot.seen, api_visibility="private")
 
 
@@ -232,4 +230,3 @@ def filled_slot(core: Core, part: Slot, control: ControlRecipe, gone: list[str])
     yield part.mode, control.mode
     yield part.guidance, control.guidance or 0
     yield part.type, control.type or ""
-    yield part.masked, picture is not None and mask is not None
