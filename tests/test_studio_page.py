@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -99,7 +100,8 @@ def test_what_of_a_recipe_is_not_here_is_told(core: Core, tmp_path: Path, monkey
     ):  # fmt: skip
         assert told in warned[0]
     assert filled[creating.strength] == 0.0
-    assert filled[creating.slots[0].image] is filled[creating.slots[1].image] is None
+    assert not filled[creating.slots[0].image]
+    assert not filled[creating.slots[1].image]
     assert filled[creating.slots[1].detect] == "depth"
     warned.clear()
     creating.filled(recipe)
@@ -172,17 +174,21 @@ def test_a_wiped_doodle_is_no_error_and_all_else_is() -> None:
             doodle.lines(nothing)
 
 
-@pytest.mark.parametrize(("suffix", "told"), [("tif", "is not a PNG, JPEG or WEBP"), ("png", "at most 64 megapixels")])
-def test_what_is_painted_on_is_a_picture_that_the_kit_opens(suffix: str, told: str, tmp_path: Path) -> None:
-    """Gradio alone opens any file that PIL knows, of any size."""
-    file = tmp_path / f"given.{suffix}"
-    Image.new("1", (8, 8) if suffix == "tif" else (9000, 8000)).save(file)
-    with gr.Blocks():
-        part = pictures.easel("A picture", 100, "easel")
-    value = {"background": file, "layers": [], "composite": None}
-    payload = part.data_model(**{**value, "background": gr.FileData(path=str(file), orig_name=file.name)})
-    with pytest.raises(gr.Error, match=told):
-        part.preprocess(payload)
+@pytest.mark.parametrize(("form", "told"), [("TIFF", "is not a PNG, JPEG or WEBP"), ("PNG", "at most 64 megapixels")])
+def test_what_is_painted_on_is_a_picture_that_the_kit_opens(core: Core, form: str, told: str) -> None:
+    data = io.BytesIO()
+    Image.new("1", (8, 8) if form == "TIFF" else (9000, 8000)).save(data, form)
+    with pytest.raises(ValueError, match=told):
+        pictures.drawn(core, pictures.painted(data.getvalue()), "the picture")
+
+
+@pytest.mark.parametrize(
+    "value", ["no JSON", "[]", "{}", '{"picture": "/etc/passwd"}', '{"picture": "http://a/b.png"}']
+)
+def test_an_easel_takes_pictures_alone(core: Core, value: str) -> None:
+    with pytest.raises(ValueError, match="is no picture|must be a picture in base64|not a PNG"):
+        pictures.drawn(core, value, "the picture")
+    assert pictures.drawn(core, "", "the picture") == (None, None)
 
 
 def test_what_is_given_is_a_picture(tmp_path: Path) -> None:
@@ -193,17 +199,6 @@ def test_what_is_given_is_a_picture(tmp_path: Path) -> None:
         part = pictures.given("A picture", "given")
     with pytest.raises(gr.Error, match="^.the picture is not a PNG, JPEG or WEBP image.$"):
         part.preprocess(gr.FileData(path=str(file), orig_name=file.name))
-
-
-def test_strokes_on_an_empty_field_are_the_picture_and_on_a_picture_its_region() -> None:
-    rng = np.random.default_rng(0)
-    photo = Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8))
-    empty, mask = Image.new("RGB", (8, 8), "white"), Image.fromarray(np.eye(8, dtype=np.uint8) * 255)
-    assert pictures.sketched(photo, mask) == (photo, mask)
-    assert pictures.sketched(empty, None) == (None, None)
-    strokes, none = pictures.sketched(empty, mask)
-    np.testing.assert_array_equal(np.asarray(strokes)[..., 0], 255 - np.asarray(mask))
-    assert none is None
 
 
 def test_a_run_that_is_over_is_asked_for_nothing(core: Core, tmp_path: Path) -> None:
@@ -218,15 +213,16 @@ def test_a_run_that_is_over_is_asked_for_nothing(core: Core, tmp_path: Path) -> 
 
 
 def test_painted_pictures_come_back_as_they_went(core: Core) -> None:
-    rng = np.random.default_rng(0)
-    photo = Image.fromarray(rng.integers(0, 256, (40, 60, 3), np.uint8))
+    """The picture with its own bytes, what is painted as a mask of black and white."""
+    rng, data = np.random.default_rng(0), io.BytesIO()
+    Image.fromarray(rng.integers(0, 256, (40, 60, 3), np.uint8)).save(data, "JPEG")
     mask = Image.fromarray((rng.random((40, 60)) > 0.5).astype(np.uint8) * 255)
-    with gr.Blocks():
-        part = pictures.easel("A picture", 100, "easel")
-    sent = part.postprocess(pictures.painted(photo, mask))
-    back, painted = pictures.drawn(part.preprocess(part.data_model(**sent.model_dump())))
-    np.testing.assert_array_equal(np.asarray(painted), np.asarray(mask))
-    np.testing.assert_array_equal(np.asarray(back), np.asarray(photo))
+    image, painted = pictures.drawn(core, pictures.painted(data.getvalue(), mask), "the picture")
+    assert image is not None
+    assert painted is not None
+    assert image.open() == data.getvalue()
+    np.testing.assert_array_equal(np.asarray(Image.open(painted.path)), np.asarray(mask))
+    assert pictures.drawn(core, pictures.painted(data.getvalue()), "the picture")[1] is None
 
 
 def test_notes_of_others_stay(core: Core) -> None:

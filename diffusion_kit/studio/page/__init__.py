@@ -14,6 +14,7 @@ from diffusion_kit.studio.core import Core
 
 from . import actions, compare, create, doodle, history, inpaint, runs
 from .events import QUIET, telling
+from .pictures import painted
 
 TABS = ("create", "doodle", "inpaint", "compare", "runs", "history")
 HERE = Path(__file__).parent
@@ -102,11 +103,8 @@ def sending(core: Core, past: history.History, creating: create.Create, painting
         return {creating.image: file, creating.start: gr.update(open=True), tabs: gr.Tabs(selected="create")}
 
     def repaint(id: str | None) -> dict[Any, Any]:
-        file = core.shown(Path(past.row(id).file))
-        return {
-            painting.canvas: {"background": file, "layers": [], "composite": file},
-            tabs: gr.Tabs(selected="inpaint"),
-        }
+        file = Path(past.row(id).file)
+        return {painting.canvas: painted(file.read_bytes()), tabs: gr.Tabs(selected="inpaint")}
 
     to_create.click(telling(settings), past.chosen, [tabs, *creating.fillable], **QUIET)
     to_start.click(telling(start), past.chosen, [tabs, creating.image, creating.start], **QUIET)

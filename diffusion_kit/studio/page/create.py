@@ -8,7 +8,7 @@ from typing import Any
 
 import gradio as gr
 
-from diffusion_kit.adapters.pictures import FITS
+from diffusion_kit.adapters.pictures import FITS, load_image
 from diffusion_kit.making.job import Job
 from diffusion_kit.recipes import Recipe
 from diffusion_kit.studio.core import Core
@@ -16,7 +16,7 @@ from diffusion_kit.studio.requests import Asked
 
 from . import actions, examples
 from .output import Output, output
-from .pictures import given, kept, opened
+from .pictures import found, given, kept
 from .settings import Settings, add_settings
 from .slots import Slot, add_slots, controls, filled_slots, lost, previews
 
@@ -54,7 +54,8 @@ class Create:
     def filled(self, recipe: Recipe) -> dict[Any, Any]:
         """Updates that show a recipe in the form; what it has no place for is told."""
         gone = lost(recipe)
-        image = None if recipe.image is None else opened(self.core, recipe.image)
+        start = found(self.core, recipe.image)
+        image = None if start is None else load_image(start)
         gone += ["the picture to start from"] if recipe.image is not None and image is None else []
         strength = STRENGTH if recipe.strength is None else recipe.strength
         updates = self.settings.filled(recipe, gone)

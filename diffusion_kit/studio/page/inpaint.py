@@ -40,17 +40,16 @@ class Inpaint:
         return {self.canvas, *self.drafted, *(slot.image for slot in self.slots)}
 
     def asked(self, values: Mapping[Any, Any]) -> Asked:
-        picture, mask = drawn(values[self.canvas])
-        if picture is None:
+        asked = self.unchecked(values)
+        if asked.job.image is None:
             raise ValueError("give a picture to repaint")
-        if mask is None:
+        if asked.job.mask is None:
             raise ValueError("paint over what is to be made anew")
-        return self.unchecked(values)
+        return asked
 
     def unchecked(self, values: Mapping[Any, Any]) -> Asked:
         """What is asked for, be it painted already or not."""
-        found = zip(drawn(values[self.canvas]), ("the picture", "the mask"), strict=True)
-        image, mask = (None if own is None else self.core.inputs.add_picture(own, name) for own, name in found)
+        image, mask = drawn(self.core, values[self.canvas], "the picture")
         job = Job("", "", image, mask, controls(self.core, self.slots, values))
         return self.settings.asked(values, job, float(values[self.strength]))
 
@@ -58,7 +57,7 @@ class Inpaint:
 def tab(core: Core, client: Any, job: Any) -> Inpaint:
     with gr.Row():
         with gr.Column(scale=5, min_width=320):
-            canvas = easel("Paint over what is to be made anew", 420, f"{NAME}-canvas")
+            canvas = easel("Paint over what is to be made anew", 420, f"{NAME}-canvas", sketches=False)
             settings = add_settings(core, NAME)
             strength = gr.Slider(0, 1, 1, step=0.05, label="Strength (1: nothing of what was there)")
             slots = add_slots(core, NAME, settings)

@@ -13,7 +13,7 @@
       press("cancel");
     }
   });
-  const isField = (target) => target.closest?.("input, textarea, .image-container, .upload-container, canvas");
+  const isField = (target) => target.closest?.("input, textarea, .easel, .image-container, .upload-container, canvas");
   const isFile = (event) => [...(event.dataTransfer?.types ?? [])].includes("Files");
   document.addEventListener("dragover", (event) => {
     if (!isFile(event) || isField(event.target)) return;

@@ -10,6 +10,7 @@ from typing import Any
 import gradio as gr
 
 from diffusion_kit.adapters.detectors import detectors
+from diffusion_kit.adapters.pictures import load_image
 from diffusion_kit.making.job import AUTO
 from diffusion_kit.models.sources import locate
 from diffusion_kit.recipes import ControlRecipe, Recipe
@@ -18,7 +19,7 @@ from diffusion_kit.studio.requests import MOST_CONTROLS, Asked
 
 from . import actions
 from .events import QUIET, aside, owner_of
-from .pictures import drawn, easel, opened, painted, sketched
+from .pictures import drawn, easel, found, painted
 from .settings import Settings, Values
 
 BARE: dict[str, Any] = {"buttons": [], "elem_classes": "studio-picture"}
@@ -54,7 +55,7 @@ class Slot:
         return [part for part in self.parts if part is not self.image]
 
     def is_empty(self, values: Values) -> bool:
-        return drawn(values[self.image])[0] is None or not values[self.kind]
+        return not values[self.image] or not values[self.kind]
 
     def recipe(self, values: Values, core: Core, name: str) -> ControlRecipe | None:
         """The control of the values; None where it has no picture.
@@ -62,19 +63,19 @@ class Slot:
         Raises:
             ValueError: it cannot be used, in one line.
         """
-        image, mask = sketched(*drawn(values[self.image]))
+        image, mask = drawn(core, values[self.image], name)
         if image is None or not values[self.kind]:
             return None
         detect = values[self.detect] or BY_KIND
         return ControlRecipe(
             values[self.kind],
-            core.inputs.add_picture(image, name),
+            image,
             detect=DETECTORS.get(detect, detect),
             scale=float(values[self.scale]),
             start=float(values[self.start]),
             end=float(values[self.end]),
             mode=values[self.mode],
-            mask=None if mask is None else core.inputs.add_picture(mask, name),
+            mask=mask,
             guidance=float(values[self.guidance]) if values[self.guidance] else None,
             type=values[self.type] or None,
         )
@@ -209,20 +210,21 @@ def filled_slots(core: Core, own: list[Slot], recipe: Recipe, gone: list[str]) -
         if control is not None and kind not in known:
             gone.append(f"the control {control.kind}, which is not here")
         if control is None or kind not in known:
-            yield part.image, None
+            yield part.image, ""
             continue
         yield part.kind, kind
         yield from filled_slot(core, part, control, gone)
 
 
 def filled_slot(core: Core, part: Slot, control: ControlRecipe, gone: list[str]) -> Iterator[tuple[Any, Any]]:
-    picture, mask = (None if ref is None else opened(core, ref) for ref in (control.image, control.mask))
+    picture, region = found(core, control.image), found(core, control.mask)
+    mask = None if region is None else load_image(region)
     detector, _, weights = (control.detect or "").partition(":")
     gone += [f"the picture of the control {control.kind}"] if picture is None else []
     gone += [f"the region of the control {control.kind}"] if control.mask is not None and mask is None else []
     gone += [f"the detector {control.detect}"] if weights or (detector and detector not in detectors()) else []
     yield part.detect, detector if detector in detectors() else AS_IT_IS
-    yield part.image, None if picture is None else painted(picture, mask)
+    yield part.image, "" if picture is None else painted(picture, mask)
     scale = sum(control.scale) / len(control.scale) if isinstance(control.scale, tuple) else control.scale
     yield part.scale, min(max(scale, 0), part.scale.maximum)
     yield part.start, control.start
