@@ -234,9 +234,9 @@ def inpaint(studio: Studio) -> dict[str, Any]:
     picture.resize((256, 256)).save(given)
     tab(page, "Inpaint")
     give(page, "#inpaint-canvas", given)
-    page.fill("#inpaint-prompt textarea", "an apple")
-    for y in (0.4, 0.5, 0.6):
-        stroke(page, "#inpaint-canvas canvas", [(0.42, y), (0.58, y)])
+    page.fill("#inpaint-prompt textarea", "a green tree")
+    for y in (0.3, 0.4, 0.5):
+        stroke(page, "#inpaint-canvas canvas", [(0.25, y), (0.6, y)])
     page.wait_for_timeout(1000)
     before = len(studio.pictures())
     page.click("#inpaint-go")

@@ -23,7 +23,13 @@ BUTTONS = ["download", "fullscreen"]  # none that sends a picture elsewhere
 MOST = 24  # pictures of the page's gallery
 PLAIN: dict[str, Any] = {"interactive": False, "buttons": BUTTONS}
 SHOWN = {**PLAIN, "elem_classes": "studio-picture"}  # of a picture, however small it is
-STILL = {**PLAIN, "object_fit": "contain", "fit_columns": False, "allow_preview": False}  # of rows of small ones
+STILL = {
+    **PLAIN,
+    "object_fit": "contain",
+    "fit_columns": False,
+    "allow_preview": False,
+    "elem_classes": "studio-row",
+}  # of rows of small ones
 
 
 @dataclass

@@ -146,7 +146,7 @@ def add_slot(core: Core, tab: str, number: int, shown: Any) -> Slot:
         with gr.Row():
             scale = gr.Slider(0, 2, 1, step=0.05, label="Scale", elem_id=f"{where}-scale", min_width=120)
             start = gr.Slider(0, 1, 0, step=0.05, label="From", min_width=100)
-            end = gr.Slider(0, 1, 1, step=0.05, label="Until (factor)", elem_id=f"{where}-end", min_width=100)
+            end = gr.Slider(0, 1, 1, step=0.05, label="Until", elem_id=f"{where}-end", min_width=100)
         with gr.Accordion("More", open=False), gr.Row():
             mode = gr.Dropdown(["balanced", "prompt", "control"], value="balanced", label="Mode", min_width=120)
             guidance = gr.Number(0, label="Guidance of its own (0: none)", minimum=0, step=0.5, min_width=120)
