@@ -27,6 +27,7 @@ class Result(TypedDict):
     controls: int
     fidelity: list[dict[str, Any]]
     command: str
+    warnings: list[str]
     python: str
 
 

@@ -70,6 +70,12 @@ def test_a_picture_belongs_to_its_request(studio: TestClient, tmp_path: Path) ->
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "again.png")), np.asarray(Image.open(file)))
 
 
+def test_what_the_kit_warns_of_is_told(studio: TestClient) -> None:
+    result = finished(studio, prompt="a fox " * 60)["result"]
+    assert any("the prompt was cut after" in told for told in result["warnings"])
+    assert finished(studio, prompt="a fox")["result"]["warnings"] == []
+
+
 def test_controls_and_inpainting(studio: TestClient) -> None:
     controls = [
         {"kind": "canny", "image": encoded(picture(size=96))},

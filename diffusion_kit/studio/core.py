@@ -120,6 +120,7 @@ def dumped(result: Result) -> dict[str, Any]:
         "seconds": round(result.seconds, 3),
         "controls": len(result.shown),
         "fidelity": [{"measure": name, "value": value} for name, value in result.fidelity],
+        "warnings": list(result.told),
         "command": result.command,
         "python": result.python,
     }

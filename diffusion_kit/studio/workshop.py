@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
+import warnings
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -33,6 +34,7 @@ from .library import Library
 from .queue import Job
 from .requests import Asked, DetectRequest
 
+KIT = Path(__file__).parents[1]
 GLANCE = 0.2  # seconds between two previews
 
 
@@ -45,6 +47,7 @@ class Result:
         shown: files of the control images, as the networks saw them.
         fidelity: how the controls were followed, name and figure, where a measure belongs to a control's detector.
         command, python: what makes the same pixels.
+        told: what the kit warned of, as of a prompt that was cut.
     """
 
     file: Path
@@ -54,6 +57,7 @@ class Result:
     seconds: float
     command: str
     python: str
+    told: tuple[str, ...]
 
 
 class Workshop:
@@ -140,8 +144,10 @@ class Workshop:
             ValueError, FileNotFoundError: what cannot be made, in one line. Cancelled: the job was.
         """
         began = time.monotonic()
-        recipe, pipe = self.recipe(asked), self.pipe
-        made = make(pipe, recipe, Teller(job), preview=job.watched)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)
+            recipe, pipe = self.recipe(asked), self.pipe
+            made = make(pipe, recipe, Teller(job), preview=job.watched)
         seconds = time.monotonic() - began
         file = save_free(self.config.pictures, made.picture, recipe)
         self.recorder.picture(file, recipe, source)
@@ -157,6 +163,7 @@ class Workshop:
             seconds,
             words.command(recipe),
             words.python(recipe, by_type),
+            tuple(dict.fromkeys(str(own.message) for own in caught if Path(own.filename).is_relative_to(KIT))),
         )
 
 

@@ -121,10 +121,12 @@ def bar(core: Core, job: Job) -> str:
         return f'<p class="studio-error" role="alert">{html.escape(job.error or "it failed")}</p>'
     words = said(core, job)
     value = 100 if job.state == DONE else round(100 * share)
+    told = job.result.told if isinstance(job.result, Result) else ()
     return (
         f'<div class="studio-bar" role="progressbar" aria-valuenow="{value}" aria-valuemin="0" aria-valuemax="100" '
         f'aria-label="{words}" data-state="{job.state}"><div style="width:{value}%"></div></div>'
         f'<p class="studio-words" aria-live="polite">{words}</p>'
+        + "".join(f'<p class="studio-told">{html.escape(line)}</p>' for line in told)
     )
 
 
