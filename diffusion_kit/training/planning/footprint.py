@@ -175,10 +175,11 @@ def footprint(own: Sizes, way: Way, trace: Trace) -> Footprint:
 
 
 def replicated(own: Sizes, way: Way, trace: Trace) -> Footprint:
-    """Every process has everything. Gradients of DDP lie in the buckets that are sent, and stay there; those of one process
-    rise while activations fall."""
+    """Every process has everything. Gradients of DDP lie in the buckets that are sent, and stay there; of the micro-batches
+    before the last, which are not sent, they lie beside them. Those of one process rise while activations fall."""
     numbers, masters = own.trained, own.half if way.stage == 0 and own.half < FULL else 0
-    gradients = (FULL - masters) * numbers
+    beside = way.stage is None and way.processes > 1 and way.count > 1
+    gradients = (FULL - masters) * numbers * (2 if beside else 1)
     alone = way.processes == 1 and way.count == 1 and way.stage is None
     activations = max(0, trace.rising - gradients) if alone else trace.activations
     device: Parts = {
