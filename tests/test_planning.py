@@ -262,6 +262,18 @@ def test_bytes_of_a_step_in_a_communication_hook(tmp_path: Path) -> None:
         assert sent.bytes == pytest.approx(2 * (2 - 1) / 2 * reduced, rel=0.05)  # of a ring of two
 
 
+def test_a_base_that_will_be_spread_is_planned_in_one_process() -> None:
+    """Without DeepSpeed, and without its processes."""
+    own = config("t2i_adapter", deepspeed={"zero_optimization": {"stage": 3}})
+    assert Networks(own, cpu=True).sizes() == measured("t2i_adapter").sizes()
+
+
+def test_gradients_of_micro_batches_that_are_not_sent_lie_beside_the_buckets() -> None:
+    own, none = sized(10**8), Trace(0, 0, 0)
+    found = [footprint(own, Way(2, 1, count, False), none).device["gradients"] for count in (1, 2, 4)]
+    assert found == [4e8, 8e8, 8e8]
+
+
 def test_a_ring_sends_what_the_paper_says() -> None:
     """In units of 2 bytes a number (arXiv 1910.02054, section 7), of so many devices that (N - 1) / N is 1."""
     many, own = 10**6, sized(10**9, spread=3 * 10**9)

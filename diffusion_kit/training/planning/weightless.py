@@ -131,4 +131,5 @@ def make_weightless(config: Config) -> Target:
     """
     check_at_hand(config)
     local = config.base.model_copy(update={"variant": None, "revision": None})
-    return make_target(config.model_copy(update={"base": local}), torch.device("cpu"))
+    here = {"base": local, "deepspeed": None}  # however they will be spread, here they are in one process
+    return make_target(config.model_copy(update=here), torch.device("cpu"))
