@@ -89,12 +89,13 @@ class Output:
 
     def showing(self, file: Path) -> dict[Any, Any]:
         """Updates that show a picture that there is."""
+        update = {self.file: str(file), self.picture: str(file)}
         recipe = read(file)
-        whole = isinstance(recipe, Recipe)
-        about, command = (recipe.describe(), words.command(recipe)) if isinstance(recipe, Recipe) else ("", "")
-        beside = sorted(file.parent.glob(f"controls/{file.stem}-*.png")) if whole else []
-        update = {self.file: str(file), self.picture: str(file), self.about: about}
-        return update | {self.command: command, self.python: "", self.shown: [str(own) for own in beside]}
+        if not isinstance(recipe, Recipe):
+            return update | {self.about: "", self.command: "", self.python: "", self.shown: []}
+        update |= {self.about: recipe.describe(), self.command: words.command(recipe)}
+        beside = sorted(file.parent.glob(f"controls/{file.stem}-*.png"))
+        return update | {self.python: "", self.shown: [str(own) for own in beside]}  # Python needs the loaded controls
 
 
 def output(core: Core, tab: str, job: Any) -> Output:
