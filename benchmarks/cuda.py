@@ -30,7 +30,7 @@ def main() -> None:
     quick = [name for name in names if not name.endswith(SLOW)]
     results = measured([case()], names, out, ROUNDS)
     results += measured([case(T2I), case(NET), case(T2I, NET), case(dtype="float16")], quick, out, ROUNDS)
-    (ROOT / "docs/benchmarks-cuda.md").write_text(page(machine(), results, "scripts/verify cuda"))
+    (ROOT / "docs/benchmarks-cuda.md").write_text(page(results, "scripts/verify cuda"))
     ratios = [{name: own.get("ratio") for name, own in result["contenders"].items()} for result in results]
     print(json.dumps({"machine": machine(), "cases": [r["case"] for r in results], "times diffusers": ratios}))
 

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from diffusion_kit.benchmark import interleaved, report
+from diffusion_kit.benchmark import contenders, interleaved, report
 from diffusion_kit.benchmark.cases import Case
 from diffusion_kit.benchmark.interleaved import Row, counted, step_seconds
 from diffusion_kit.benchmark.report import compared, lines_of, summary
 from diffusion_kit.cli import main
+from diffusion_kit.models import onednn
 
 
 def test_ratios_are_of_the_same_round() -> None:
@@ -99,6 +100,20 @@ def test_results_are_used_again_for_the_same_question_only(monkeypatch: pytest.M
         assert list(found["contenders"]) == names
         assert len(asked) == runs
     assert len(report.kept(out)) == 1
+    here = report.machine()
+    monkeypatch.setattr(report, "machine", lambda: here | {"processor": "another"})
+    report.measured([Case()], ["a"], out, 3)
+    assert len(report.kept(out)) == 2, "another machine's results stay"
+    text = report.page(report.kept(out), "a command")
+    assert text.index(f"## {here['processor']}, ") < text.index("## another, ")
+    assert text.count("| a | ") == 2
+
+
+def test_no_contender_runs_in_what_the_cpu_has_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onednn, "has_bfloat16", lambda: False)
+    for name in contenders.names_on("cpu"):
+        assert contenders.absent(name, Case(dtype="bfloat16")) is not None, name
+    assert contenders.absent("diffusers", Case()) is None
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from test_step import small
 from torch import nn
 
 from diffusion_kit import Kandinsky3Pipeline, SDXLPipeline
+from diffusion_kit.models import onednn
 from diffusion_kit.pipelines import engines
 from diffusion_kit.pipelines.optimize import half_of
 from diffusion_kit.sampling.engines import Engine
@@ -324,5 +325,17 @@ def test_a_folder_is_there_whole_or_not_at_all(interrupted: Path) -> None:
         ("cpu", torch.float16, torch.bfloat16),
     ],
 )
-def test_half_precision_that_is_there_is_kept_on_a_gpu(device: str, loaded: Any, runs: Any) -> None:
+def test_half_precision_that_is_there_is_kept_on_a_gpu(
+    device: str, loaded: Any, runs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onednn, "has_bfloat16", lambda: True)
     assert half_of(torch.device(device), loaded) == runs
+
+
+@pytest.mark.parametrize("level", ["half", "fast"])
+def test_a_cpu_without_bfloat16_stays_in_float32_and_says_so(level: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onednn, "has_bfloat16", lambda: False)
+    pipe = pipeline(SDXLPipeline, **copy.deepcopy(components()))
+    said = str(pipe.optimize(level, engine="eager"))
+    assert {own.dtype for own in pipe.unet.parameters()} == {torch.float32}
+    assert "this CPU has no arithmetic in bfloat16: weights are in float32" in said

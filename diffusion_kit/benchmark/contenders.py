@@ -238,11 +238,15 @@ def absent(name: str, case: Case) -> str | None:
     """Why a contender cannot run a case here, as far as that is known beforehand."""
     import importlib.util
 
+    from diffusion_kit.pipelines.optimize import NO_HALF, half_of
+
     half = name.split()[0] in ("half", "fast")
     if half == (case.dtype == "float32") and name.split()[0] in ("exact", "half", "fast"):
         return f"{name} is not of {case.dtype}"
     if name not in names_on(case.device):
         return f"it is not for {case.device}"
+    if case.device == "cpu" and case.dtype != "float32" and half_of(torch.device("cpu")) == torch.float32:
+        return NO_HALF
     for word, package in NEEDS.items():
         if word in name and importlib.util.find_spec(package) is None:
             return f"{package} is not installed"

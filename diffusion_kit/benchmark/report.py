@@ -72,6 +72,7 @@ def machine() -> dict[str, str]:
             continue
     return {
         "processor": names[0] if names else platform.processor() or platform.machine(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
         "cores": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
         **({"card": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}),
         "memory": f"{psutil.virtual_memory().total / 2**30:.0f} GiB",
@@ -135,11 +136,16 @@ def measured(cases: Sequence[Case], names: Sequence[str], out: Path, rounds: int
             if known is None:
                 rows = compare(case, names, model_folder(case, Path(root)), rounds)
                 known = summary(case, rows, machine_peak(case)) | {"about": about}
-                results = [own for own in results if own["case"] != wanted["case"]] + [known]
+                results = [own for own in results if not same(own, known)] + [known]
                 out.write_text(json.dumps(results, indent=1) + "\n")
             found.append(known)
             print("\n".join([*lines_of(known), ""]), flush=True)
     return found
+
+
+def same(own: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two results are of one case and one machine."""
+    return bool(own["case"] == other["case"] and own["about"]["machine"] == other["about"]["machine"])
 
 
 def kept(out: Path) -> list[dict[str, Any]]:
@@ -158,10 +164,16 @@ def kept(out: Path) -> list[dict[str, Any]]:
     raise ValueError(f"{out} holds no results of `diffusion-kit bench`: give another name")
 
 
-def page(head: dict[str, str], results: Sequence[dict[str, Any]], command: str) -> str:
-    """All tables in Markdown, with the machine in the head."""
-    parts = ["# Benchmarks", "", f"Made by `{command}` on this machine:", ""]
-    parts += [*(f"- {label}: {text}" for label, text in head.items()), "", LEGEND, ""]
+def page(results: Sequence[dict[str, Any]], command: str) -> str:
+    """All tables in Markdown, by machine."""
+    parts = ["# Benchmarks", "", f"Made by `{command}`.", "", LEGEND, ""]
+    machines: list[dict[str, str]] = []
     for result in results:
-        parts += [*lines_of(result), ""]
+        if (own := result["about"]["machine"]) not in machines:
+            machines.append(own)
+    for own in machines:
+        parts += [f"## {own['processor']}, {own['instructions']}, {own['cores']} cores", ""]
+        parts += [*(f"- {label}: {text}" for label, text in own.items()), ""]
+        for result in results:
+            parts += [*lines_of(result), ""] * (result["about"]["machine"] == own)
     return "\n".join(parts)

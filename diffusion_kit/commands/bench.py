@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="repeatable: a contender, or a word of its name; by default the quick",
     )
     add("--out", metavar="FILE", default="benchmark.json", help="results; cases that are in it are not run again")
-    add("--page", metavar="FILE", help="a Markdown page of all results in --out that are of this machine")
+    add("--page", metavar="FILE", help="a Markdown page of all results in --out")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -54,7 +54,7 @@ def run(options: argparse.Namespace) -> None:
     writable(files)
     from diffusion_kit.benchmark.contenders import SLOW, names_on
     from diffusion_kit.benchmark.interleaved import REFERENCE
-    from diffusion_kit.benchmark.report import kept, machine, measured, page
+    from diffusion_kit.benchmark.report import kept, measured, page
 
     known = names_on(device)
     words = options.only or [name for name in known if not name.endswith(SLOW)]
@@ -64,8 +64,7 @@ def run(options: argparse.Namespace) -> None:
     names = [name for name in known if name == REFERENCE or any(word in name for word in words)]
     measured(cases, names, files[0], options.rounds)
     if options.page:
-        results = [own for own in kept(files[0]) if own["about"]["machine"] == machine()]
-        files[1].write_text(page(machine(), results, "diffusion-kit bench"))
+        files[1].write_text(page(kept(files[0]), "diffusion-kit bench"))
         print(options.page)
 
 

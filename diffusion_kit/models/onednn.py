@@ -48,6 +48,15 @@ def geometry(layer: Any) -> tuple[list[int], list[int], list[int], int]:
     return list(layer.padding), list(layer.stride), list(layer.dilation), layer.groups
 
 
+def has_bfloat16() -> bool:
+    """Whether products and convolutions in bfloat16 are computed as such on this CPU; elsewhere torch's are loops, slower
+    than float32 by a factor of ten to more than a hundred."""
+    try:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    except (AttributeError, RuntimeError):
+        return False
+
+
 @cache
 def obstacle(dtype: torch.dtype) -> str | None:
     """Why oneDNN is not used here for that dtype; None if it gives what torch gives."""

@@ -20,6 +20,8 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, ProjectConfiguration, gather_object
 from torch.nn.parallel import DistributedDataParallel
 
+from diffusion_kit.models.onednn import has_bfloat16
+
 from .bases import DTYPES
 from .config import Config
 from .launching import machine
@@ -63,6 +65,8 @@ def join(config: Config) -> Accelerator:
     places = ProjectConfiguration(config.output, logging_dir=f"{config.output}/tensorboard")
     told: dict[str, Any] = {"log_with": list(config.trackers) or None, "project_config": places}
     accelerator = Accelerator(mixed_precision=config.precision, cpu=cpu, kwargs_handlers=kwargs, **told)
+    if cpu and config.precision == "bf16" and not has_bfloat16():
+        accelerator.print("precision=bf16: this CPU has no arithmetic in bfloat16; precision=no is faster by far")
     check_size(config, accelerator)
     return accelerator
 
