@@ -46,9 +46,9 @@ HOUSE = [
     [(0.25, 0.45), (0.5, 0.2), (0.75, 0.45)],
 ]
 INKED = """() => {
-  const pad = document.querySelector("#doodle-pad canvas");
+  const pad = document.querySelector("#doodle-pad .easel-paint");
   const bytes = pad.getContext("2d").getImageData(0, 0, pad.width, pad.height).data;
-  return bytes.filter((value, k) => k % 4 === 0 && value < 128).length;
+  return bytes.filter((value, k) => k % 4 === 3 && value > 128).length;
 }"""
 MANY = 10_000
 ALL_THERE = """() => {
@@ -178,6 +178,7 @@ def finished(page: Any, where: str, before: int, studio: Studio) -> Path:
 
 
 def stroke(page: Any, selector: str, points: list[tuple[float, float]], steps: int = 4) -> None:
+    page.locator(selector).first.scroll_into_view_if_needed()
     box = page.locator(selector).first.bounding_box()
     places = [(box["x"] + x * box["width"], box["y"] + y * box["height"]) for x, y in points]
     page.mouse.move(*places[0])
@@ -295,6 +296,51 @@ def controls(studio: Studio) -> dict[str, Any]:
             "two controls": len(recipe.controls) == 2,
             "as Python, the same pixels": same[0],
             "as a command, the same pixels": same[1],
+        },
+    }
+
+
+def kept(studio: Studio) -> dict[str, Any]:
+    """A page that is loaded again makes the same: both controls, the region, the picture to start from."""
+    page = studio.page()
+    given = studio.folder / "kept.png"
+    drawing = Image.new("RGB", (256, 256), "white")
+    ImageDraw.Draw(drawing).rectangle((60, 60, 200, 200), fill=(90, 160, 60), outline="black")
+    drawing.save(given)
+    page.fill("#create-prompt textarea", "a house")
+    page.get_by_text("Start from a picture").first.click()
+    page.wait_for_timeout(500)
+    give(page, "#create-image", given)
+    give(page, "#create-control-1-image", given)
+    stroke(page, "#create-control-1-image canvas", [(0.3, 0.3), (0.6, 0.6)])
+    page.click("#create-more")
+    page.wait_for_selector("#create-control-2-image canvas")
+    page.click("#create-control-2-kind input")
+    page.get_by_role("option", name="palette", exact=True).click()
+    give(page, "#create-control-2-image", given)
+    page.wait_for_timeout(1000)
+    page.reload()
+    page.wait_for_selector("#create-prompt textarea")
+    for what in ("image", "control-1-image", "control-2-image"):
+        until(
+            page,
+            lambda what=what: page.is_visible(f"#create-{what} .easel-paint"),
+            f"{what} is there after a reload",
+            20,
+        )
+    page.wait_for_timeout(1000)
+    studio.shot(page, "kept")
+    before = len(studio.pictures())
+    page.click("#create-go")
+    recipe = read(finished(page, "create", before, studio))
+    assert isinstance(recipe, Recipe)
+    made = [(own.kind, own.mask is not None) for own in recipe.controls]
+    same = recipe.image is not None and recipe.image.open() == given.read_bytes()
+    return {
+        "controls": made,
+        "passed": {
+            "a reload finds pictures and regions, and makes the same of them": same
+            and made == [("canny", True), ("palette", False)],
         },
     }
 
@@ -620,7 +666,7 @@ def phone(studio: Studio) -> dict[str, Any]:
 
 PARTS: dict[str, Callable[[Studio], dict[str, Any]]] = {
     own.__name__: own
-    for own in (examples, doodle, inpaint, controls, compare, cancel, history, attack, runs, grid, phone, many)
+    for own in (examples, doodle, inpaint, controls, kept, compare, cancel, history, attack, runs, grid, phone, many)
 }
 
 

@@ -73,6 +73,23 @@ def test_a_recipe_fills_the_form_and_the_form_asks_for_it(core: Core, tmp_path: 
         assert shown[:, 0].all()
 
 
+def test_a_picture_that_was_repainted_fills_the_form_too(core: Core, tmp_path: Path) -> None:
+    """What is painted on the picture to start from is made anew; a slot that is not on the page is not asked for."""
+    mask = Image.new("L", (64, 64))
+    mask.paste(255, (0, 0, 32, 64))
+    with gr.Blocks():
+        creating = create.tab(core, gr.State(None), gr.State(None))
+    recipe = actions.shown_recipe(str(examples.FILES[3]))
+    start = core.inputs.add_picture(Image.new("RGB", (64, 64), "red"), "picture")
+    own = replace(recipe, image=start, mask=core.inputs.add_picture(mask, "mask"), strength=0.9, controls=())
+    values = {part: part.value for part in creating.inputs} | creating.filled(own)
+    values[creating.slots[3].image] = pictures.painted(examples.FILES[0].read_bytes())
+    asked = creating.asked({part: values[part] for part in creating.inputs})
+    assert (asked.job.image, asked.settings.strength, asked.job.controls) == (start, 0.9, ())
+    assert asked.job.mask is not None
+    np.testing.assert_array_equal(np.asarray(Image.open(asked.job.mask.path)), np.asarray(mask))
+
+
 def test_what_of_a_recipe_is_not_here_is_told(core: Core, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A slot whose control or picture is missing stays empty; that the picture is then made without it is said."""
     warned = list[str]()
@@ -191,14 +208,15 @@ def test_an_easel_takes_pictures_alone(core: Core, value: str) -> None:
     assert pictures.drawn(core, "", "the picture") == (None, None)
 
 
-def test_what_is_given_is_a_picture(tmp_path: Path) -> None:
-    """Told in a line, without a path of the server."""
-    file = tmp_path / "words.png"
-    file.write_text("no picture")
-    with gr.Blocks():
-        part = pictures.given("A picture", "given")
-    with pytest.raises(gr.Error, match="^.the picture is not a PNG, JPEG or WEBP image.$"):
-        part.preprocess(gr.FileData(path=str(file), orig_name=file.name))
+def test_a_drawing_is_a_picture_that_is_kept_nowhere(core: Core, tmp_path: Path) -> None:
+    Image.new("RGB", (8, 4), "white").save(tmp_path / "drawing.png")
+    found = pictures.drawing(core, pictures.painted((tmp_path / "drawing.png").read_bytes()), "the drawing")
+    assert found is not None
+    assert found.size == (8, 4)
+    assert not core.config.inputs.is_dir()
+    assert pictures.drawing(core, "", "the drawing") is None
+    with pytest.raises(ValueError, match="the drawing is not a PNG, JPEG or WEBP"):
+        pictures.drawing(core, pictures.painted(b"no picture"), "the drawing")
 
 
 def test_a_run_that_is_over_is_asked_for_nothing(core: Core, tmp_path: Path) -> None:

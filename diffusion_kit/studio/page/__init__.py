@@ -99,15 +99,19 @@ def sending(core: Core, past: history.History, creating: create.Create, painting
         return creating.filled(history.recipe_of(past.row(id))) | {tabs: gr.Tabs(selected="create")}
 
     def start(id: str | None) -> dict[Any, Any]:
-        file = core.shown(Path(past.row(id).file))
-        return {creating.image: file, creating.start: gr.update(open=True), tabs: gr.Tabs(selected="create")}
+        file = Path(past.row(id).file)
+        return {
+            creating.image: painted(file.read_bytes()),
+            creating.starts: True,
+            tabs: gr.Tabs(selected="create"),
+        }
 
     def repaint(id: str | None) -> dict[Any, Any]:
         file = Path(past.row(id).file)
         return {painting.canvas: painted(file.read_bytes()), tabs: gr.Tabs(selected="inpaint")}
 
     to_create.click(telling(settings), past.chosen, [tabs, *creating.fillable], **QUIET)
-    to_start.click(telling(start), past.chosen, [tabs, creating.image, creating.start], **QUIET)
+    to_start.click(telling(start), past.chosen, [tabs, creating.image, creating.starts], **QUIET)
     to_inpaint.click(telling(repaint), past.chosen, [tabs, painting.canvas], **QUIET)
 
 

@@ -51,7 +51,13 @@ def wire(core: Core, out: Output, client: Any, go: Any, inputs: set[Any], ask: A
         async for update in repeat(values, request, vary=True):
             yield update
 
+    def note(id: str | None, own_client: str | None, request: gr.Request) -> None:
+        job = core.queue.find(id or "", owner_of(request, own_client))
+        if job is not None and not job.over.done():
+            gr.Info("a picture is being made: what is asked for now is made next")
+
     # What is asked for while a picture is made is made after it, the last of it: gradio would drop it without a word.
+    go.click(note, [out.job, client], None, trigger_mode="multiple", **QUIET)
     go.click(start, inputs | {client, out.gallery}, out.parts, trigger_mode="always_last", **QUIET)
     out.again.click(again, {client, out.gallery, out.file}, out.parts, **QUIET)
     out.vary.click(vary, {client, out.gallery, out.file}, out.parts, **QUIET)

@@ -19,7 +19,7 @@ from diffusion_kit.studio.requests import Asked
 from . import actions, slots
 from .events import QUIET, aside, owner_of
 from .output import GLANCE, STILL
-from .pictures import given, kept
+from .pictures import drawn, easel
 from .settings import Settings, add_settings
 
 NAME = "compare"
@@ -135,9 +135,9 @@ class Compare:
         Raises:
             ValueError: nothing to compare, or more than the studio compares at once.
         """
-        if values[self.image] is None:
+        image, region = drawn(self.core, values[self.image], "the control's picture")
+        if image is None:
             raise ValueError("give the control's picture")
-        image = kept(self.core, values[self.image], "the control's picture")
         detect = slots.DETECTORS.get(values[self.detect], values[self.detect])
         seeds = [int(values[self.settings.seed] or 0) + k for k in range(int(values[self.seeds]))]
         if values[self.what] == BY_SCALE:
@@ -149,7 +149,7 @@ class Compare:
             raise ValueError(f"these are {len(rows) * len(seeds)} pictures; a grid has 1 to {most}")
         found = []
         for (label, kind, scale), seed in itertools.product(rows, seeds):
-            control = ControlRecipe(kind, image, detect=detect, scale=scale)
+            control = ControlRecipe(kind, image, detect=detect, scale=scale, mask=region)
             asked = self.settings.asked(values, Wanted("", "", None, None, (control,)))
             found.append(Cell(f"{label}, seed {seed}", replace(asked, seed=seed)))
         return found
@@ -174,10 +174,10 @@ def tab(core: Core, client: Any) -> Compare:
         with gr.Column(scale=4, min_width=320):
             settings = add_settings(core, NAME)
             what = gr.Radio([BY_SCALE, BY_KIND], value=BY_SCALE, label="Compare", elem_id=f"{NAME}-what")
-            image = given("The control's picture", f"{NAME}-image")
+            image = easel("The control's picture (painted, it acts there alone)", 260, f"{NAME}-image")
             with gr.Row():
                 kind = gr.Dropdown(choices, value=choices[0] if choices else None, label="Adapter", min_width=120)
-                detect = gr.Dropdown(list(slots.DETECTORS), value=slots.BY_KIND, label="The picture is", min_width=160)
+                detect = gr.Dropdown(slots.how_seen(), value=slots.BY_KIND, label="The picture is", min_width=160)
             kinds = gr.Dropdown(choices, value=choices[:3], multiselect=True, label="Adapters side by side")
             with gr.Row():
                 scales = gr.Textbox("0, 0.5, 1", label="Scales", elem_id=f"{NAME}-scales", min_width=120)

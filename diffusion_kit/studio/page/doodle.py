@@ -19,7 +19,7 @@ from diffusion_kit.studio.requests import Asked
 from . import actions
 from .events import QUIET, aside, owner_of
 from .output import Output, output
-from .pad import drawing, pad
+from .pictures import drawing, easel
 from .settings import Settings, add_settings
 from .slots import follow_model, kinds
 
@@ -51,7 +51,9 @@ class Doodle:
         return {self.pad, *self.drafted}
 
     def asked(self, values: Mapping[Any, Any]) -> Asked:
-        strokes = self.core.inputs.add_picture(lines(drawing(values[self.pad])), "the drawing")
+        strokes = self.core.inputs.add_picture(
+            lines(drawing(self.core, values[self.pad], "the drawing")), "the drawing"
+        )
         scale, guidance = float(values[self.scale]), FAITH[values[self.faith]]
         control = ControlRecipe(values[self.kind], strokes, detect="none", scale=scale, guidance=guidance)
         return self.settings.asked(values, Job("", "", None, None, (control,)))
@@ -78,7 +80,7 @@ def tab(core: Core, client: Any, job: Any) -> Doodle:
     first = next((kind for kind in choices if KIND in kind), choices[0] if choices else None)
     with gr.Row():
         with gr.Column(scale=5, min_width=320):
-            own_pad = pad(f"{NAME}-pad")
+            pad = easel("Drawing, black on white", 512, f"{NAME}-pad", "sketch")
             with gr.Row():
                 live = gr.Checkbox(True, label="When the pen lifts", elem_id=f"{NAME}-live", min_width=120)
                 kind = gr.Dropdown(choices, value=first, label="Adapter", elem_id=f"{NAME}-kind", min_width=120)
@@ -91,7 +93,7 @@ def tab(core: Core, client: Any, job: Any) -> Doodle:
         with gr.Column(scale=5, min_width=320):
             out = output(core, NAME, job)
     follow_model(core, settings, [kind])
-    made = Doodle(core, settings, own_pad, kind, scale, faith, live, out)
+    made = Doodle(core, settings, pad, kind, scale, faith, live, out)
     actions.wire(core, out, client, go, made.inputs, made.asked)
     lifted(made, client)
     return made

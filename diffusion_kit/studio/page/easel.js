@@ -1,14 +1,30 @@
 // A picture that is painted on. Its value is JSON: the picture as a data URL with the bytes that were given, and what is
-// painted as a PNG that is opaque there. On an empty field that takes sketches, strokes are the picture.
+// painted as a PNG that is opaque there. Strokes are a "region" of a picture; "either" that or, on an empty field, the
+// picture itself; or always a "sketch", on which what is uploaded is drawn. The browser keeps the value: a page that is
+// loaded again finds it.
 const root = element.querySelector(".easel"), field = root.querySelector(".easel-field");
 const sheet = root.querySelector(".easel-sheet"), hint = root.querySelector(".easel-hint");
 const base = root.querySelector(".easel-picture"), top_ = root.querySelector(".easel-paint");
 const below = base.getContext("2d"), paint = top_.getContext("2d", { willReadFrequently: true });
+const { name, strokes } = root.dataset;
 const SIDE = 1024, SKETCH = 512, UNDO = 20; // pixels of what is painted on; strokes to go back
-const sketches = root.dataset.sketches === "true";
 const before = [];
 let picture = "", sketch = false, erases = false, painting = false, last = null, told = "";
 
+const store = (mode, act) => new Promise((done, fail) => {
+  const opening = indexedDB.open("diffusion-kit", 1);
+  opening.onupgradeneeded = () => opening.result.createObjectStore("easels");
+  opening.onerror = fail;
+  opening.onsuccess = () => {
+    const asked = act(opening.result.transaction("easels", mode).objectStore("easels"));
+    [asked.onsuccess, asked.onerror] = [() => done(asked.result), fail];
+    opening.result.close(); // when it has answered
+  };
+});
+const keep = (value) => { // a browser that keeps nothing shows it all the same
+  told = value;
+  store("readwrite", (own) => (value ? own.put(value, name) : own.delete(name))).catch(() => {});
+};
 const fit = () => { // the sheet as large as the field lets it be
   const scale = Math.min(field.clientWidth / base.width, field.clientHeight / base.height) || 1;
   sheet.style.width = `${base.width * scale}px`;
@@ -23,8 +39,8 @@ const open = (width, height) => {
   fit();
 };
 const blank = () => { // an empty field, on which a sketch may be drawn
-  [picture, sketch] = ["", sketches];
-  if (sketches) return open(SKETCH, SKETCH);
+  [picture, sketch] = ["", strokes !== "region"];
+  if (sketch) return open(SKETCH, SKETCH);
   sheet.hidden = true;
   hint.hidden = false;
 };
@@ -40,7 +56,7 @@ const sketched = () => { // black on white
 const tell = () => {
   const any = !sheet.hidden && painted();
   const own = sketch ? { picture: any ? sketched() : "", mask: "" } : { picture, mask: any ? top_.toDataURL("image/png") : "" };
-  told = own.picture ? JSON.stringify(own) : "";
+  keep(own.picture ? JSON.stringify(own) : "");
   props.value = told;
   trigger("input");
 };
@@ -50,12 +66,24 @@ const load = (source, done) => {
   own.onerror = () => alert("this file is no picture that a browser shows");
   own.src = source;
 };
+const trace = (own) => { // as a part of the sketch
+  const scale = Math.min(top_.width / own.naturalWidth, top_.height / own.naturalHeight);
+  const [width, height] = [own.naturalWidth * scale, own.naturalHeight * scale];
+  remember();
+  hint.hidden = true;
+  paint.globalCompositeOperation = "source-over";
+  paint.clearRect(0, 0, top_.width, top_.height);
+  paint.drawImage(own, (top_.width - width) / 2, (top_.height - height) / 2, width, height);
+};
 const show = (source, mask, after) => load(source, (own) => {
-  const scale = Math.min(1, SIDE / Math.max(own.naturalWidth, own.naturalHeight));
-  [picture, sketch] = [source, false];
-  open(Math.max(1, Math.round(own.naturalWidth * scale)), Math.max(1, Math.round(own.naturalHeight * scale)));
-  below.drawImage(own, 0, 0, base.width, base.height);
-  if (mask) load(mask, (layer) => paint.drawImage(layer, 0, 0, top_.width, top_.height));
+  if (strokes === "sketch") trace(own);
+  else {
+    const scale = Math.min(1, SIDE / Math.max(own.naturalWidth, own.naturalHeight));
+    [picture, sketch] = [source, false];
+    open(Math.max(1, Math.round(own.naturalWidth * scale)), Math.max(1, Math.round(own.naturalHeight * scale)));
+    below.drawImage(own, 0, 0, base.width, base.height);
+    if (mask) load(mask, (layer) => paint.drawImage(layer, 0, 0, top_.width, top_.height));
+  }
   after?.();
 });
 const take = (file) => {
@@ -80,7 +108,7 @@ const place = (event) => {
 const draw = (to) => {
   const share = Number(root.querySelector(".easel-width").value) / (sketch ? 600 : 100);
   paint.globalCompositeOperation = erases ? "destination-out" : "source-over";
-  paint.lineWidth = Math.max(1, share * Math.min(top_.width, top_.height));
+  paint.lineWidth = Math.max(1, (sketch && erases ? 4 : 1) * share * Math.min(top_.width, top_.height));
   paint.strokeStyle = sketch ? "#000" : "#e0245e";
   paint.lineCap = paint.lineJoin = "round";
   paint.beginPath();
@@ -141,12 +169,20 @@ field.addEventListener("drop", (event) => {
 });
 root.addEventListener("paste", (event) => take([...event.clipboardData.files][0]));
 new ResizeObserver(fit).observe(field);
-watch("value", () => {
-  if ((props.value || "") === told) return;
-  told = props.value || "";
-  const own = told ? JSON.parse(told) : { picture: "" };
+const restore = (value) => {
+  keep(value);
+  const own = value ? JSON.parse(value) : { picture: "" };
   if (own.picture) show(own.picture, own.mask);
   else blank();
+};
+watch("value", () => {
+  if ((props.value || "") !== told) restore(props.value || "");
 });
 
 blank();
+if (props.value) restore(props.value); // it was given while this was not on the page
+else store("readonly", (own) => own.get(name)).then((value) => {
+  if (!value || props.value) return; // the studio was first
+  restore(value);
+  props.value = value; // without "input": nobody drew
+}).catch(() => {});

@@ -32,8 +32,9 @@ class Inpaint:
 
     @property
     def drafted(self) -> list[Any]:
-        """What a page that is loaded again has as it was: all but pictures."""
-        return [*self.settings.parts, self.strength, *(part for slot in self.slots for part in slot.plain)]
+        """What a page that is loaded again has as it was; easels keep their pictures by themselves."""
+        plain = [part for slot in self.slots for part in slot.plain]
+        return [*self.settings.parts, self.strength, self.slots[0].shown, *plain]
 
     @property
     def inputs(self) -> set[Any]:
@@ -57,7 +58,7 @@ class Inpaint:
 def tab(core: Core, client: Any, job: Any) -> Inpaint:
     with gr.Row():
         with gr.Column(scale=5, min_width=320):
-            canvas = easel("Paint over what is to be made anew", 420, f"{NAME}-canvas", sketches=False)
+            canvas = easel("Paint over what is to be made anew", 420, f"{NAME}-canvas", "region")
             settings = add_settings(core, NAME)
             strength = gr.Slider(0, 1, 1, step=0.05, label="Strength (1: nothing of what was there)")
             slots = add_slots(core, NAME, settings)

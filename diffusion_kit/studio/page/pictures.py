@@ -6,10 +6,8 @@ import base64
 import html
 import io
 import json
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import gradio as gr
 import numpy as np
@@ -20,52 +18,54 @@ from diffusion_kit.recipes import FileRef
 from diffusion_kit.studio.core import Core
 
 HERE = Path(__file__).parent
+Strokes = Literal["region", "either", "sketch"]
+HINTS = {
+    "region": "drop, paste or upload a picture",
+    "either": "drop, paste or upload a picture, or draw one",
+    "sketch": "draw, or drop, paste or upload a sketch",
+}
 KINDS = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpeg", b"RIFF": "webp"}  # by their first bytes
 
 
-def given(label: str, elem_id: str) -> Any:
-    """A picture that is not painted on; its value is the file as the user gave it, which gradio does not open."""
-    part: Any = gr.Image(label=label, type="filepath", image_mode=None, format="png", height=220, elem_id=elem_id)
-    part.preprocess = partial(safely, part.preprocess)
-    return part
+def easel(label: str, height: int, elem_id: str, strokes: Strokes = "either") -> Any:
+    """A picture that is painted on; what is given and painted stays in the browser, so that a reload finds it. Its value is
+    JSON: the picture as a data URL with its own bytes, and what is painted as a PNG that is opaque there; empty where there
+    is no picture. Its event `input` comes when the pen lifts. (Gradio's own editor packs and sends all its layers at every
+    event of the page.)
 
-
-def safely(preprocess: Callable[[Any], Any], file: Any) -> Any:
+    Args:
+        strokes: a region of a picture; either that or, on an empty field, a picture, black on white; always a sketch.
     """
+    told, css, js = ((HERE / f"easel.{kind}").read_text("utf-8") for kind in ("html", "css", "js"))
+    words = {"LABEL": label, "HINT": HINTS[strokes], "HEIGHT": f"{height}", "NAME": elem_id, "STROKES": strokes}
+    for name, text in words.items():
+        told = told.replace(name, html.escape(text))
+    return gr.HTML("", html_template=told, css_template=css, js_on_load=js, elem_id=elem_id)
+
+
+def layers(value: str | None, name: str) -> tuple[str, str]:
+    """Picture and paint of an easel, each as a data URL, or empty.
+
     Raises:
-        gr.Error: no picture that the kit opens, in one line.
+        ValueError: it is no easel's value.
     """
-    if file is not None:
-        try:
-            load_image(file.path, name="the picture")
-        except ValueError as error:
-            raise gr.Error(str(error), title="not like this", print_exception=False) from None
-    return preprocess(file)
+    if not value:
+        return "", ""
+    try:
+        own = json.loads(value)
+        return str(own["picture"]), str(own.get("mask") or "")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{name} is no picture") from None
 
 
-def kept(core: Core, file: str, name: str) -> FileRef:
-    """Keeps a picture that was given, with the bytes that the user gave.
+def drawing(core: Core, value: str | None, name: str) -> Image.Image | None:
+    """The picture of an easel, which is kept nowhere; None where there is none.
 
     Raises:
         ValueError: it cannot be used, in one line.
     """
-    return core.inputs.add(Path(file).read_bytes(), name)
-
-
-def easel(label: str, height: int, elem_id: str, *, sketches: bool = True) -> Any:
-    """A picture that is painted on. Its value is JSON: the picture as a data URL with its own bytes, and what is
-    painted as a PNG that is opaque there; empty where there is no picture. (Gradio's own editor packs and sends all its
-    layers at every event of the page.)
-
-    Args:
-        sketches: whether strokes on an empty field are a picture, black on white.
-    """
-    told, css, js = ((HERE / f"easel.{kind}").read_text("utf-8") for kind in ("html", "css", "js"))
-    hint = "drop, paste or upload a picture" + (", or draw one" if sketches else "")
-    words = {"LABEL": label, "HINT": hint, "HEIGHT": f"{height}", "SKETCHES": str(sketches).lower()}
-    for name, text in words.items():
-        told = told.replace(name, html.escape(text))
-    return gr.HTML("", html_template=told, css_template=css, js_on_load=js, elem_id=elem_id)
+    picture, _ = layers(value, name)
+    return load_image(core.inputs.decoded(picture, name), name=name) if picture else None
 
 
 def drawn(core: Core, value: str | None, name: str) -> tuple[FileRef | None, FileRef | None]:
@@ -74,13 +74,9 @@ def drawn(core: Core, value: str | None, name: str) -> tuple[FileRef | None, Fil
     Raises:
         ValueError: it cannot be used, in one line.
     """
-    if not value:
+    picture, paint = layers(value, name)
+    if not picture:
         return None, None
-    try:
-        own = json.loads(value)
-        picture, paint = str(own["picture"]), str(own.get("mask") or "")
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"{name} is no picture") from None
     image = core.inputs.add_base64(picture, name)
     if not paint:
         return image, None
@@ -89,6 +85,18 @@ def drawn(core: Core, value: str | None, name: str) -> tuple[FileRef | None, Fil
     with Image.open(io.BytesIO(data)) as layer:
         mask = np.asarray(layer.convert("RGBA"))[..., 3] > 127
     return image, core.inputs.add_picture(Image.fromarray(mask.astype(np.uint8) * 255), name) if mask.any() else None
+
+
+def repainted(core: Core, picture: FileRef | None, mask: FileRef | None, name: str, gone: list[str]) -> str:
+    """The value of an easel that shows a recipe's picture, and its mask as what is painted; empty without the picture.
+
+    Args:
+        gone: to which is added what is not to be had.
+    """
+    image, region = found(core, picture), found(core, mask)
+    gone += [f"the picture {name}"] if picture is not None and image is None else []
+    gone += [f"the region {name}"] if mask is not None and (region is None or image is None) else []
+    return "" if image is None else painted(image, None if region is None else load_image(region))
 
 
 def painted(picture: bytes, mask: Image.Image | None = None) -> str:

@@ -9,8 +9,7 @@ from typing import Any
 
 import gradio as gr
 
-from diffusion_kit.adapters.detectors import detectors
-from diffusion_kit.adapters.pictures import load_image
+from diffusion_kit.adapters.detectors import detectors, missing
 from diffusion_kit.making.job import AUTO
 from diffusion_kit.models.sources import locate
 from diffusion_kit.recipes import ControlRecipe, Recipe
@@ -19,7 +18,7 @@ from diffusion_kit.studio.requests import MOST_CONTROLS, Asked
 
 from . import actions
 from .events import QUIET, aside, owner_of
-from .pictures import drawn, easel, found, painted
+from .pictures import drawn, easel, repainted
 from .settings import Settings, Values
 
 BARE: dict[str, Any] = {"buttons": [], "elem_classes": "studio-picture"}
@@ -41,7 +40,7 @@ class Slot:
     mode: Any
     guidance: Any
     type: Any
-    shown: Any  # how many of all slots are, the same of each
+    shown: Any  # a number that nobody sees: how many of all slots there are on the page, the same of each
     look: Any  # shows in `seen` what the network will see
     seen: Any
 
@@ -83,14 +82,16 @@ class Slot:
 
 def add_slots(core: Core, tab: str, settings: Settings) -> list[Slot]:
     """Controls, of which the first is there and a button shows the next; what may be picked follows the model."""
-    shown = gr.State(1)
-    made = [add_slot(core, tab, number, shown) for number in range(1, MOST_CONTROLS + 1)]
+    shown = gr.Number(1, visible="hidden")
+    seen = how_seen()
+    made = [add_slot(core, tab, number, shown, seen) for number in range(1, MOST_CONTROLS + 1)]
     more = gr.Button("Add a control", size="sm", elem_id=f"{tab}-more")
 
-    def add(count: int) -> list[Any]:
-        return [min(count + 1, MOST_CONTROLS), *(gr.update(visible=k <= count) for k in range(MOST_CONTROLS))]
+    def fold(count: int) -> list[Any]:
+        return [gr.update(visible=k < count) for k in range(MOST_CONTROLS)]
 
-    more.click(add, shown, [shown, *(own.group for own in made)], **QUIET)
+    more.click(lambda count: min(count + 1, MOST_CONTROLS), shown, shown, **QUIET)
+    shown.change(fold, shown, [own.group for own in made], **QUIET)
     follow_model(core, settings, [own.kind for own in made])
     return made
 
@@ -108,12 +109,13 @@ def follow_model(core: Core, settings: Settings, parts: list[Any]) -> None:
 
 
 def controls(core: Core, own: list[Slot], values: Values) -> tuple[ControlRecipe, ...]:
-    """Of the slots that have a picture.
+    """Of the slots on the page that have a picture.
 
     Raises:
         ValueError: one cannot be used, in one line.
     """
-    named = (slot.recipe(values, core, f"control {k}") for k, slot in enumerate(own, 1))
+    on_page = own[: int(values[own[0].shown] or 1)]
+    named = (slot.recipe(values, core, f"control {k}") for k, slot in enumerate(on_page, 1))
     return tuple(control for control in named if control is not None)
 
 
@@ -128,7 +130,13 @@ def kinds(core: Core, label: str | None = None) -> list[str]:
     return list(dict.fromkeys([*own, *core.library.find_controls()]))
 
 
-def add_slot(core: Core, tab: str, number: int, shown: Any) -> Slot:
+def how_seen() -> list[str | tuple[str, str]]:
+    """What a control's picture may be: a control image, or a photo for a detector; of one that cannot run it is told."""
+    ways = [(f"{name} (its weights are not here)" if missing(name) else name, name) for name in detectors()]
+    return [*DETECTORS, *ways]
+
+
+def add_slot(core: Core, tab: str, number: int, shown: Any, seen: list[Any]) -> Slot:
     where, choices = f"{tab}-control-{number}", kinds(core)
     with gr.Accordion(f"Control {number}", open=True, visible=number == 1, elem_id=where) as group:
         with gr.Row():
@@ -136,7 +144,7 @@ def add_slot(core: Core, tab: str, number: int, shown: Any) -> Slot:
                 choices, value=choices[0] if choices else None, label="Adapter", elem_id=f"{where}-kind", min_width=120
             )
             detect = gr.Dropdown(
-                [*DETECTORS, *detectors()],
+                seen,
                 value=BY_KIND,
                 label="The picture is",
                 elem_id=f"{where}-detect",
@@ -152,10 +160,10 @@ def add_slot(core: Core, tab: str, number: int, shown: Any) -> Slot:
             guidance = gr.Number(0, label="Guidance of its own (0: none)", minimum=0, step=0.5, min_width=120)
             type_ = gr.Textbox(label="Type (for a ControlNet-Union)", min_width=120)
         look = gr.Button("Show what the network will see", size="sm", elem_id=f"{where}-preview")
-        seen = gr.Image(
+        preview = gr.Image(
             label="Control image", interactive=False, visible=False, height=200, elem_id=f"{where}-seen", **BARE
         )
-    return Slot(group, kind, image, detect, scale, start, end, mode, guidance, type_, shown, look, seen)
+    return Slot(group, kind, image, detect, scale, start, end, mode, guidance, type_, shown, look, preview)
 
 
 def previews(core: Core, own: list[Slot], client: Any, inputs: set[Any], ask: Callable[[Values], Asked]) -> None:
@@ -188,8 +196,7 @@ def previews(core: Core, own: list[Slot], client: Any, inputs: set[Any], ask: Ca
 def lost(recipe: Recipe) -> list[str]:
     """What of a recipe the form has no place for, wherever it is restored."""
     own = recipe.controls
-    found = ["the mask of the inpainting (History sends pictures to Inpaint)"] if recipe.mask is not None else []
-    found += ["scales for each level"] if any(isinstance(control.scale, tuple) for control in own) else []
+    found = ["scales for each level"] if any(isinstance(control.scale, tuple) for control in own) else []
     found += ["the background of a control"] if any(control.background for control in own) else []
     return found + ([f"controls after the {MOST_CONTROLS}th"] if len(own) > MOST_CONTROLS else [])
 
@@ -204,7 +211,6 @@ def filled_slots(core: Core, own: list[Slot], recipe: Recipe, gone: list[str]) -
     known = kinds(core, core.library.label(recipe.model))
     yield own[0].shown, min(max(1, len(recipe.controls)), len(own))
     for k, part in enumerate(own):
-        yield part.group, gr.update(visible=k <= max(0, len(recipe.controls) - 1))
         control = recipe.controls[k] if k < len(recipe.controls) else None
         kind = None if control is None else labels.get(control.kind, control.kind)
         if control is not None and kind not in known:
@@ -217,14 +223,10 @@ def filled_slots(core: Core, own: list[Slot], recipe: Recipe, gone: list[str]) -
 
 
 def filled_slot(core: Core, part: Slot, control: ControlRecipe, gone: list[str]) -> Iterator[tuple[Any, Any]]:
-    picture, region = found(core, control.image), found(core, control.mask)
-    mask = None if region is None else load_image(region)
     detector, _, weights = (control.detect or "").partition(":")
-    gone += [f"the picture of the control {control.kind}"] if picture is None else []
-    gone += [f"the region of the control {control.kind}"] if control.mask is not None and mask is None else []
     gone += [f"the detector {control.detect}"] if weights or (detector and detector not in detectors()) else []
     yield part.detect, detector if detector in detectors() else AS_IT_IS
-    yield part.image, "" if picture is None else painted(picture, mask)
+    yield part.image, repainted(core, control.image, control.mask, f"of the control {control.kind}", gone)
     scale = sum(control.scale) / len(control.scale) if isinstance(control.scale, tuple) else control.scale
     yield part.scale, min(max(scale, 0), part.scale.maximum)
     yield part.start, control.start
