@@ -79,6 +79,7 @@ def test_the_same_pixels(converted: Any, shallow: dict[str, Any]) -> None:
     assert not pipes[1].engine.notes
 
 
+@pytest.mark.heavy
 def test_windows_and_numbers_of_steps_make_no_other_network(converted: Any) -> None:
     (adapter, net), unet = small()
     controls = [replace(adapter, end=0.5), replace(net, start=0.5)]

@@ -169,7 +169,7 @@ OPTIMIZED: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("name", light(OPTIMIZED, "DiffusionPipeline", "KandinskyV22Pipeline"))
+@pytest.mark.parametrize("name", light(OPTIMIZED, "KandinskyV22Pipeline"))
 def test_optimizations(name: str, places: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     """After every block of the section the picture is that of diffusers' plain pipeline. `DiffusionPipeline` is its own
     class, handed on; the others are the kit's in its place."""

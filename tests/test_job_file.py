@@ -162,6 +162,7 @@ def test_an_optimized_picture_says_how_and_is_made_again(
     assert np.abs(pixels("full.png") - pixels("plain.png")).max() <= 1
 
 
+@pytest.mark.heavy
 def test_an_engine_of_a_recipe_that_is_not_here_is_told(
     model: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

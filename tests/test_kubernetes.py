@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 import pytest
 import training_models
 import yaml
+from conftest import light
 
 from diffusion_kit.cli import main
 from diffusion_kit.training import group
@@ -292,7 +293,7 @@ dist.destroy_process_group()
 """
 
 
-@pytest.mark.parametrize("kind", ["TrainJob", "Job", "elastic"])
+@pytest.mark.parametrize("kind", light(["TrainJob", "Job", "elastic"], "elastic"))
 def test_machines_find_one_another(kind: str, tmp_path: Path) -> None:
     own = job("PyTorchJob" if kind == "elastic" else kind, **({"elastic": {"max": 2}} if kind == "elastic" else {}))
     script, port = tmp_path / "meet.py", free_port()
@@ -302,6 +303,7 @@ def test_machines_find_one_another(kind: str, tmp_path: Path) -> None:
     assert all(f"met ['0', '1'] {count}" in text for text in texts), texts
 
 
+@pytest.mark.heavy
 def test_a_training_in_two_containers(tmp_path: Path) -> None:
     """The whole command, as the operator starts it: configuration, data and run where the claim would be."""
     file = tmp_path / "edges.yaml"

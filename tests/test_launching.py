@@ -158,7 +158,8 @@ def test_a_dry_run_prints_what_a_run_starts(
             started.append((list(argv), environment))
 
         with monkeypatch.context() as patch:
-            patch.setattr("diffusion_kit.training.launching.process.shutil.which", lambda name: name)
+            # Of that module alone: who looks for mpirun would run it.
+            patch.setattr("diffusion_kit.training.launching.process.shutil", SimpleNamespace(which=lambda name: name))
             patch.setattr("diffusion_kit.training.launching.process.os.execvpe", become)
             assert main(arguments) == 0
         words = shlex.split(printed.splitlines()[-1])
@@ -226,6 +227,7 @@ def test_a_launcher_says_what_was_killed_and_by_what(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout + done.stderr) == (1, line)
 
 
+@pytest.mark.heavy
 def test_what_the_first_process_refuses_is_said_once(tmp_path: Path) -> None:
     """The others have no error of their own, such as that the first is gone."""
     program = """

@@ -14,6 +14,7 @@ import planning_toy
 import pytest
 import torch
 import training_models
+from conftest import light
 from torch import nn
 
 from diffusion_kit.cli import main
@@ -172,7 +173,7 @@ def test_operations_are_those_that_torch_counts(tmp_path: Path) -> None:
 # The ladder
 
 
-@pytest.mark.parametrize("target", ["unet", pytest.param("t2i_adapter", marks=pytest.mark.heavy)])
+@pytest.mark.parametrize("target", light(["unet", "t2i_adapter"], "t2i_adapter"))
 def test_rungs_become_leaner_and_keep_the_batch(target: str) -> None:
     found = rungs(target, 2)
     assert [own.name for own in found][3:6] == ["ZeRO-2", "+ optimizer offload", "ZeRO-3"]
@@ -253,6 +254,7 @@ def sized(trained: int, spread: int = 0, **more: Any) -> Sizes:
     return Sizes(trained=trained, spread=spread, **{**weights, "moment": 8.0, "average": 0, **more})
 
 
+@pytest.mark.heavy
 def test_bytes_of_a_step_in_a_communication_hook(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(planning_toy.hooked, (str(tmp_path),), nprocs=2)
     own = sized(sum(p.numel() for p in planning_toy.net().parameters()))
@@ -262,6 +264,7 @@ def test_bytes_of_a_step_in_a_communication_hook(tmp_path: Path) -> None:
         assert sent.bytes == pytest.approx(2 * (2 - 1) / 2 * reduced, rel=0.05)  # of a ring of two
 
 
+@pytest.mark.heavy
 def test_a_base_that_will_be_spread_is_planned_in_one_process() -> None:
     """Without DeepSpeed, and without its processes."""
     own = config("t2i_adapter", deepspeed={"zero_optimization": {"stage": 3}})

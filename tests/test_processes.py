@@ -62,6 +62,7 @@ def on_two_machines(folders: list[Path], *more: str) -> list[str]:
     return said
 
 
+@pytest.mark.heavy
 def test_machines_without_a_folder_in_common(tmp_path):
     """Each has checkpoints, and they go on from the newest that both have."""
     folders = [tmp_path / name for name in ("first", "second")]

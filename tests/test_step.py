@@ -9,7 +9,18 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from conftest import half_mask, lines, make_adapter, make_controlnet, make_unet, picture, pipeline, randomise, seeds
+from conftest import (
+    half_mask,
+    light,
+    lines,
+    make_adapter,
+    make_controlnet,
+    make_unet,
+    picture,
+    pipeline,
+    randomise,
+    seeds,
+)
 from test_schedulers import ALL, make
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -213,9 +224,7 @@ def test_one_graph_for_each_signature() -> None:
     assert not pipe.engine.notes
 
 
-@pytest.mark.parametrize(
-    "name", ["euler_ancestral", *(pytest.param(own, marks=pytest.mark.heavy) for own in ("ddim_clip", "unipc"))]
-)
+@pytest.mark.parametrize("name", light(["euler_ancestral", "ddim_clip", "unipc"], "euler_ancestral"))
 def test_a_whole_step_compiles_without_a_break(name: str) -> None:
     """aot_eager: forward graphs of the whole step, with inpainting's rule and every control."""
     own, net = small()
@@ -268,7 +277,7 @@ class Exporting(Engine):
         return run
 
 
-@pytest.mark.parametrize("name", ["euler_ancestral", "ddim_clip"])
+@pytest.mark.parametrize("name", light(["euler_ancestral", "ddim_clip"], "ddim_clip"))
 def test_a_whole_step_is_exported(name: str) -> None:
     """With inpainting's rule and every control; coefficients are tables, so one program is right in every step."""
     own, net = small()

@@ -56,6 +56,7 @@ def process(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.heavy
 def test_processes_with_unequal_work_all_end(tmp_path: Path) -> None:
     mp.spawn(process, (str(tmp_path),), nprocs=3)
     counts = [int((tmp_path / f"calls-{rank}").read_text()) for rank in range(3)]
