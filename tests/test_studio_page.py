@@ -82,7 +82,9 @@ def test_a_picture_that_was_repainted_fills_the_form_too(core: Core, tmp_path: P
     recipe = actions.shown_recipe(str(examples.FILES[3]))
     start = core.inputs.add_picture(Image.new("RGB", (64, 64), "red"), "picture")
     own = replace(recipe, image=start, mask=core.inputs.add_picture(mask, "mask"), strength=0.9, controls=())
-    values = {part: part.value for part in creating.inputs} | creating.filled(own)
+    filled = creating.filled(own)
+    assert filled[creating.slots[1].image] == pictures.NOTHING, "not what the browser had there"
+    values = {part: part.value for part in creating.inputs} | filled
     values[creating.slots[3].image] = pictures.painted(examples.FILES[0].read_bytes())
     asked = creating.asked({part: values[part] for part in creating.inputs})
     assert (asked.job.image, asked.settings.strength, asked.job.controls) == (start, 0.9, ())
@@ -117,8 +119,8 @@ def test_what_of_a_recipe_is_not_here_is_told(core: Core, tmp_path: Path, monkey
     ):  # fmt: skip
         assert told in warned[0]
     assert filled[creating.strength] == 0.0
-    assert not filled[creating.slots[0].image]
-    assert not filled[creating.slots[1].image]
+    assert filled[creating.slots[0].image] == pictures.NOTHING
+    assert filled[creating.slots[1].image] == pictures.NOTHING
     assert filled[creating.slots[1].detect] == "depth"
     warned.clear()
     creating.filled(recipe)
@@ -205,7 +207,8 @@ def test_what_is_painted_on_is_a_picture_that_the_kit_opens(core: Core, form: st
 def test_an_easel_takes_pictures_alone(core: Core, value: str) -> None:
     with pytest.raises(ValueError, match="is no picture|must be a picture in base64|not a PNG"):
         pictures.drawn(core, value, "the picture")
-    assert pictures.drawn(core, "", "the picture") == (None, None)
+    for empty in (None, "", pictures.NOTHING):
+        assert pictures.drawn(core, empty, "the picture") == (None, None)
 
 
 def test_a_drawing_is_a_picture_that_is_kept_nowhere(core: Core, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from diffusion_kit.studio.requests import Asked
 from . import actions, examples
 from .events import QUIET
 from .output import Output, output
-from .pictures import drawn, easel, repainted
+from .pictures import NOTHING, drawn, easel, repainted
 from .settings import Settings, add_settings
 from .slots import Slot, add_slots, controls, filled_slots, lost, previews
 
@@ -58,7 +58,7 @@ class Create:
         image = repainted(self.core, recipe.image, recipe.mask, "to start from", gone)
         strength = STRENGTH if recipe.strength is None else recipe.strength
         updates = self.settings.filled(recipe, gone)
-        updates |= {self.starts: bool(image), self.fit: recipe.fit, self.image: image, self.strength: strength}
+        updates |= {self.starts: image != NOTHING, self.fit: recipe.fit, self.image: image, self.strength: strength}
         updates |= dict(filled_slots(self.core, self.slots, recipe, gone))
         if gone:
             gr.Warning(f"not restored: {', '.join(gone)}")

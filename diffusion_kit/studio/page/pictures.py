@@ -24,6 +24,7 @@ HINTS = {
     "either": "drop, paste or upload a picture, or draw one",
     "sketch": "draw, or drop, paste or upload a sketch",
 }
+NOTHING = json.dumps({"picture": "", "mask": ""})  # of an easel that was emptied: the browser finds none of before
 KINDS = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpeg", b"RIFF": "webp"}  # by their first bytes
 
 
@@ -88,7 +89,7 @@ def drawn(core: Core, value: str | None, name: str) -> tuple[FileRef | None, Fil
 
 
 def repainted(core: Core, picture: FileRef | None, mask: FileRef | None, name: str, gone: list[str]) -> str:
-    """The value of an easel that shows a recipe's picture, and its mask as what is painted; empty without the picture.
+    """The value of an easel that shows a recipe's picture, and its mask as what is painted; `NOTHING` without the picture.
 
     Args:
         gone: to which is added what is not to be had.
@@ -96,7 +97,7 @@ def repainted(core: Core, picture: FileRef | None, mask: FileRef | None, name: s
     image, region = found(core, picture), found(core, mask)
     gone += [f"the picture {name}"] if picture is not None and image is None else []
     gone += [f"the region {name}"] if mask is not None and (region is None or image is None) else []
-    return "" if image is None else painted(image, None if region is None else load_image(region))
+    return NOTHING if image is None else painted(image, None if region is None else load_image(region))
 
 
 def painted(picture: bytes, mask: Image.Image | None = None) -> str:

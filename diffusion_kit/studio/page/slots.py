@@ -18,7 +18,7 @@ from diffusion_kit.studio.requests import MOST_CONTROLS, Asked
 
 from . import actions
 from .events import QUIET, aside, owner_of
-from .pictures import drawn, easel, repainted
+from .pictures import NOTHING, drawn, easel, layers, repainted
 from .settings import Settings, Values
 
 BARE: dict[str, Any] = {"buttons": [], "elem_classes": "studio-picture"}
@@ -54,7 +54,7 @@ class Slot:
         return [part for part in self.parts if part is not self.image]
 
     def is_empty(self, values: Values) -> bool:
-        return not values[self.image] or not values[self.kind]
+        return not layers(values[self.image], "the picture")[0] or not values[self.kind]
 
     def recipe(self, values: Values, core: Core, name: str) -> ControlRecipe | None:
         """The control of the values; None where it has no picture.
@@ -216,7 +216,7 @@ def filled_slots(core: Core, own: list[Slot], recipe: Recipe, gone: list[str]) -
         if control is not None and kind not in known:
             gone.append(f"the control {control.kind}, which is not here")
         if control is None or kind not in known:
-            yield part.image, ""
+            yield part.image, NOTHING
             continue
         yield part.kind, kind
         yield from filled_slot(core, part, control, gone)
