@@ -1,7 +1,7 @@
 """Attention on a CPU as two oneDNN products over tiles of queries.
 
-torch's own takes its products from MKL, which on other processors than Intel's reaches half of what oneDNN does; here a
-tile of scores lies in the cache. On Intel's, torch's own is two to three times as fast as this.
+torch's own takes its products from MKL, which on processors with AVX-512 that are not Intel's reaches half of what oneDNN
+does; here a tile of scores lies in the cache. On others, torch's own is twice as fast as this.
 """
 
 from __future__ import annotations
