@@ -18,7 +18,7 @@ FILES = sorted((Path(__file__).parents[1] / "examples").glob("*.png"))
 
 def row(core: Core) -> Any:
     shown = [(core.shown(file), actions.shown_recipe(str(file)).prompt) for file in FILES]
-    label = "Examples: one that is clicked shows its settings, and is made"
+    label = "Examples: a click makes one"
     return gr.Gallery(shown, label=label, columns=len(FILES), height=170, elem_id="create-examples", **STILL)
 
 
