@@ -215,6 +215,17 @@ def test_what_is_uploaded_is_no_page_of_the_studio(studio: TestClient) -> None:
         assert got.status_code == 403 or got.headers["content-disposition"].startswith("attachment")
 
 
+def test_a_browser_keeps_pictures_and_nothing_else(studio: TestClient) -> None:
+    """Under a name that is the hash of their bytes they never change; no proxy keeps them."""
+    data = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(data, "PNG")
+    (path,) = studio.post("/gradio_api/upload", files={"files": ("a.png", data.getvalue())}).json()
+    got = studio.get(f"/gradio_api/file={path}")
+    assert (got.status_code, got.headers["cache-control"]) == (200, "private, max-age=86400")
+    for other in ("/", f"/gradio_api/file={path}x", f"{API}/health"):
+        assert "max-age=86400" not in studio.get(other).headers.get("cache-control", "")
+
+
 def test_nothing_is_fetched_for_the_page(studio: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
     import safehttpx
 

@@ -21,6 +21,7 @@ from fastapi.responses import JSONResponse
 
 from . import api, dashboard, page, tables
 from .access import Gate, Users
+from .caching import Caching
 from .config import StudioConfig
 from .core import Core
 
@@ -91,13 +92,15 @@ def bare_app(config: StudioConfig, *, life: Any = None, openapi_url: str | None)
     """An app behind its gate; its pages of documentation, which load scripts from elsewhere, are off. What gradio serves
     lies in the studio's own folder from now on."""
     config.check()
-    os.environ["GRADIO_TEMP_DIR"] = str(config.output / "cache")
+    cache = config.output / "cache"
+    os.environ["GRADIO_TEMP_DIR"] = str(cache)
     users = Users(config.users) if config.users is not None else None
     off: dict[str, Any] = {"docs_url": None, "redoc_url": None, "openapi_url": openapi_url}
     app = FastAPI(title="diffusion_kit studio", lifespan=life, root_path=config.root_path, **off)
     largest = int(config.upload * 1e6 * OVERHEAD)
     hosts = (*config.hosts, *([] if config.host in EVERYWHERE else [config.host]))
     app.add_exception_handler(RequestValidationError, one_line)
+    app.add_middleware(Caching, folder=cache)
     app.add_middleware(Gate, hosts=hosts, root=config.root_path, users=users, largest=largest, open_paths=api.OPEN)
     return app
 

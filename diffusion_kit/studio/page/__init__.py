@@ -60,9 +60,8 @@ def build(core: Core) -> gr.Blocks:
             first.then(actions.resume(core, own.out), [own.out.job, client], own.out.parts, **QUIET)
         first.then(comparing.resume, client, comparing.shown, **QUIET)
         runs_tab.select(running.looked, running.chosen, running.parts, **QUIET)
-        history_tab.select(
-            telling(past.found), {*past.filters, past.page}, [past.count, past.gallery, past.ids], **QUIET
-        )
+        for look in (first.then, history_tab.select):  # with the page already, so that the tab opens with its pictures
+            look(telling(past.found), {*past.filters, past.page}, [past.count, past.gallery, past.ids], **QUIET)
         sending(core, past, creating, painting, tabs)
         dropped.upload(restored(creating, tabs, dropped), dropped, [tabs, dropped, *creating.fillable], **QUIET)
     return blocks
