@@ -692,6 +692,8 @@ def main(names: list[str]) -> None:
                 passed |= {f"{name}: {what}": bool(own) for what, own in found.pop("passed").items()}
                 figures[name] = found
                 print(name, json.dumps(found), file=sys.stderr, flush=True)
+                for context in browser.contexts:  # a page that follows a run is work for the next
+                    context.close()
         finally:
             browser.close()
             studio.end()
