@@ -6,7 +6,7 @@ import copy
 import gc
 import pickle
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,31 @@ def test_a_packed_layer_gives_the_same_and_holds_no_plain_weight(name: str, dtyp
     assert isinstance(layer, Packed)
     assert torch.equal(layer.weight, bits)
     assert type(layer) is kind
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_a_convolution_does_not_lay_its_weight_out_in_every_call(
+    capfd: pytest.CaptureFixture[str], two_threads: None
+) -> None:
+    """oneDNN does so, slower than it computes, where the layout is not the one for the input's shape and the threads."""
+    layer, verbose = nn.Conv2d(256, 256, 3, padding=1), torch.backends.mkldnn.VERBOSE_ON
+    assert pack_layer(layer)
+    for batch, side in ((2, 8), (1, 32), (2, 32), (4, 64)):
+        x = torch.randn(batch, 256, side, side).to(memory_format=torch.channels_last)
+        first = layer(x)
+        capfd.readouterr()
+        with torch.backends.mkldnn.verbose(verbose):
+            again = layer(x)
+        calls = [line.partition(",exec,cpu,")[2] for line in capfd.readouterr().out.splitlines()]
+        assert [call.partition(",")[0] for call in calls if call] == ["convolution"]
+        assert torch.equal(first, again)
 
 
 LOOKS: dict[str, Callable[[Any], Any]] = {

@@ -38,11 +38,12 @@ def convolution(x: Tensor, layer: Any, weight: Tensor) -> Tensor:
     return torch.ops.mkldnn._convolution_pointwise(x, weight, layer.bias, *geometry(layer), *NO_ATTRIBUTE)
 
 
-def laid_out(layer: Any, weight: Tensor) -> Tensor:
-    """The weight of a linear layer or convolution as oneDNN computes with it."""
+def laid_out(layer: Any, weight: Tensor, shape: torch.Size | None = None) -> Tensor:
+    """The weight of a linear layer or convolution as oneDNN computes with it. A convolution's layout depends on the shape
+    of its input and on the number of threads: in another than it wants, the weight is laid out anew in every call."""
     if isinstance(layer, nn.Linear):
         return torch.ops.mkldnn._reorder_linear_weight(weight, None)
-    return torch.ops.mkldnn._reorder_convolution_weight(weight, *geometry(layer))
+    return torch.ops.mkldnn._reorder_convolution_weight(weight, *geometry(layer), shape)
 
 
 def geometry(layer: Any) -> tuple[list[int], list[int], list[int], int]:

@@ -35,12 +35,13 @@ from .tiled_attention import tiled_attention
 
 
 class Weight(NamedTuple):
-    """A weight in oneDNN's layout, whole or in two halves one below the other, whether it requires a gradient, and a number
-    that no other has."""
+    """A weight in oneDNN's layout, whole or in two halves one below the other, whether it requires a gradient, a number
+    that no other has, and for which shape of a convolution's input and how many threads it is laid out."""
 
     parts: tuple[Tensor, ...]
     trained: bool
     number: int
+    suits: tuple[torch.Size, int] | None = None
 
     @classmethod
     def of(cls, layer: Any, pieces: int = 1) -> Weight:
@@ -53,6 +54,14 @@ class Weight(NamedTuple):
         with torch.inference_mode(False):
             parts = [part.to_dense() for part in self.parts]
             return nn.Parameter(parts[0] if len(parts) == 1 else torch.cat(parts), self.trained)
+
+    def suiting(self, layer: Any, shape: torch.Size) -> Weight:
+        """The same weight in the layout that oneDNN wants for a convolution of such an input."""
+        suits = shape, torch.get_num_threads()
+        if self.suits == suits:
+            return self
+        with torch.inference_mode(False):
+            return self._replace(parts=(onednn.laid_out(layer, self.parts[0].to_dense(), shape),), suits=suits)
 
     def fits(self, x: Tensor) -> bool:
         """Whether the packed operation may stand for the plain one: it knows no gradients and no autocast."""
@@ -100,6 +109,7 @@ class PackedConv2d(Packed, nn.Conv2d):  # type: ignore[override]
         own: Weight | None = self.__dict__.get("_packed")
         if own is None or input.ndim != 4 or not own.fits(input):
             return nn.Conv2d.forward(unpack(self), input)
+        own = self.__dict__["_packed"] = own.suiting(self, input.shape)
         return onednn.convolution(input, self, own.parts[0])
 
 
