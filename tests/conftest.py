@@ -10,7 +10,7 @@ import os
 import tempfile
 from collections.abc import Iterable
 from functools import cache
-from itertools import count
+from itertools import count, product
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,19 @@ def light(cases: Iterable[Any], *kept: Any) -> list[Any]:
         case if case in kept else pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.heavy)
         for case in cases
     ]
+
+
+def crossed(*axes: Iterable[Any]) -> list[Any]:
+    """Every combination of a value of each axis (a tuple is several arguments). A diagonal, in which each value stands at
+    least once, is the suite's; the rest runs with scripts/verify heavy."""
+    values = [list(axis) for axis in axes]
+    diagonal = {tuple(k % len(axis) for axis in values) for k in range(max(map(len, values)))}
+    cases = []
+    for index in product(*(range(len(axis)) for axis in values)):
+        chosen = (axis[k] for axis, k in zip(values, index, strict=True))
+        arguments = [part for value in chosen for part in (value if isinstance(value, tuple) else (value,))]
+        cases.append(pytest.param(*arguments, marks=[] if index in diagonal else [pytest.mark.heavy]))
+    return cases
 
 
 CHANNELS = (32, 64, 64)

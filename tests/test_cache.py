@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import (
+    crossed,
     distance,
     half_mask,
     light,
@@ -79,8 +80,7 @@ def counts(pipe: Any, controls: list[Control]) -> Iterator[Counter]:
             hook.remove()
 
 
-@pytest.mark.parametrize("task", TASKS)
-@pytest.mark.parametrize("reuse", ["reuse", "recompute"])
+@pytest.mark.parametrize(("task", "reuse"), crossed(TASKS, ["reuse", "recompute"]))
 def test_every_step_full_is_the_run_without_a_cache(task: str, reuse: str, controls: list[Control]) -> None:
     plain = run(cached(), controls, task)
     assert torch.equal(run(cached({"every": 1, "controls": reuse}), controls, task), plain)
@@ -212,9 +212,7 @@ def pixels(image: Any) -> torch.Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
 
 
-@pytest.mark.parametrize("depth", [1, 2])
-@pytest.mark.parametrize("reuse", [True, False])
-@pytest.mark.parametrize("task", light(TASKS, "inpaint"))
+@pytest.mark.parametrize(("depth", "reuse", "task"), crossed([1, 2], [True, False], TASKS))
 def test_a_plain_loop_over_the_same_blocks(task: str, reuse: bool, depth: int, controls: list[Control]) -> None:
     peer = pipeline(
         getattr(diffusers, f"StableDiffusionXL{dict(image='Img2Img', inpaint='Inpaint').get(task, '')}Pipeline")
@@ -229,8 +227,7 @@ def test_a_plain_loop_over_the_same_blocks(task: str, reuse: bool, depth: int, c
         assert distance(run(cached(options), controls, task), want) > 10 * 1e-4
 
 
-@pytest.mark.parametrize("every", [1, 2, 3, 5, 20])
-@pytest.mark.parametrize("name", ["euler", "heun", "pndm", "unipc"])
+@pytest.mark.parametrize(("every", "name"), crossed([1, 2, 3, 5, 20], ["euler", "heun", "pndm", "unipc"]))
 def test_how_often_each_part_runs(name: str, every: int, controls: list[Control]) -> None:
     """A second-order sampler's step is one step, full in all its calls."""
     for mode in ("reuse", "recompute"):
@@ -329,8 +326,7 @@ FULL: dict[str, tuple[dict[str, Any], dict[str, Any], list[int]]] = {
 }
 
 
-@pytest.mark.parametrize("name", FULL)
-@pytest.mark.parametrize("mode", ["reuse", "recompute"])
+@pytest.mark.parametrize(("name", "mode"), crossed(FULL, ["reuse", "recompute"]))
 def test_what_changes_the_features_makes_a_full_step(name: str, mode: str, controls: list[Control]) -> None:
     window, call, full = FULL[name]
     own = [controls[0], Control(controls[1].model, lines(2), scale=0.7, **window)]

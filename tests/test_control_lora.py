@@ -15,6 +15,7 @@ import diffusers
 import pytest
 import torch
 from conftest import (
+    crossed,
     distance,
     half_mask,
     lines,
@@ -124,8 +125,7 @@ def run(controls: Any = (), family: str = "StableDiffusionXL", task: str = "", p
     return pipe(**{**CALL, **TASKS[task], "generator": seeds(1), **more}, controls=controls).images
 
 
-@pytest.mark.parametrize("task", TASKS)
-@pytest.mark.parametrize("family", BASES)
+@pytest.mark.parametrize(("task", "family"), crossed(TASKS, BASES))
 def test_latents_are_those_of_the_merged_controlnet_in_the_peer(family: str, task: str) -> None:
     peer = pipe_of(diffusers, family, task, controlnet=made(family)[1])
     beside = {"image" if task == "" else "control_image": lines(), "controlnet_conditioning_scale": 0.7}

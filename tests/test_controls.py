@@ -9,6 +9,7 @@ import diffusers
 import pytest
 import torch
 from conftest import (
+    crossed,
     distance,
     half_mask,
     lines,
@@ -61,8 +62,7 @@ def test_every_mixture_in_every_task_is_its_own_result(task: str, adapter: Any, 
     assert distance(run([c, a], task), results[3]) < SAME, "order matters"
 
 
-@pytest.mark.parametrize("task", TASKS)
-@pytest.mark.parametrize("kind", ["adapter", "controlnet"])
+@pytest.mark.parametrize(("task", "kind"), crossed(TASKS, ["adapter", "controlnet"]))
 def test_reductions(task: str, kind: str, request: pytest.FixtureRequest) -> None:
     net = request.getfixturevalue(kind)
     nothing, full = run(task=task), run([Control(net, lines())], task)
@@ -159,8 +159,13 @@ def test_scale_by_level(controlnet: Any, adapter: Any) -> None:
             assert all(distance(result, other) > 1e-4 for other in one[:level])
 
 
-@pytest.mark.parametrize(("start", "end"), [(0.0, 1.0), (0.0, 0.5), (0.25, 0.75), (0.3, 0.9), (0.9, 1.0)])
-@pytest.mark.parametrize("scheduler", ["EulerDiscreteScheduler", "HeunDiscreteScheduler"])
+@pytest.mark.parametrize(
+    ("start", "end", "scheduler"),
+    crossed(
+        [(0.0, 1.0), (0.0, 0.5), (0.25, 0.75), (0.3, 0.9), (0.9, 1.0)],
+        ["EulerDiscreteScheduler", "HeunDiscreteScheduler"],
+    ),
+)
 def test_controlnet_runs_in_the_steps_of_its_window_only(
     start: float, end: float, scheduler: str, controlnet: Any
 ) -> None:

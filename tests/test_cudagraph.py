@@ -8,7 +8,18 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import components, distance, half_mask, lines, make_adapter, make_controlnet, make_vae, picture, pipeline
+from conftest import (
+    components,
+    crossed,
+    distance,
+    half_mask,
+    lines,
+    make_adapter,
+    make_controlnet,
+    make_vae,
+    picture,
+    pipeline,
+)
 from peft import LoraConfig
 from test_mixtures import KINDS, TASKS, run
 from test_schedulers import make
@@ -69,8 +80,10 @@ def captured(**more: Any) -> Any:
     return pipe
 
 
-@pytest.mark.parametrize("task", TASKS)
-@pytest.mark.parametrize("name", ["euler", "euler_ancestral", "ddim", "ddpm", "dpm", "dpm_sde_karras", "unipc", "lcm"])
+@pytest.mark.parametrize(
+    ("task", "name"),
+    crossed(TASKS, ["euler", "euler_ancestral", "ddim", "ddpm", "dpm", "dpm_sde_karras", "unipc", "lcm"]),
+)
 def test_replayed_steps_give_the_same_picture(name: str, task: str) -> None:
     controls = [Control(make_adapter(), lines(1), mask=half_mask()), Control(make_controlnet(), lines(2), scale=0.7)]
     pipes = [pipeline(SDXLPipeline, scheduler=make(name)), captured(scheduler=make(name))]

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import (
+    crossed,
     distance,
     half_mask,
     lines,
@@ -66,11 +67,10 @@ def photo(**more: Any) -> Control:
 
 # beside the picture: (text guidance, image guidance, more of the call)
 @pytest.mark.parametrize(
-    "case", [(4.0, 1.5, {}), (4.0, 1.0, {}), (1.0, 1.5, {}), (4.0, 2.0, {"num_images_per_prompt": 2})]
+    ("text", "image", "more", "family"),
+    crossed([(4.0, 1.5, {}), (4.0, 1.0, {}), (1.0, 1.5, {}), (4.0, 2.0, {"num_images_per_prompt": 2})], PEERS),
 )
-@pytest.mark.parametrize("family", PEERS)
-def test_same_picture_as_the_peer(family: str, case: tuple[float, float, dict[str, Any]]) -> None:
-    text, image, more = case
+def test_same_picture_as_the_peer(family: str, text: float, image: float, more: dict[str, Any]) -> None:
     ours, theirs = base(family)
     call: dict[str, Any] = {**CALL, "guidance_scale": text, "output_type": "latent", **more}
     want = theirs(image=picture(3), image_guidance_scale=image, generator=seeds(1), **call).images
@@ -117,8 +117,7 @@ def pixels(image: Image.Image) -> torch.Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
 
 
-@pytest.mark.parametrize("scale", [1.0, 1.5])
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize(("scale", "task"), crossed([1.0, 1.5], TASKS))
 def test_in_every_task_beside_a_controlnet_and_an_adapter(task: str, scale: float, net: Any) -> None:
     controlnet, adapter = make_sd_controlnet(), make_adapter(kind="full_adapter", downscale=4, channels=(32, 64, 64))
     controls = [photo(scale=scale), Control(controlnet, lines(2), scale=0.7), Control(adapter, lines(1))]

@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import (
     CROSS,
+    crossed,
     distance,
     half_mask,
     lines,
@@ -144,8 +145,9 @@ def names(kind: str, family: str, seeds: tuple[int, ...] = (40,)) -> list[str]:
     return [f"{kind}_{family}_{seed}.safetensors" for seed in seeds]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(("kind", "guidance"), [("plain", 4.0), ("plus", 4.0), ("full", 4.0), ("plus", 1.0)])
+@pytest.mark.parametrize(
+    ("family", "kind", "guidance"), crossed(FAMILIES, [("plain", 4.0), ("plus", 4.0), ("full", 4.0), ("plus", 1.0)])
+)
 def test_text_to_image_is_the_peers(kind: str, family: str, guidance: float, folder: Path) -> None:
     name = {"sd15": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline"}[family]
     theirs, ours = own(family, getattr(diffusers, name)), own(family, getattr(diffusion_kit, name))
@@ -207,8 +209,7 @@ def test_two_adapters_and_several_pictures_are_the_peers(scale: Any, folder: Pat
     assert distance(pipe("a red fox", ip_adapter_image=images, generator=seeds(1), **CALL).images, results[0]) > 1e-2
 
 
-@pytest.mark.parametrize("scale", [0.7, [[0.9, 0.4]]])
-@pytest.mark.parametrize("kind", ["plain", "plus"])
+@pytest.mark.parametrize(("scale", "kind"), crossed([0.7, [[0.9, 0.4]]], ["plain", "plus"]))
 def test_masked_pictures_are_the_peers(kind: str, scale: Any, folder: Path) -> None:
     """Masks of whole blocks, for which areas and the peer's bicubic samples agree."""
     left, masks = half_mask(), diffusers.image_processor.IPAdapterMaskProcessor()
@@ -230,8 +231,7 @@ def test_masked_pictures_are_the_peers(kind: str, scale: Any, folder: Path) -> N
     assert distance(run(swapped), results[0]) > 1e-2
 
 
-@pytest.mark.parametrize("guidance", [4.0, 1.0])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("guidance", "kind"), crossed([4.0, 1.0], KINDS))
 def test_ready_embeddings_are_the_peers_and_give_the_same(kind: str, guidance: float, folder: Path) -> None:
     call = {**CALL, "guidance_scale": guidance}
     results, embeds = [], []

@@ -11,7 +11,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from conftest import distance, half_mask, light, lines, make_adapter, picture, seeds
+from conftest import crossed, distance, half_mask, light, lines, make_adapter, picture, seeds
 from kandinsky_models import (
     CHANNELS,
     DECODER_SCHEDULE,
@@ -288,8 +288,10 @@ def LATENTS(pipe: Any, **call: Any) -> torch.Tensor:
     return kept[-1]
 
 
-@pytest.mark.parametrize("task", ["text", "image", "inpaint"])
-@pytest.mark.parametrize("name", ["Kandinsky21Pipeline", "Kandinsky22Pipeline", "Kandinsky3Pipeline"])
+@pytest.mark.parametrize(
+    ("task", "name"),
+    crossed(["text", "image", "inpaint"], ["Kandinsky21Pipeline", "Kandinsky22Pipeline", "Kandinsky3Pipeline"]),
+)
 def test_picture_k_of_a_batch_is_the_picture_made_alone(name: str, task: str) -> None:
     parts = {"unet": {"21": unet21(9), "22": unet22(9)}[name[9:11]]} if task == "inpaint" and "3" not in name else {}
     pipe = build(diffusion_kit, name, **parts)
@@ -405,8 +407,10 @@ def test_callbacks() -> None:
     assert distance(run(three, **call, callback_on_step_end=weaker), run(three, **call)) > 1e-2
 
 
-@pytest.mark.parametrize("scheduler", [DDIM, LEARNED, SIGMAS], ids=["ddim", "learned", "sigmas"])
-@pytest.mark.parametrize("name", ["Kandinsky21Pipeline", "KandinskyV22ControlnetPipeline", "Kandinsky3Pipeline"])
+@pytest.mark.parametrize(
+    ("scheduler", "name"),
+    crossed([DDIM, LEARNED, SIGMAS], ["Kandinsky21Pipeline", "KandinskyV22ControlnetPipeline", "Kandinsky3Pipeline"]),
+)
 def test_no_host_read_and_no_new_tensor_in_a_step(name: str, scheduler: Any) -> None:
     from test_step import CREATIONS, SYNCS, Count
 

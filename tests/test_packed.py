@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import test_kandinsky
 import torch
-from conftest import components, distance, lines, make_adapter, make_controlnet, make_vae, pipeline, seeds
+from conftest import components, crossed, distance, lines, make_adapter, make_controlnet, make_vae, pipeline, seeds
 from diffusers.models.activations import GEGLU
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from test_loaders import save_lora
@@ -378,8 +378,7 @@ def count(net: nn.Module) -> int:
     return sum(isinstance(layer, Packed) for layer in net.modules())
 
 
-@pytest.mark.parametrize("task", TASKS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("task", "kind"), crossed(TASKS, KINDS))
 def test_the_same_picture_with_every_control(kind: str, task: str) -> None:
     plain = run([KINDS[kind]()], task)
     pipe = packing(vae=make_vae(4))

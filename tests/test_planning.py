@@ -189,18 +189,20 @@ def test_rungs_become_leaner_and_keep_the_batch(target: str) -> None:
     assert found[3].overlap > 0
 
 
-def test_what_is_said_gives_the_rung(tmp_path: Path) -> None:
+BUCKETS = {"deepspeed": {"zero_optimization": {"stage": 2, "reduce_bucket_size": 1000}}}
+
+
+@pytest.mark.parametrize("more", light([{}, BUCKETS], BUCKETS))
+def test_what_is_said_gives_the_rung(more: dict[str, Any], tmp_path: Path) -> None:
     """Typed behind the configuration's name."""
-    file = tmp_path / "config.yaml"
-    for more in ({}, {"deepspeed": {"zero_optimization": {"stage": 2, "reduce_bucket_size": 1000}}}):
-        own = config("unet", **more)
-        file.write_text(own.dump())
-        for rung in rungs("unet", 2, **more):
-            again = read(file, shlex.split(rung.arguments))
-            assert way_of(again, {}, 2, cpu=False) == rung.way
-            assert again.batch == own.batch
-            if more and rung.way.stage is not None:
-                assert rung.way.setting("reduce_bucket_size") == 1000
+    file, own = tmp_path / "config.yaml", config("t2i_adapter", **more)
+    file.write_text(own.dump())
+    for rung in rungs("t2i_adapter", 2, **more):
+        again = read(file, shlex.split(rung.arguments))
+        assert way_of(again, {}, 2, cpu=False) == rung.way
+        assert again.batch == own.batch
+        if more and rung.way.stage is not None:
+            assert rung.way.setting("reduce_bucket_size") == 1000
 
 
 def test_overlap_is_what_the_document_says() -> None:

@@ -10,6 +10,7 @@ import diffusers
 import pytest
 import torch
 from conftest import (
+    crossed,
     half_mask,
     light,
     lines,
@@ -74,8 +75,7 @@ def controls() -> list[Control]:
     return [Control(make_adapter(), lines(1), mask=half_mask()), Control(make_controlnet(), lines(2), scale=0.7)]
 
 
-@pytest.mark.parametrize("task", ["text", "image", "inpaint"])
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize(("task", "name"), crossed(["text", "image", "inpaint"], ALL))
 def test_no_host_read_and_no_new_tensor_in_a_step(name: str, task: str) -> None:
     call: dict[str, Any] = {"controls": controls()}
     if task != "text":
@@ -150,10 +150,12 @@ def runs_on_fake_cuda(step: Any, state: torch.Tensor, tensors: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "name",
-    ["euler", "euler_ancestral", "ddim_clip", "ddpm_clip", "dpm", "dpm_sde_karras", "unipc", "lcm", "heun", "pndm"],
+    ("name", "task"),
+    crossed(
+        ["euler", "euler_ancestral", "ddim_clip", "ddpm_clip", "dpm", "dpm_sde_karras", "unipc", "lcm", "heun", "pndm"],
+        ["text", "image", "inpaint"],
+    ),
 )
-@pytest.mark.parametrize("task", ["text", "image", "inpaint"])
 def test_a_step_on_fake_cuda_tensors(name: str, task: str) -> None:
     call = {
         "text": {},
@@ -190,6 +192,7 @@ class Backend:
         return graph.forward
 
 
+@pytest.mark.heavy
 def test_one_graph_for_each_signature() -> None:
     backend = Backend()
     own, net = small()

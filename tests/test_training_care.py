@@ -595,6 +595,7 @@ def test_batch_auto_leaves_nothing_of_its_probe(tmp_path: Path, monkeypatch: pyt
         return found
 
     monkeypatch.setattr(memory, "fitting_batch", watched)
+    monkeypatch.setattr(memory, "LARGEST", 2)
     config = training_models.config("t2i_adapter", tmp_path, steps=1, batch="auto")
     assert int(with_batch(config, join(config), lambda line: None).batch) >= 1
     assert probes[0]() is None

@@ -13,6 +13,7 @@ import torch
 from conftest import (
     CHANNELS,
     CROSS,
+    crossed,
     distance,
     half_mask,
     lines,
@@ -65,9 +66,9 @@ def run(controls: Any = (), pipe: Any = None, **more: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("shown", "scale", "end"), [({"canny": 1}, 0.7, 0.75), ({1: 2, "openpose": 3}, [0.9, 0.3], 1.0)]
+    ("shown", "scale", "end", "task"),
+    crossed([({"canny": 1}, 0.7, 0.75), ({1: 2, "openpose": 3}, [0.9, 0.3], 1.0)], TASKS),
 )
-@pytest.mark.parametrize("task", TASKS)
 def test_latents_are_the_peers(task: str, shown: dict[Any, int], scale: Any, end: float) -> None:
     images = {name: lines(seed) for name, seed in shown.items()}
     ours = run([Control(union(), images, scale=scale, end=end)], **TASKS[task])
@@ -116,8 +117,7 @@ class WithUnion(torch.nn.Module):
         )
 
 
-@pytest.mark.parametrize("scales", [[0.8], [0.8, 0.4]])
-@pytest.mark.parametrize("mode", ["prompt", "control"])
+@pytest.mark.parametrize(("scales", "mode"), crossed([[0.8], [0.8, 0.4]], ["prompt", "control"]))
 def test_modes_are_a_plain_loop(mode: Any, scales: list[float]) -> None:
     pixels = [torch.rand(1, 3, 64, 64, generator=seeds(k)) for k in (3, 4)]
     images = dict(zip([2, 5][: len(scales)], pixels, strict=False))
