@@ -12,6 +12,7 @@ import json
 import sys
 import time
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,9 @@ class Arm:
     name: str
     half: bool = True
     steps: int = STEPS
-    cache: dict[str, Any] = field(default_factory=lambda: {"every": None}, hash=False)
+    cache: dict[str, Any] = field(default_factory=lambda: {"every": None})
+    quantised: str | None = None
+    interval: tuple[float, float] = (0.0, 1.0)  # of the run, in which there is guidance
 
 
 def variants() -> list[Arm]:
@@ -51,25 +54,33 @@ def variants() -> list[Arm]:
     ]
 
 
-def made(pipe: Any, arm: Arm, asked: list[Any], control: Control) -> tuple[float, np.ndarray]:
+@cache
+def loaded(half: bool, quantised: str | None) -> Any:
+    pipe = AutoPipelineForText2Image.from_pretrained("default", torch_dtype=torch.bfloat16 if half else torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    if quantised is not None:
+        pipe.optimize(engine="eager", quantised=quantised)
+    return pipe
+
+
+def made(arm: Arm, asked: list[Any], control: Control) -> tuple[float, np.ndarray]:
     """Seconds, and pictures (B, 64, 64, 3) in [0, 1]."""
+    pipe = loaded(arm.half, arm.quantised)
     pipe.cache_steps(**arm.cache)
     generators = [torch.Generator().manual_seed(own.seed) for own in asked]
     call = {"guidance_scale": GUIDANCE, "generator": generators, "output_type": "latent"}
+    call |= {"guidance_interval": arm.interval}
     start = time.process_time()
     latents = pipe([own.prompt for own in asked], controls=[control], num_inference_steps=arm.steps, **call).images
     seconds = time.process_time() - start
     return seconds, pipe.decode(latents, "np")
 
 
-def measure(name: str) -> list[dict[str, Any]]:
+def measure(name: str, arms: list[Arm]) -> list[dict[str, Any]]:
+    """A row for each arm, of which the first is exact, under the control of that name."""
     import conditions
 
-    dtypes = (torch.float32, torch.bfloat16)
-    pipes = [AutoPipelineForText2Image.from_pretrained("default", torch_dtype=dtype) for dtype in dtypes]
-    for pipe in pipes:
-        pipe.set_progress_bar_config(disable=True)
-    asked, arms, compare = conditions.held_out(), variants(), measures_of("canny")[0].compare
+    asked, compare = conditions.held_out(), measures_of("canny")[0].compare
     seconds: dict[str, list[float]] = {arm.name: [] for arm in arms}
     decibels: dict[str, list[float]] = {arm.name: [] for arm in arms}
     followed: dict[str, list[float]] = {arm.name: [] for arm in arms}
@@ -78,7 +89,7 @@ def measure(name: str) -> list[dict[str, Any]]:
         found = [detect("canny", Image.fromarray(own.pixels)) for own in batch]
         exact = None
         for arm in arms:
-            took, pictures = made(pipes[arm.half], arm, batch, Control(name, found))
+            took, pictures = made(arm, batch, Control(name, found))
             exact = pictures if exact is None else exact
             seconds[arm.name].append(took)
             decibels[arm.name] += [psnr(a, b) for a, b in zip(pictures, exact, strict=True)]
@@ -134,6 +145,6 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    measured = [row for name in CONTROLS for row in measure(name)]
+    measured = [row for name in CONTROLS for row in measure(name, variants())]
     print(table(measured))
     print(json.dumps({"rows": measured, "bounds": bounds(measured)}))

@@ -555,7 +555,6 @@ BAD: dict[str, tuple[list[str], str]] = {
     "count": (["--count", "0"], "--count is 0"),
     "level": (["--optimize", "exakt"], "--optimize is 'exakt'; it must be one of exact, half, fast"),
     "engine": (["--engine", "packd"], "no engine 'packd'; there are eager, packed"),
-    "engine_elsewhere": (["--engine", "cudagraph"], "cudagraph is for CUDA, the pipeline is on cpu"),
     "two_number_types": (["--optimize", "half", "--dtype", "float32"], "leave out --dtype, or give --optimize exact"),
     "seed": (["--seed", "-1"], "--seed is -1; it must be 0 or more"),
     "recipe_too_long": (

@@ -12,19 +12,20 @@ from typing import Any
 import pytest
 import torch
 from conftest import components, distance, make_sd_unet, make_vae, pipeline
+from diffusers.models.attention_processor import AttnProcessor2_0
 from kandinsky_models import kandinsky3_components
 from test_loaders import save_lora
 from test_mixtures import KINDS, TASKS, run
 from test_step import small
 from torch import nn
 
-from diffusion_kit import Kandinsky3Pipeline, SDXLPipeline
+from diffusion_kit import AutoPipelineForText2Image, Kandinsky3Pipeline, SDXLPipeline
 from diffusion_kit.models import onednn
 from diffusion_kit.pipelines import engines
 from diffusion_kit.pipelines.optimize import half_of
 from diffusion_kit.sampling.engines import Engine
 from diffusion_kit.sampling.engines.files import whole_folder
-from diffusion_kit.sampling.engines.weights import content, park, sampled, state
+from diffusion_kit.sampling.engines.weights import content, meddled, park, sampled, state
 
 SAME = 1e-5
 
@@ -112,11 +113,20 @@ def test_a_lora_after_optimize_acts_and_goes(converted: Any, shallow: dict[str, 
         pipe.load_lora_weights(tmp_path, weight_name="a.safetensors", adapter_name="a")
         loaded = run(pipe=pipe)
         weak = run(pipe=pipe, cross_attention_kwargs={"scale": 0.5})
+        pipe.set_adapters("a", 2.0)
+        strong = run(pipe=pipe)
+        pipe.fuse_lora(lora_scale=0.6)
+        fused = run(pipe=pipe)
+        pipe.unfuse_lora()
         pipe.unload_lora_weights()
-        results.append([before, loaded, weak, run(pipe=pipe)])
+        results.append([before, loaded, weak, strong, fused, run(pipe=pipe)])
+        pipe.unet.to(torch.float16).to(torch.float32)
+        results[-1].append(run(pipe=pipe))
     for a, b in zip(*results, strict=True):
         assert distance(b, a) < SAME
     assert distance(results[0][1], results[0][0]) > 1e-2 < distance(results[0][2], results[0][1])
+    assert distance(results[0][3], results[0][1]) > 1e-2 < distance(results[0][4], results[0][3])
+    assert not torch.equal(results[0][6], results[0][5]), "rounded weights"
     assert not pipes[1].engine.notes
 
 
@@ -214,6 +224,92 @@ def test_what_cannot_be_converted_runs_as_it_is_and_says_so(folder: Path) -> Non
     assert "\n" not in engine.notes[0]
 
 
+@dataclass(frozen=True)
+class Layers:
+    """A network of one module."""
+
+    module: nn.Module
+
+    @property
+    def executed(self) -> tuple[Any, ...]:
+        return (self.module,)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self.module(x)
+
+
+RUNTIMES = ["openvino", pytest.param("aoti", marks=pytest.mark.heavy)]
+
+
+@pytest.fixture
+def runtime(request: pytest.FixtureRequest, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    if request.param == "openvino":
+        pytest.importorskip("openvino", reason="the extra openvino is not installed")
+    monkeypatch.setenv("DIFFUSION_KIT_CACHE", str(folder))
+    return engines.ENGINES[request.param]()
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES, indirect=True)
+def test_inputs_may_lie_in_memory_as_they_like(runtime: Any) -> None:
+    """Of one shape, whichever came first: repeated rows, which are one in memory, and a picture with channels last."""
+    for layer, shape in ((nn.Linear(4, 4), (1, 4)), (nn.Conv2d(4, 4, 3), (1, 4, 5, 6))):
+        network, run = Layers(layer), runtime.network(Layers(layer))
+        row, others = torch.randn(shape), torch.randn(2, *shape[1:])
+        with torch.no_grad():
+            for x in (row.expand_as(others), others, others.transpose(1, -1).contiguous().transpose(1, -1)):
+                assert distance(run(x), network(x)) < SAME
+    assert not runtime.notes
+
+
+MEDDLING: dict[str, Any] = {
+    "hook": lambda net: net[0].register_forward_hook(lambda *given: 3 * given[-1]),
+    "hook before": lambda net: net[1].register_forward_pre_hook(lambda _, given: (given[0] + 1,)),
+    "forward": lambda net: setattr(net[0], "forward", lambda x: 2 * x),
+}
+
+
+@pytest.mark.parametrize("runtime", ["openvino"], indirect=True)
+@pytest.mark.parametrize("how", MEDDLING)
+def test_what_is_done_to_a_part_is_not_left_out_of_a_copy(how: str, runtime: Any) -> None:
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    x, network, run = torch.randn(2, 4), Layers(net), runtime.network(Layers(net))
+    with torch.no_grad():
+        before = run(x)
+        assert meddled([net]) is None
+        MEDDLING[how](net)
+        assert torch.equal(run(x), network(x))
+        assert distance(network(x), before) > 1e-2
+    assert [note.partition(": ")[2] for note in runtime.notes] == [meddled([net])]
+
+
+def test_own_attention_of_an_autoencoder_is_seen() -> None:
+    class Own(AttnProcessor2_0):
+        pass
+
+    vae = make_vae()
+    assert meddled([vae.decoder]) is None
+    vae.set_attn_processor(Own())
+    assert meddled([vae.decoder]) == "it has attention processors of its own"
+
+
+@pytest.mark.parametrize("runtime", ["openvino"], indirect=True)
+def test_what_fails_when_it_runs_runs_as_it_is_from_then_on(runtime: Any) -> None:
+    network, x = Layers(nn.Linear(4, 4)), torch.randn(2, 4)
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("no memory\nat all")
+
+    with torch.no_grad():
+        runtime.network(network)(x)
+        ((key, known),) = runtime.made.items()
+        runtime.made[key] = known._replace(runner=fail)
+        for _ in range(2):
+            assert torch.equal(runtime.network(network)(x), network(x))
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            runtime.network(network)(torch.randn(2, 5))
+    assert runtime.notes[0] == "Layers runs as it is, OpenVINO cannot: no memory"
+
+
 def test_an_engine_that_is_not_here_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = pipeline(SDXLPipeline)
     with pytest.raises(ValueError, match="no engine 'openvin'; there are eager, packed, openvino"):
@@ -221,8 +317,9 @@ def test_an_engine_that_is_not_here_is_one_line(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(ValueError, match="level is 'exakt'; it must be exact, half, fast"):
         pipe.optimize("exakt")
     monkeypatch.setattr(engines.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"openvino is not installed: pip install 'diffusion_kit\[openvino\]'"):
-        pipe.optimize(engine="openvino")
+    told = pipe.optimize(engine="openvino")
+    assert "openvino is not installed: pip install 'diffusion_kit[openvino]': the fastest engine here" in told
+    assert pipe.optimize(engine="cudagraph").count("cudagraph is for CUDA, the pipeline is on cpu: the fastest") == 1
     told = pipe.optimize()
     assert "was the fastest over a block of the UNet" in told
     assert "openvino" not in told
@@ -259,8 +356,15 @@ def test_an_engine_that_could_not_is_not_the_fastest(monkeypatch: pytest.MonkeyP
             self.note("runs as it is")
             return network
 
-    monkeypatch.setattr(engines, "QUICK", ("eager", "failing"))
+    class Raising(Engine):
+        name = "raising"
+
+        def network(self, network: Any) -> Any:
+            raise RuntimeError("no memory")
+
+    monkeypatch.setattr(engines, "QUICK", ("eager", "failing", "raising"))
     monkeypatch.setitem(engines.ENGINES, "failing", Failing)
+    monkeypatch.setitem(engines.ENGINES, "raising", Raising)
     engine, seconds = engines.fastest(components()["unet"])
     assert (engine.name, list(seconds)) == ("eager", ["eager"])
 
@@ -274,12 +378,20 @@ def test_the_block_that_is_measured_has_attention() -> None:
     assert "eager: this network has no blocks to measure" in pipe.optimize()
 
 
-@pytest.mark.parametrize("more", [{"engine": "cudagraph"}, {"quantised": "int3"}])
+@pytest.mark.parametrize("more", [{"engine": "cudagrap"}, {"quantised": "int3"}])
 def test_what_is_refused_changes_nothing(more: dict[str, Any]) -> None:
     pipe = pipeline(SDXLPipeline, **copy.deepcopy(components()))
-    with pytest.raises(ValueError, match="cudagraph is for CUDA|quantised is 'int3'"):
+    with pytest.raises(ValueError, match="no engine 'cudagrap'|quantised is 'int3'"):
         pipe.optimize("half", **more)
     assert pipe.unet.dtype == torch.float32
+
+
+def test_half_is_of_controls_that_were_loaded_before_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onednn, "has_bfloat16", lambda: True)
+    pipe = AutoPipelineForText2Image.from_pretrained("default")
+    net = pipe.load_control("canny")
+    pipe.optimize("half", engine="eager")
+    assert {weight.dtype for own in (net, pipe.unet) for weight in own.parameters()} == {torch.bfloat16}
 
 
 def test_a_folder_that_nobody_fills_any_more_goes(tmp_path: Path) -> None:

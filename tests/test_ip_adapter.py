@@ -248,6 +248,18 @@ def test_ready_embeddings_are_the_peers_and_give_the_same(kind: str, guidance: f
     assert distance(run([Control(make_ip(kind), embeds[0])], guidance_scale=guidance), results[0]) < 1e-4
 
 
+def test_a_picture_is_looked_at_once_where_calls_share() -> None:
+    ip, pipe, looks = make_ip("plus"), pipeline(SDXLPipeline), []
+    ip.image_encoder = copy.deepcopy(ip.image_encoder)
+    ip.image_encoder.register_forward_hook(lambda *_: looks.append(1))
+    plain = [run([Control(ip, picture(k))], prompt=f"fox {k}", pipe=pipe) for k in (3, 4)]
+    looks.clear()
+    with pipe.sharing():
+        for k, number in ((3, 1), (4, 2), (3, 2)):
+            assert torch.equal(run([Control(ip, picture(k))], prompt=f"fox {k}", pipe=pipe), plain[k - 3])
+            assert len(looks) == number
+
+
 @pytest.mark.parametrize(("kind", "together"), [("plain", False), ("plus", True)])
 def test_picture_k_of_a_batch_is_the_picture_made_alone(kind: str, together: bool) -> None:
     ip, prompts = make_ip(kind), ["a red fox", "a blue bird"]

@@ -17,7 +17,7 @@ from kandinsky_models import WIDTH, prior_components
 from diffusion_kit.models.prior import PriorDenoiser, PriorPeerDenoiser, make_prior_denoiser
 from diffusion_kit.pipelines import kandinsky_prior
 from diffusion_kit.sampling.doors import Answer
-from diffusion_kit.sampling.engines import Compiled
+from diffusion_kit.sampling.engines import Compiled, Engine
 from diffusion_kit.sampling.loop import Run, sample
 from diffusion_kit.sampling.schedule import make_schedule
 
@@ -154,6 +154,19 @@ def test_one_negative_prompt_serves_every_prompt() -> None:
 
 ITEMS = [PROMPTS[0], picture(), torch.randn(1, 3, 32, 32, generator=seeds(8))]
 NEGATIVE: list[dict[str, Any]] = [{}, {"negative_prior_prompt": NEGATIVES[0]}, {"negative_prompt": NEGATIVES[1]}]
+
+
+def test_an_interpolation_is_a_call_before_which_an_engine_looks_at_weights() -> None:
+    class Looking(Engine):
+        looks = 0
+
+        def renew(self) -> None:
+            self.looks += 1
+
+    pipe = make(PLAIN[0])
+    pipe.engine = Looking()
+    interpolate(pipe)
+    assert pipe.engine.looks == 1
 
 
 def interpolate(pipe: Any, items: Any = ITEMS, weights: Any = (0.3, 0.3, 0.4), **more: Any) -> Any:

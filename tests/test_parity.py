@@ -6,6 +6,8 @@ case passes because the feature does nothing.
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -13,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import (
+    components,
     distance,
     half_mask,
     lines,
@@ -38,8 +41,12 @@ CONTROL, CONTROL_IMAGE, CONTROL_INPAINT = (
 )
 
 
-def run(module: Any, name: str, call: dict[str, Any], parts: dict[str, Any], output: str) -> torch.Tensor:
+def run(
+    module: Any, name: str, call: dict[str, Any], parts: dict[str, Any], output: str, engine: str | None = None
+) -> torch.Tensor:
     pipe = pipeline(getattr(module, name), **{key: make() for key, make in parts.items()})
+    if engine is not None:
+        pipe.optimize(engine=engine)
     generator = call.get("generator", lambda: seeds(1))()
     return pipe(**{**CALL, **call, "generator": generator}, output_type=output).images
 
@@ -226,6 +233,23 @@ def test_latents(name: str) -> None:
     assert distance(ours, theirs) < LATENTS
     if without.shape == ours.shape:
         assert distance(without, theirs) > 100 * LATENTS, "the feature does nothing"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of converted networks: many cases have the same."""
+    return tmp_path_factory.mktemp("engines")
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("engine", ["packed", "openvino"])
+@pytest.mark.parametrize("name", CASES)
+def test_latents_by_other_engines(name: str, engine: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DIFFUSION_KIT_CACHE", str(folder))
+    cls, feature, beside, parts = CASES[name]
+    theirs = run(diffusers, cls, {**beside, **feature}, parts, "latent")
+    own = {"unet": lambda: copy.deepcopy(components()["unet"]), **parts}
+    assert distance(run(diffusion_kit, cls, {**beside, **feature}, own, "latent", engine), theirs) < LATENTS
 
 
 @pytest.mark.parametrize("name", ["negative", "img2img", "inpaint", "adapter", "controlnet"])

@@ -10,6 +10,8 @@ import diffusers
 import pytest
 import torch
 from conftest import (
+    CROSS,
+    components,
     crossed,
     half_mask,
     light,
@@ -28,6 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from diffusion_kit import Control, SDXLPipeline
+from diffusion_kit.models import unet as executor
 from diffusion_kit.models.attention import installed
 from diffusion_kit.sampling.engines import Compiled, Engine
 from diffusion_kit.sampling.engines.exported import Flat, filled, leaves
@@ -113,6 +116,36 @@ def captured(pipe: Any, **call: Any) -> tuple[Any, Any, Any]:
     pipe.engine = Taking()
     pipe(**{"generator": seeds(1), "num_inference_steps": STEPS, "output_type": "latent", **call})
     return taken[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "task"),
+    crossed(
+        ["euler", "euler_ancestral", "ddim_clip", "ddpm_clip", "dpm", "dpm_sde_karras", "unipc", "lcm", "heun"],
+        ["text", "image", "inpaint"],
+    ),
+)
+def test_all_that_a_step_is_given_lies_where_the_networks_do(name: str, task: str, monkeypatch: Any) -> None:
+    """On a device without numbers, where whoever reads one on the host fails: before the first step, too."""
+    monkeypatch.setattr(executor, "absent", lambda weight: None)  # weights without numbers are no networks elsewhere
+    looked: list[Any] = []
+
+    class Looking(Engine):
+        def __call__(self, step: Any, state: torch.Tensor, tensors: Any) -> Any:
+            looked.append([*leaves(tensors), state])
+            return step
+
+    pipe = pipeline(SDXLPipeline, **copy.deepcopy({**components(), "scheduler": make(name)})).to("meta")
+    pipe.engine = Looking()
+    states, pooled = torch.zeros(1, 77, CROSS, device="meta"), torch.zeros(1, 32, device="meta")
+    call: dict[str, Any] = {"prompt_embeds": states, "pooled_prompt_embeds": pooled}
+    call |= {f"negative_{name}": value for name, value in call.items()}
+    if task != "text":
+        call |= {"image": picture(), "strength": 0.7, "mask_image": half_mask() if task == "inpaint" else None}
+    given = [dataclasses.replace(control, model=copy.deepcopy(control.model).to("meta")) for control in controls()]
+    pipe(**call, controls=given, generator=seeds(1), num_inference_steps=STEPS, output_type="latent")
+    assert len(looked) >= 4
+    assert {value.device.type for values in looked for value in values} == {"meta"}
 
 
 def runs_on_fake_cuda(step: Any, state: torch.Tensor, tensors: Any) -> None:

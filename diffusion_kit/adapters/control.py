@@ -158,18 +158,18 @@ class Site:
         return len(layout(self.unet, self.latent_size)[1])
 
     def mask(self, control: Control) -> Tensor | None:
-        """(rows or 1, 1, height, width) in [0, 1], or None."""
+        """(rows or 1, 1, height, width) in [0, 1] where it was given, or None."""
         if control.mask is None:
             return None
-        mask = mask_tensor(control.mask, self.height, self.width, self.prompts, self.per_prompt, "a control's mask")
-        return mask.to(self.device)
+        return mask_tensor(control.mask, self.height, self.width, self.prompts, self.per_prompt, "a control's mask")
 
     def weights(
         self, control: Control, fades: Sequence[float], positions: Sequence[int], scales: Sequence[float]
     ) -> list[Tensor]:
         """scale x mask x fade of the residuals at `positions` of the UNet's layout: (rows or 1, 1, h or 1, w or 1)."""
         places, _ = layout(self.unet, self.latent_size)
-        mask = self.mask(control)
+        given = self.mask(control)
+        mask = None if given is None else given.to(self.device)
         weights = []
         for fade, position in zip(fades, positions, strict=True):
             level, _, size = places[position]

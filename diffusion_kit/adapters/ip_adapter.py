@@ -20,6 +20,7 @@ from diffusion_kit.models.attention import Tokens, attention_layers, joint, spli
 from diffusion_kit.models.sources import find_weights, one_line, tensor_shapes
 from diffusion_kit.models.unet import Net, layout, obstacle
 from diffusion_kit.sampling.doors import Answer, Conditioning, Tree, branched, in_every, spread
+from diffusion_kit.sampling.engines import Engine, eager
 
 from .control import Control, EncodedControl, Site
 from .pictures import as_list, eight_bit
@@ -116,7 +117,7 @@ class IPAdapter(nn.Module):
         return adapter.eval()
 
     @torch.no_grad()
-    def embed(self, pictures: Sequence[Any]) -> tuple[Tensor, Tensor]:
+    def embed(self, pictures: Sequence[Any], engine: Engine = eager) -> tuple[Tensor, Tensor]:
         """(unconditional, conditional) embeddings of N pictures, each (N, D), of plus and full-face (N, patches, D).
 
         Args:
@@ -132,11 +133,11 @@ class IPAdapter(nn.Module):
             )
         pixels = torch.stack([self._pixels(picture) for picture in pictures])
         pixels = pixels.to(self.image_encoder.device, self.image_encoder.dtype)
+        see = engine.network(See(self.image_encoder, patches=self.reads != "projection_dim"))
         if self.reads == "projection_dim":
-            embeds = self.image_encoder(pixels).image_embeds
+            embeds = see(pixels)
             return torch.zeros_like(embeds), embeds
-        nothing = torch.zeros_like(pixels[:1])
-        states = self.image_encoder(torch.cat([nothing, pixels]), output_hidden_states=True).hidden_states[-2]
+        states = see(torch.cat([torch.zeros_like(pixels[:1]), pixels]))
         return states[:1].expand(len(pixels), -1, -1), states[1:]
 
     def _pixels(self, picture: Any) -> Tensor:
@@ -155,6 +156,23 @@ class IPAdapter(nn.Module):
 
 MODELS = (IPAdapter,)
 FILES = {"ip_adapter": IPAdapter.from_pretrained}
+
+
+@dataclass(frozen=True)
+class See:
+    """What an image encoder makes of pictures: an embedding (N, D) of each, or its patches (N, patches, D) before the last
+    layer."""
+
+    net: CLIPVisionModelWithProjection
+    patches: bool
+
+    @property
+    def executed(self) -> tuple[nn.Module, ...]:
+        return (self.net,)
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        seen = self.net(pixels, output_hidden_states=self.patches)
+        return seen.hidden_states[-2] if self.patches else seen.image_embeds
 
 
 @dataclass(frozen=True)
@@ -222,7 +240,7 @@ def _embeddings(adapter: IPAdapter, image: Any, site: Site) -> Sequence[Tensor]:
     counts = [len(group) for group in groups]
     if len(set(counts)) != 1 or not all(counts):
         raise ValueError(f"an IP-Adapter's image lists {counts} pictures; every prompt needs as many, at least one")
-    embeds = adapter.embed([picture for group in groups for picture in group])
+    embeds = adapter.embed([picture for group in groups for picture in group], site.engine)
     return [half.unflatten(0, (len(groups), -1)) for half in (embeds if site.guided else embeds[1:])]
 
 

@@ -67,6 +67,8 @@ def kit(case: Case, folder: Path, *, level: str = "exact", engine: str = "eager"
     pipe = SDXLPipeline.from_pretrained(folder, torch_dtype=dtype, add_watermarker=False).to(case.device)
     nets = load_controls(case, folder)
     pipe.optimize(level, engine=engine)
+    if pipe.engine.name != engine:
+        raise Absent("; ".join(pipe.notes))
     own = inputs(case)
     picture = own.pop("picture")
     controls = [Control(net, picture, end=case.end) for net in nets.values()]

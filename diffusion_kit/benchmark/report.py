@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -30,6 +31,8 @@ first run, "anonymous" what is no page of a file; "converting" is the peak of th
 that later lie on disk; "card" is the most that torch held of a card's memory. The error is the relative difference of the
 latents from diffusers' in the 2-norm. Other runtimes have the UNet alone, with diffusers' scheduler in a plain loop."""
 RUNTIMES = ("openvino", "onnxruntime")
+PACKAGE = Path(__file__).parents[1]
+ROOMS = ("adapters", "benchmark", "models", "pipelines", "sampling")
 PACKAGES = ("diffusion_kit", "torch", "diffusers", "transformers", "openvino", "onnxruntime")
 
 
@@ -81,6 +84,15 @@ def machine() -> dict[str, str]:
     }
 
 
+def code() -> str:
+    """A hash of the sources that are measured."""
+    digest = hashlib.sha256()
+    for room in ROOMS:
+        for file in sorted((PACKAGE / room).glob("**/*.py")):
+            digest.update(f"{file.relative_to(PACKAGE)}".encode() + file.read_bytes())
+    return digest.hexdigest()[:12]
+
+
 def _cpu_lines() -> list[str]:
     file = Path("/proc/cpuinfo")
     return file.read_text().splitlines() if file.is_file() else []
@@ -89,8 +101,9 @@ def _cpu_lines() -> list[str]:
 def lines_of(result: dict[str, Any]) -> list[str]:
     """A case's table in Markdown."""
     case = Case(**{**result["case"], "controls": tuple(result["case"]["controls"])})
+    sources = result.get("about", {}).get("code", "not noted")
     lines = [
-        f"**{case.name}** (peak measured {result['peak'] / 1e9:.0f} GFLOP/s)",
+        f"**{case.name}** (peak measured {result['peak'] / 1e9:.0f} GFLOP/s, sources {sources})",
         "",
         f"| | times {REFERENCE}, a step | a run | ms a step | GFLOP | operations | share of peak | peak MB | anonymous MB "
         "| converting MB | card MB | error |",
@@ -120,14 +133,14 @@ def spread(ratio: tuple[float, float, float] | None) -> str:
 
 
 def measured(cases: Sequence[Case], names: Sequence[str], out: Path, rounds: int) -> list[dict[str, Any]]:
-    """Results of the cases, printed and kept in `out` after each; one that is there, of the same contenders, rounds and
-    machine, is not run again.
+    """Results of the cases, printed and kept in `out` after each; one that is there, of the same contenders, rounds,
+    machine and code, is not run again.
 
     Raises:
         ValueError: `out` is there and holds something else.
     """
     results, found = kept(out), []
-    about = {"names": list(names), "rounds": rounds, "machine": machine()}
+    about = {"names": list(names), "rounds": rounds, "machine": machine(), "code": code()}
     with tempfile.TemporaryDirectory() as root:
         os.environ["DIFFUSION_KIT_CACHE"] = str(Path(root) / "converted")  # nobody wants random networks to stay
         for case in cases:

@@ -19,13 +19,12 @@ from .job import HALVED, Settings
 
 
 def check_execution(settings: Settings) -> None:
-    """The device, the level of --optimize, and whether the engine can execute there."""
+    """The device, the level of --optimize, and the engine's name."""
     if settings.optimize not in (None, *LEVELS):
         raise ValueError(f"--optimize is {settings.optimize!r}; it must be one of {', '.join(LEVELS)}")
     device = torch.device(device_of(settings))
-    asked = settings.engine if settings.engine != getattr(settings.old, "engine", None) else None
-    if asked is not None and (why := missing(asked, device, dtype_of(settings))) is not None:
-        raise ValueError(f"--engine {asked}: {why}")
+    if settings.engine is not None and settings.engine != getattr(settings.old, "engine", None):
+        missing(settings.engine, device, dtype_of(settings))  # raises where there is none of that name
 
 
 def device_of(settings: Settings) -> str:
@@ -79,13 +78,8 @@ def load_pipeline(settings: Settings, say: Callable[[str], None], *, debug: bool
 
 
 def _optimize(pipe: Any, settings: Settings, say: Callable[[str], None]) -> None:
-    """Says which engine was chosen and why; where an old recipe's engine is not here, another takes its place."""
-    name = settings.engine
-    own = settings.old is not None and name == settings.old.engine
-    if own and name is not None and (why := missing(name, pipe.device, pipe.dtype)) is not None:
-        say(f"made by the engine {name}, and {why}: pixels may differ by rounding")
-        name = None
-    pipe.optimize(settings.optimize, engine=name, low_memory=settings.low_memory)
+    """Says which engine was chosen and why."""
+    pipe.optimize(settings.optimize, engine=settings.engine, low_memory=settings.low_memory)
     for line in pipe.notes:
         say(line)
     pipe.engine.listener = say

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -10,9 +10,10 @@ from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.attention_processor import Attention
+from diffusers.models.attention_processor import Attention, XFormersAttnAddedKVProcessor, XFormersAttnProcessor
 from torch import Tensor, nn
 
+XFORMERS = (XFormersAttnProcessor, XFormersAttnAddedKVProcessor)
 Net = Any  # a network of diffusers: its parts are attributes that the type of nn.Module does not know
 
 
@@ -55,6 +56,29 @@ def attend(query: Tensor, tokens: Tokens, product: Product = F.scaled_dot_produc
     """weight x softmax(Q K^T / sqrt(d) + bias) V, (B, heads, queries, width)."""
     out = product(query, tokens.key, tokens.value, tokens.bias)
     return out if tokens.weight is None else tokens.weight * out
+
+
+@dataclass(frozen=True)
+class XFormers:
+    """xformers' product, by the operation that its processor was made with; torch's own where there is a bias, which
+    xformers wants laid out for every query."""
+
+    operation: Any = None
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
+        if bias is not None:
+            return F.scaled_dot_product_attention(query, key, value, bias)
+        from xformers.ops import memory_efficient_attention
+
+        parts = (part.transpose(1, 2) for part in (query, key, value))  # (B, tokens, heads, width)
+        return memory_efficient_attention(*parts, op=self.operation).transpose(1, 2)
+
+
+def product_of(layers: Iterable[tuple[str, Attention]], product: Product) -> Product:
+    """xformers' for a network on which diffusers has set it, else the one that is given."""
+    processors = (layer.processor for _, layer in layers)
+    own = next((own for own in processors if type(own) in XFORMERS), None)
+    return product if own is None else XFormers(own.attention_op)
 
 
 @dataclass(frozen=True)
@@ -116,14 +140,15 @@ _processors: WeakKeyDictionary[nn.Module, dict[Product, dict[str, Any]]] = WeakK
 
 @contextmanager
 def installed(*nets: nn.Module, product: Product = F.scaled_dot_product_attention) -> Iterator[None]:
-    """The executor's attention, by that product, inside the block; afterwards every network has the processors that it had
-    before."""
+    """The executor's attention, by that product or by xformers', inside the block; afterwards every network has the
+    processors that it had before."""
     with ExitStack() as stack:
         for net in nets:
             layers = attention_layers(net)
-            own = _processors.setdefault(net, {}).setdefault(product, {})
+            chosen = product_of(layers, product)
+            own = _processors.setdefault(net, {}).setdefault(chosen, {})
             for name, layer in layers if not own else ():
-                own[name] = (_AttendJointly if joint(layer) else _Attend)(name, product)
+                own[name] = (_AttendJointly if joint(layer) else _Attend)(name, chosen)
             for name, layer in layers:
                 stack.callback(setattr, layer, "processor", layer.processor)
                 layer.processor = own[name]

@@ -70,10 +70,13 @@ def obstacle(dtype: torch.dtype) -> str | None:
             linear, convolve = nn.Linear(16, 32).to(dtype), nn.Conv2d(16, 32, 3).to(dtype)
             both = linear.bias, linear.bias
             flat, square = torch.ones(2, 16, dtype=dtype), torch.ones(2, 16, 8, 8, dtype=dtype)
+            own = convolve.weight.detach()
             pairs = [
                 (linear(flat), product(flat, laid_out(linear, linear.weight.detach()), linear.bias)),
                 (linear(flat), product(flat, linear.weight, linear.bias)),
-                (convolve(square), convolution(square, convolve, laid_out(convolve, convolve.weight.detach()))),
+                (convolve(square), convolution(square, convolve, laid_out(convolve, own))),
+                (convolve(square), convolution(square, convolve, laid_out(convolve, own, square.shape))),
+                (own, laid_out(convolve, own).to_dense()),
                 (
                     linear(flat) * F.gelu(linear(flat)),
                     gated(flat, *(laid_out(linear, linear.weight.detach()),) * 2, both),

@@ -109,8 +109,10 @@ class PackedConv2d(Packed, nn.Conv2d):  # type: ignore[override]
         own: Weight | None = self.__dict__.get("_packed")
         if own is None or input.ndim != 4 or not own.fits(input):
             return nn.Conv2d.forward(unpack(self), input)
-        own = self.__dict__["_packed"] = own.suiting(self, input.shape)
-        return onednn.convolution(input, self, own.parts[0])
+        suiting = own.suiting(self, input.shape)
+        if self.__dict__.get("_packed") is own:  # nobody has looked at it meanwhile
+            self.__dict__["_packed"] = suiting
+        return onednn.convolution(input, self, suiting.parts[0])
 
 
 class Lent(nn.Module):

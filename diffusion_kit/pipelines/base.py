@@ -226,15 +226,16 @@ class ControlledPipeline(DiffusionPipeline):
 
         Args:
             level: "exact", the same picture; "half", with weights of half precision; "fast", half, with a step cache.
-            engine: what executes the networks, by name ("eager", "packed", "openvino", "inductor") or itself. None is the
-                one that a short measurement finds fastest.
+            engine: what executes the networks, by name ("eager", "packed", "openvino", "aoti", "inductor", "cudagraph") or
+                itself. None is the one that a short measurement finds fastest, which also takes the place of one that is
+                not here.
             low_memory: encoders are in memory while they run only (on an accelerator every network is), and pictures
                 larger than the autoencoder was made for are decoded in tiles.
             quantised: "int8" (weights of linear layers in 8 bits) or "int8_dynamic" (what they are given, too), by torchao;
                 it stays until the pipeline is loaded again.
 
         Raises:
-            ValueError: no such level or way to quantise, or no such engine here.
+            ValueError: no such level, way to quantise or engine.
         """
         optimize(self, level, engine, low_memory, quantised)
         return self.explain()

@@ -53,16 +53,6 @@ def missing(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     return onednn.obstacle(dtype) if name == "packed" else None
 
 
-def make_engine(name: str, device: torch.device, dtype: torch.dtype) -> Engine:
-    """
-    Raises:
-        ValueError: no such engine, or not here.
-    """
-    if (why := missing(name, device, dtype)) is not None:
-        raise ValueError(f"engine {name!r}: {why}")
-    return ENGINES[name]()
-
-
 def fastest(unet: Any) -> tuple[Engine, dict[str, float]]:
     """The engine that is fastest over a piece of a UNet, and the seconds of each; eager, and none, for a UNet whose pieces
     are not known. Those that compile for minutes are left out: they are used where they are asked for."""
@@ -76,8 +66,8 @@ def fastest(unet: Any) -> tuple[Engine, dict[str, float]]:
         engines = {
             name: OpenVINO(Path(folder), parks=False) if name == "openvino" else ENGINES[name]() for name in names
         }
-        for _ in range(ROUNDS):
-            for name, engine in engines.items():
+        for name, engine in [*engines.items()] * ROUNDS:
+            try:
                 run = (
                     engine.captured(probe, inputs, "a block")  # it leaves single networks as they are
                     if isinstance(engine, CudaGraphs)
@@ -85,7 +75,11 @@ def fastest(unet: Any) -> tuple[Engine, dict[str, float]]:
                 )
                 run(*inputs)  # lays weights out, or converts
                 seconds[name].append(timed(lambda run=run: run(*inputs), unet.device))
-                unpack_all(probe.executed)
+            except Exception as error:
+                if name == "eager":
+                    raise
+                engine.cannot("a block", error)
+            unpack_all(probe.executed)
     medians = {name: median(own) for name, own in seconds.items() if not engines[name].notes}
     return ENGINES[min(medians, key=medians.__getitem__)](), medians
 

@@ -272,6 +272,8 @@ class PriorPipeline(ControlledPipeline):
                 f"{len(weights)} weights for {len(images_and_prompts)} texts and pictures: give each its own"
             )
 
+        self.engine.renew()
+
         def prior(text: str) -> KandinskyPriorPipelineOutput:
             call = PriorCall(
                 prompt=text,

@@ -26,7 +26,7 @@ from diffusion_kit.models.unet import obstacle
 from diffusion_kit.sampling.engines import Engine, eager
 from diffusion_kit.sampling.engines.weights import plain_parts
 
-from .engines import fastest, make_engine
+from .engines import ENGINES, fastest, missing
 from .memory import set_low_memory
 from .quantised import check_quantised, quantise
 
@@ -41,24 +41,17 @@ def optimize(pipe: Any, level: str, engine: str | Engine | None, low_memory: boo
     """Sets a pipeline's precision, step cache, engine and use of memory; `pipe.notes` says what was not possible.
 
     Raises:
-        ValueError: no such level or way to quantise, or no such engine here.
+        ValueError: no such level, way to quantise or engine.
     """
     if level not in LEVELS:
         raise ValueError(f"level is {level!r}; it must be {', '.join(LEVELS)}")
     device, dtype = pipe._execution_device, pipe.unet.dtype
-    if level != "exact":
-        dtype = half_of(device, dtype)
-    named = make_engine(engine, device, dtype) if isinstance(engine, str) else engine
+    dtype = dtype if level == "exact" else half_of(device, dtype)
+    lack = missing(engine, device, dtype) if isinstance(engine, str) else None
     if quantised is not None:
         check_quantised(quantised)
     pipe.notes = []
-    if level != "exact":
-        with without_empty_warnings():
-            pipe.to(dtype)
-        if dtype == torch.float32:
-            pipe.notes.append(f"{NO_HALF}: weights are in float32")
-    elif pipe.unet.dtype != torch.float32:
-        pipe.notes.append(f"weights are in {name_of(pipe.unet.dtype)}: for float32 load the pipeline again")
+    _set_precision(pipe, level, dtype)
     if quantised is not None:
         quantise(pipe, quantised)
     pipe.cache_steps(None)
@@ -67,9 +60,28 @@ def optimize(pipe: Any, level: str, engine: str | Engine | None, low_memory: boo
             pipe.cache_steps(**FAST)
         except ValueError as error:
             pipe.notes.append(str(error))
+    if lack is not None:
+        pipe.notes.append(f"{lack}: the fastest engine here takes its place, pixels may differ by rounding")
+        engine = None
     # An engine is measured before networks leave the device or memory.
+    named = ENGINES[engine]() if isinstance(engine, str) else engine
     pipe.engine = named or _fastest(pipe, low_memory)
     set_low_memory(pipe, low_memory)
+
+
+def _set_precision(pipe: Any, level: str, dtype: torch.dtype) -> None:
+    """The number type of every network of the pipeline and of controls that are loaded, where the level asks for one."""
+    if level == "exact":
+        if dtype != torch.float32:
+            pipe.notes.append(f"weights are in {name_of(dtype)}: for float32 load the pipeline again")
+        return
+    with without_empty_warnings():
+        pipe.to(dtype)
+    for control in pipe.__dict__.get("_base_controls", {}).values():
+        if isinstance(control, nn.Module):
+            control.to(dtype)
+    if dtype == torch.float32:
+        pipe.notes.append(f"{NO_HALF}: weights are in float32")
 
 
 def half_of(device: torch.device, dtype: torch.dtype = torch.float32) -> torch.dtype:
@@ -149,10 +161,17 @@ def executor_of(pipe: Any, name: str, net: Any) -> str:
     if isinstance(net, ControlLoRA):
         return "as what the UNet becomes with it"
     if "text_encoder" in name or name == "prior_prior":
-        return "by eager" if pipe.low_memory else f"by {pipe.engine.name}"
+        return "by eager" if pipe.low_memory or pipe.engine.only_steps else f"by {pipe.engine.name}"
     if name in ("vae", "movq"):
-        return f"by {pipe.engine.name}, its encoder as it is"
+        if pipe.engine.only_steps:
+            return "by eager"
+        pieces = ", large or several pictures too" if in_pieces(net) else ""
+        return f"by {pipe.engine.name}, its encoder{pieces} as it is"
     return "as it is, before the first step"
+
+
+def in_pieces(vae: Any) -> bool:
+    return any(getattr(vae, f"use_{name}", False) for name in ("tiling", "slicing"))
 
 
 def sizes_of(net: Any) -> Counter[torch.dtype]:

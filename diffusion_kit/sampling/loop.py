@@ -138,7 +138,7 @@ def _step(run: Run, k: int, noise: Tensor | None, rows: int, device: torch.devic
         branches=branches,
         offset=offset is not None,
         rescaled=branches > 1 and run.guidance_rescale > 0,
-        scaled=bool(run.prepared("scaled", lambda: bool((schedule.input_scale != 1).any()))),
+        scaled=schedule.scaled,
         dtype=run.dtype,
         noise=noise is not None,
         clip_range=None if transition is None else transition.clip_range,

@@ -20,7 +20,7 @@ class Schedule:
 
     Attributes:
         timesteps: (n,) what the network is told.
-        input_scale: (n,) the network sees input_scale x latents.
+        input_scale: (n,) the network sees input_scale x latents; `scaled` says whether one of them is not 1.
         noise_level: (n + 1, 2) a and b of x = a image + b noise at each call and after the last, (1, 0).
         clean: (n, 2) p and q of the predicted clean sample x0 = p x + q m.
         init_scale: standard deviation of the latents at the start of text-to-image.
@@ -34,6 +34,7 @@ class Schedule:
 
     timesteps: Tensor
     input_scale: Tensor
+    scaled: bool
     noise_level: Tensor
     clean: Tensor
     init_scale: float
@@ -121,6 +122,7 @@ def make_schedule(
     return Schedule(
         timesteps=times[:n].to(device),
         input_scale=torch.tensor(scales[:n]).to(device),
+        scaled=any(scale != 1 for scale in scales[:n]),
         noise_level=torch.tensor(levels[:n] + [(1.0, 0.0)]).to(device),
         clean=torch.tensor(clean[:n]).to(device),
         init_scale=float(scheduler.init_noise_sigma),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import platform
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,9 @@ from torch import Tensor
 from diffusion_kit.sampling.doors import Tree
 
 from .converting import Converting
-from .exported import Flat, filled, leaves, outputs_of, wide
+from .exported import Flat, filled, leaves, outputs_of, plain
+
+CPU = Path("/proc/cpuinfo")
 
 
 class AOTI(Converting):
@@ -28,11 +32,19 @@ class AOTI(Converting):
             torch._inductor.aoti_compile_and_package(exported, package_path=str(new / "model.pt2"))
 
     def machine(self) -> str:
-        """Its loops are made for so many threads and these instructions."""
-        return f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+        """Its loops are made for so many threads and these instructions, its kernels for this kind of card."""
+        card = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+        return f"{torch.get_num_threads()} threads, {instructions()}, {card}"
 
     def load(self, folder: Path, network: Any, inputs: Tree) -> Any:
         return Package(torch._inductor.aoti_load_package(str(folder / "model.pt2")), outputs_of(network, inputs))
+
+
+@cache
+def instructions() -> str:
+    """What the processor knows: a compiler takes all of it."""
+    lines = CPU.read_text().splitlines() if CPU.is_file() else []
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
 
 
 @dataclass(frozen=True)
@@ -43,7 +55,7 @@ class Package:
     outputs: Tree
 
     def __call__(self, *inputs: Tree) -> Tree:
-        results = self.run(*map(wide, leaves(inputs)))
+        results = self.run(*map(plain, leaves(inputs)))
         return filled(
             self.outputs, [own.to(like.dtype) for own, like in zip(results, leaves(self.outputs), strict=True)]
         )

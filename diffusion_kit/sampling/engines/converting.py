@@ -20,12 +20,12 @@ from diffusion_kit.sampling.doors import Tree, shapes
 from diffusion_kit.sampling.step import Step
 
 from .engine import Engine, StepFunction
-from .exported import Flat, leaves, wide
+from .exported import Flat, leaves, plain
 from .files import whole_folder
 from .pages import forget
-from .weights import content, park, sampled, state
+from .weights import content, meddled, park, sampled, state
 
-PACKAGES = ("torch", "diffusers", "diffusion_kit")  # on whose versions a conversion depends
+PACKAGES = ("torch", "diffusers", "transformers", "peft", "diffusion_kit")  # on whose versions a conversion depends
 
 
 class Converting(Engine, ABC):
@@ -67,17 +67,37 @@ class Converting(Engine, ABC):
     def network(self, network: Any) -> Any:
         return Converted(network, self) if network.executed else network
 
+    def run(self, network: Any, inputs: tuple[Tree, ...]) -> Tree:
+        """What the network makes of the inputs, by the runtime where that can be."""
+        if (why := meddled(network.executed)) is not None:
+            self.cannot(type(network).__name__, RuntimeError(why))
+            return network(*inputs)
+        runner = self.runner(network, inputs)
+        try:
+            return runner(*inputs)
+        except Exception as error:  # a runtime may raise anything
+            if runner == network:
+                raise
+            self.cannot(type(network).__name__, error)
+            self.made[self._key(network, inputs)] = self._known(network, network)
+            return network(*inputs)
+
     def runner(self, network: Any, inputs: Tree) -> Any:
         """The network as the runtime runs it for inputs of these shapes, or as it is where that cannot be."""
-        key = (network, shapes(inputs), torch.get_num_threads())
+        key = self._key(network, inputs)
         self.used.add(key)
         known = self.made.get(key)
         if known is None or known.state != state(network.executed):
             # A call needs the memory of what it uses; what was made for another size is on disk.
             self.made = {k: own for k, own in self.made.items() if k in self.used and k != key}
-            runner = self._make(network, inputs)
-            known = self.made[key] = Made(runner, state(network.executed), sampled(network.executed))
+            known = self.made[key] = self._known(self._make(network, inputs), network)
         return known.runner
+
+    def _key(self, network: Any, inputs: Tree) -> Hashable:
+        return network, shapes(inputs), torch.get_num_threads()
+
+    def _known(self, runner: Any, network: Any) -> Made:
+        return Made(runner, state(network.executed), sampled(network.executed))
 
     def _make(self, network: Any, inputs: Tree) -> Any:
         try:
@@ -99,7 +119,7 @@ class Converting(Engine, ABC):
         with whole_folder(folder) as new:
             if new is not None:
                 with torch.no_grad():
-                    self.convert(Flat(network, inputs).eval(), tuple(map(wide, leaves(inputs))), new)
+                    self.convert(Flat(network, inputs).eval(), tuple(map(plain, leaves(inputs))), new)
         return folder
 
 
@@ -123,4 +143,4 @@ class Converted:
         return self.network.executed
 
     def __call__(self, *inputs: Tree) -> Tree:
-        return self.engine.runner(self.network, inputs)(*inputs)
+        return self.engine.run(self.network, inputs)

@@ -35,12 +35,14 @@ class Engine:
         notes: what it did otherwise than it was asked, a line each; a `listener` is told of each at once.
         attention: of the signature of torch's scaled_dot_product_attention.
         runtime: what it calls itself in a note.
+        only_steps: it runs whole steps, and leaves networks outside them as they are.
         copies: it has a copy of the weights for every set of inputs, so that a network should have the same in every step.
     """
 
     name = "eager"
     runtime = ""  # its name
     attention: Callable[..., Tensor] = staticmethod(F.scaled_dot_product_attention)
+    only_steps = False
     copies = False
 
     def __init__(self) -> None:

@@ -60,6 +60,11 @@ def wide(value: Tensor) -> Tensor:
     return value.float() if value.dtype == torch.bfloat16 else value
 
 
+def plain(value: Tensor) -> Tensor:
+    """As a runtime takes it, which knows of shapes and not of strides: wide, and contiguous."""
+    return wide(value).contiguous()
+
+
 def without_numbers(tree: Tree) -> Tree:
     """The tree with tensors that have shapes and types only."""
     return filled(tree, [torch.empty(leaf.shape, dtype=leaf.dtype, device="meta") for leaf in leaves(tree)])

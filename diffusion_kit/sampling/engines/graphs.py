@@ -12,7 +12,7 @@ from diffusion_kit.sampling.step import Step
 
 from .engine import Engine, StepFunction
 from .recent import Recent
-from .weights import settings
+from .weights import meddled, settings
 
 GRAPHS = 32  # that are kept
 
@@ -21,17 +21,24 @@ class Graphs(Engine, ABC):
     """Engines that have a graph for each signature: the step, the shapes of its tensors, and what is set on its modules,
     which is a constant of the graph. A step without a graph runs as it is."""
 
+    only_steps = True
+
     def __init__(self) -> None:
         super().__init__()
         self.graphs: Recent[StepFunction] = Recent(GRAPHS)
         self.settings: dict[nn.Module, Hashable] = {}
+        self.meddled: str | None = None
 
     def begin(self, nets: Iterable[nn.Module]) -> None:
         self.settings = {net: settings(net) for net in nets}
+        self.meddled = meddled(self.settings)
 
     def __call__(self, step: Step, state: Tensor, tensors: Tree) -> StepFunction:
         if step.own_forward:
             self.note(f"eager: {self.name} leaves networks that run through their own forward as they are")
+            return step
+        if self.meddled is not None:
+            self.cannot("a step", RuntimeError(self.meddled))
             return step
         signature = (step, shapes(state), shapes(tensors), tuple(self.settings.get(net) for net in step.executed))
         return self.graphs.get(signature, lambda: self.make(step, state, tensors))

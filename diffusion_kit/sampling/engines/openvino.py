@@ -12,7 +12,7 @@ from torch import Tensor
 from diffusion_kit.sampling.doors import Tree
 
 from .converting import PACKAGES, Converting
-from .exported import Flat, filled, leaves, outputs_of, version, wide
+from .exported import Flat, filled, leaves, outputs_of, plain, version
 from .pages import without_pages_of
 
 PRECISIONS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
@@ -68,7 +68,7 @@ class Request:
         known, before, _ = self.given.get(k, (None, None, None))
         now = version(value)
         if known is not value or before != now:
-            held = wide(value).contiguous()  # the request reads it where it lies
+            held = plain(value)  # the request reads it where it lies
             self.request.set_input_tensor(k, openvino.Tensor(held.numpy(), shared_memory=True))
             self.given[k] = (value, now, held)
 

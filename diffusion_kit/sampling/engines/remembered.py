@@ -11,7 +11,7 @@ from diffusion_kit.sampling.doors import Tree, shapes
 
 from .engine import Engine, eager
 from .exported import leaves
-from .weights import content_of, state
+from .weights import content_of, sampled, state
 
 LIMIT = 256 << 20  # bytes of answers
 
@@ -42,7 +42,8 @@ class Remembered(Engine):
         run = self.inner.network(network)
 
         def ask(*inputs: Tree) -> Tree:
-            key = (self.name, network, state(network.executed), shapes(inputs), _digest(inputs))
+            weights = state(network.executed), tuple(sampled(network.executed))
+            key = (self.name, network, weights, shapes(inputs), _digest(inputs))
             return self.answers.get(key, lambda: run(*inputs))
 
         return ask

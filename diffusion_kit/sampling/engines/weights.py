@@ -20,6 +20,7 @@ SET = (  # on a module, beside its tensors: by peft on a LoRA layer, by FreeU on
     *("scaling", "_active_adapter", "merged_adapters", "_disable_adapters"),
     *("s1", "s2", "b1", "b2"),
 )
+LIBRARIES = ("diffusers", "diffusion_kit", "transformers")
 SAMPLES = 8  # of a weight
 ALIGNED = 64  # bytes, to which tensors lie in a file
 
@@ -40,12 +41,32 @@ def settings(net: nn.Module) -> Hashable:
     return tuple((own.training, *_set_on(own)) for own in net.modules())
 
 
+def meddled(nets: Iterable[nn.Module]) -> str | None:
+    """What was done to a part of a network that a copy of it would not do, or would do for ever; None if nothing."""
+    for module in (module for net in nets for module in net.modules()):
+        held = vars(module)
+        if any(map(_foreign, (*module._forward_hooks.values(), *module._forward_pre_hooks.values()))):
+            return "a part of it has hooks"
+        if "forward" in held and "_hf_hook" not in held:
+            return "the forward of a part of it was replaced"
+        processor = held.get("processor")
+        if processor is not None and _foreign(type(processor)):
+            return "it has attention processors of its own"
+    return None
+
+
+def _foreign(function: Any) -> bool:
+    """Whether a function or class is none of the libraries that networks are made of, whose own a conversion follows:
+    transformers takes hidden states by hooks."""
+    return str(getattr(function, "__module__", "")).partition(".")[0] not in LIBRARIES
+
+
 @torch.no_grad()
 def sampled(nets: Iterable[nn.Module]) -> list[int]:
     """Sums of some of the bits of every weight: who edits `.data` leaves no trace in `state`. Of weights that lie in a file
-    no page stays in memory, although the system brings many where one is looked at."""
+    no page stays in memory, although the system brings many where one is looked at; packed ones are not looked at."""
     pages = FilePages()
-    return [_some_bits(value, pages) for net in nets for module in net.modules() for value in _own(module)]
+    return [_some_bits(value, pages) for net in nets for module in net.modules() for value in _held(module)]
 
 
 def _some_bits(value: Tensor, pages: FilePages) -> int:
@@ -61,6 +82,12 @@ def _own(module: nn.Module) -> Iterator[Tensor]:
     return (part for value in held if value is not None for part in plain_parts(value))
 
 
+def _held(module: nn.Module) -> Iterator[Tensor]:
+    """The same without a look at it: a packed layer stays packed, and its weight is left out."""
+    held = (*vars(module)["_parameters"].values(), *vars(module)["_buffers"].values())
+    return (part for value in held if value is not None for part in plain_parts(value))
+
+
 def plain_parts(value: Any) -> Iterator[Tensor]:
     """The tensors that a tensor is made of: one, or of a quantised one its numbers and scales."""
     if not is_traceable_wrapper_subclass(value):
@@ -73,12 +100,10 @@ def plain_parts(value: Any) -> Iterator[Tensor]:
 def _versions(module: nn.Module) -> Iterator[Hashable]:
     """Of each tensor; of a weight in a layout of its own the number of that layout (see `models.packed`), since to look at
     the weight would end it."""
-    held = vars(module)
-    for value in (*held["_parameters"].values(), *held["_buffers"].values()):
-        for part in () if value is None else plain_parts(value):
-            yield part.data_ptr(), None if part.is_inference() else part._version, part.dtype, part.device
-    if "_packed" in held:
-        yield held["_packed"].number
+    for part in _held(module):
+        yield part.data_ptr(), None if part.is_inference() else part._version, part.dtype, part.device
+    if "_packed" in vars(module):
+        yield vars(module)["_packed"].number
 
 
 def _set_on(module: nn.Module) -> list[str]:
@@ -90,12 +115,12 @@ def content(nets: Iterable[nn.Module]) -> str:
     """A hash of what the modules are and of their weights: the same on every machine and in every run."""
     digest = hashlib.sha256()
     for net in nets:
-        digest.update(f"{net}{_settings(net)}".encode())
         for name, module in net.named_modules():
             digest.update(f"{name}{module.training}{_set_on(module)}".encode())
             for value in _own(module):
                 digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
                 digest.update(content_of(value))
+        digest.update(f"{net}{_settings(net)}".encode())  # last: packed layers that were looked at are plain ones
     return digest.hexdigest()
 
 
