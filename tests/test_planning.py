@@ -214,10 +214,10 @@ def test_overlap_is_what_the_document_says() -> None:
 def test_it_stops_at_the_first_that_fits(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(PLAN + ".Networks", lambda config, cpu: replace(measured("unet"), cpu=cpu))
+    monkeypatch.setattr(PLAN + ".Networks", lambda config, cpu: replace(measured("t2i_adapter"), cpu=cpu))
     file = tmp_path / "config.yaml"
-    file.write_text(config("unet").dump())
-    device = [own.need.sums[0] for own in rungs("unet", 2)]
+    file.write_text(config("t2i_adapter").dump())
+    device = [own.need.sums[0] for own in rungs("t2i_adapter", 2)]
     told = f"{(device[1] + device[2]) / 2 / 1e9}"
     assert main(["launch", str(file), "--plan", "--devices", "2", "--memory", told]) == 0
     printed = capsys.readouterr().out
@@ -237,9 +237,9 @@ def test_processes_on_cpus_share_their_machine(monkeypatch: pytest.MonkeyPatch) 
     """And what is offloaded lies in the same memory."""
     monkeypatch.setattr(machine, "memory", lambda: 8e12)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(PLAN + ".Networks", lambda config, cpu: replace(measured("unet"), cpu=cpu))
+    monkeypatch.setattr(PLAN + ".Networks", lambda config, cpu: replace(measured("t2i_adapter"), cpu=cpu))
     said: list[str] = []
-    found = plan(config("unet", launch={"processes": 4}), said.append)
+    found = plan(config("t2i_adapter", launch={"processes": 4}), said.append)
     assert found is not None
     assert any("each of 4 processes may take 2000 GB" in line for line in said)
     own = found.need
