@@ -246,12 +246,14 @@ def give_back(module: nn.Module) -> None:
 
 
 def can_be_packed(layer: Any) -> bool:
-    if type(layer) not in CLASSES or layer._parameters.get("weight") is None or references(layer) != alone():
+    # A weight of 8 bits has no memory of its own to be looked at; and a name for the weight here would be counted.
+    if type(layer) not in CLASSES or type(layer._parameters.get("weight")) is not nn.Parameter:
+        return False
+    if references(layer) != alone():
         return False
     weight = layer._parameters["weight"]
     return (
-        type(weight) is nn.Parameter
-        and weight.device.type == "cpu"
+        weight.device.type == "cpu"
         and onednn.obstacle(weight.dtype) is None
         and not (weight.is_inference() or weight.grad is not None or (weight.is_shared() and not is_parked(weight)))
         and not {"forward", "_conv_forward"} & vars(layer).keys()
