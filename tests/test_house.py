@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import inspect
 import subprocess
 import sys
@@ -103,3 +104,9 @@ def test_links_at_the_root_lead_to_the_rooms() -> None:
         link = ROOT.parent / name
         if link.exists():  # an installed package has no root
             assert link.resolve() == ROOT / name
+
+
+@pytest.mark.parametrize("file", sorted(ROOT.parent.glob("benchmarks/*.py")), ids=lambda file: file.stem)
+def test_no_script_has_the_name_of_a_package(file: Path) -> None:
+    """A script's folder is the first that is searched: torch, asking for `cuda`, once found a benchmark."""
+    assert importlib.util.find_spec(file.stem) is None

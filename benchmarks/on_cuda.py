@@ -1,6 +1,6 @@
 """Levels and engines beside diffusers on a CUDA card, at SDXL's own width and 1024 x 1024 pixels: docs/benchmarks-cuda.md.
 
-python benchmarks/cuda.py
+python benchmarks/on_cuda.py
 
 Goes on where it was stopped: results are kept in outputs/cuda.json.
 """
