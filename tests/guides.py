@@ -21,7 +21,7 @@ PIECE = re.compile(
     re.M | re.S,
 )
 SIZES = {"1024": "64", "768": "128", "512": "64", "384": "64", "250": "40"}  # pixels in the guides: pixels here
-FEW = {"num_inference_steps": 8, "prior_num_inference_steps": 4}
+FEW = {"num_inference_steps": 5, "prior_num_inference_steps": 4}
 SMALL = {"height": 64, "width": 64}
 
 

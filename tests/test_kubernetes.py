@@ -293,7 +293,7 @@ dist.destroy_process_group()
 """
 
 
-@pytest.mark.parametrize("kind", light(["TrainJob", "Job", "elastic"], "elastic"))
+@pytest.mark.parametrize("kind", light(["TrainJob", "Job", "elastic"]))
 def test_machines_find_one_another(kind: str, tmp_path: Path) -> None:
     own = job("PyTorchJob" if kind == "elastic" else kind, **({"elastic": {"max": 2}} if kind == "elastic" else {}))
     script, port = tmp_path / "meet.py", free_port()

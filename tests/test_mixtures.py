@@ -117,7 +117,7 @@ def test_a_batch_under_all_is_its_single_runs() -> None:
         assert distance(single, batch[k : k + 1]) < 1e-4
 
 
-@pytest.mark.parametrize("cache", [None, 2])
+@pytest.mark.parametrize("cache", light([None, 2], 2))
 def test_all_at_once_on_fake_cuda_tensors(cache: int | None) -> None:
     """A host read or a CPU tensor inside a step raises there; a step cache gives what it keeps behind the prediction."""
     pipe = pipeline(SDXLPipeline, vae=make_vae(4))

@@ -13,7 +13,18 @@ from typing import Any
 import pytest
 import test_kandinsky
 import torch
-from conftest import components, crossed, distance, lines, make_adapter, make_controlnet, make_vae, pipeline, seeds
+from conftest import (
+    components,
+    crossed,
+    distance,
+    light,
+    lines,
+    make_adapter,
+    make_controlnet,
+    make_vae,
+    pipeline,
+    seeds,
+)
 from diffusers.models.activations import GEGLU
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from test_loaders import save_lora
@@ -404,7 +415,10 @@ def test_the_same_picture_where_attention_is_tiled(monkeypatch: pytest.MonkeyPat
     assert len(set(tiles)) > 1
 
 
-@pytest.mark.parametrize("name", ["KandinskyCombinedPipeline", "KandinskyV22CombinedPipeline", "Kandinsky3Pipeline"])
+@pytest.mark.parametrize(
+    "name",
+    light(["KandinskyV22CombinedPipeline", "KandinskyCombinedPipeline", "Kandinsky3Pipeline"], "Kandinsky3Pipeline"),
+)
 def test_the_same_picture_of_a_kandinsky(name: str) -> None:
     call = {"prompt": "a cat", "num_inference_steps": 2, "output_type": "latent"}
     call |= {"prior_num_inference_steps": 2, "height": 64, "width": 64} if "Combined" in name else {}

@@ -33,7 +33,7 @@ from PIL import Image
 import diffusion_kit
 
 LATENTS, PIXELS = 1e-4, 1e-3
-CALL = {"prompt": "a red fox", "num_inference_steps": 6, "guidance_scale": 4.0}
+CALL = {"prompt": "a red fox", "num_inference_steps": 4, "guidance_scale": 4.0}
 TEXT, IMAGE, INPAINT = (f"StableDiffusionXL{task}Pipeline" for task in ("", "Img2Img", "Inpaint"))
 ADAPTER = "StableDiffusionXLAdapterPipeline"
 CONTROL, CONTROL_IMAGE, CONTROL_INPAINT = (
@@ -121,7 +121,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "adapter_factor": (
         ADAPTER,
         {"adapter_conditioning_factor": 0.5},
-        {"image": lines(), "num_inference_steps": 50, "adapter_conditioning_scale": 2.0},
+        {"image": lines(), "num_inference_steps": 8, "adapter_conditioning_scale": 2.0},
         {"adapter": make_adapter},
     ),
     "adapter_factor_58": (
@@ -319,7 +319,7 @@ def test_prompt_replaced_by_a_callback() -> None:
     other = torch.cat(pipe.encode_prompt("something new", do_classifier_free_guidance=True)[1::-1])
 
     def replace(pipe: Any, k: int, t: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return {"prompt_embeds": other} if k == 2 else {}
+        return {"prompt_embeds": other} if k == 1 else {}
 
     feature = {"callback_on_step_end": replace, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
     ours, theirs = (run(module, TEXT, feature, {}, "latent") for module in (diffusion_kit, diffusers))

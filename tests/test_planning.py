@@ -25,7 +25,7 @@ from diffusion_kit.training.planning import guard, scaling
 from diffusion_kit.training.planning.footprint import Sizes, Way, footprint, moment, nbytes, overlap, sizes
 from diffusion_kit.training.planning.ladder import Rung, ladder, way_of
 from diffusion_kit.training.planning.plan import Networks, plan
-from diffusion_kit.training.planning.trace import Live, Trace, networks, trace
+from diffusion_kit.training.planning.trace import Rising, Trace, networks, trace
 from diffusion_kit.training.planning.traffic import traffic
 from diffusion_kit.training.planning.weightless import make_weightless, weightless
 
@@ -60,9 +60,7 @@ def rungs(target: str, processes: int, **more: Any) -> list[Rung]:
 # What networks take
 
 
-@pytest.mark.parametrize(
-    "target", ["t2i_adapter", "prior", *(pytest.param(name, marks=pytest.mark.heavy) for name in sorted(HEAVY))]
-)
+@pytest.mark.parametrize("target", light(["t2i_adapter", "prior", *sorted(HEAVY)], "t2i_adapter"))
 def test_sizes_are_those_of_the_real_trainer(target: str, tmp_path: Path) -> None:
     """Weights that it holds, and the optimizer's state after a step."""
     own = config(target, tmp_path, steps=1, batch=1)
@@ -120,14 +118,14 @@ def test_the_optimizers_own_state() -> None:
 def test_live_bytes_of_a_chain() -> None:
     """x -> x^2 -> sin: each keeps what it was given, and the last step back has three of them at once."""
     x = torch.ones(1000, requires_grad=True)
-    live = Live([x])
+    live = Rising([x])
     with torch.enable_grad(), live:
         y = x.square().sin()
         assert live.now == 2 * 4000
         del y
         assert live.now == 0, "with the graph goes what it kept"
     weight = nn.Parameter(torch.ones(1000))
-    live = Live([weight])
+    live = Rising([weight])
     weight.register_post_accumulate_grad_hook(live.aside)
     with torch.enable_grad(), live:
         (weight * 2).sum().backward()
@@ -330,7 +328,7 @@ def offloads() -> Iterator[dict[str, Any] | None]:
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
-@pytest.mark.parametrize("target", ["unet", "t2i_adapter", "prior"])
+@pytest.mark.parametrize("target", light(["unet", "t2i_adapter", "prior"], "t2i_adapter"))
 def test_what_is_refused_needs_more_than_there_is(target: str, precision: str) -> None:
     """The quick bound is never above what a plan finds."""
     for zero in offloads():

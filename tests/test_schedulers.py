@@ -65,7 +65,7 @@ def make(name: str, **more: Any) -> Any:
 
 
 def call(pipe: Any, **more: Any) -> torch.Tensor:
-    steps = {"num_inference_steps": 8, "guidance_scale": 3.0, "generator": seeds(1), "output_type": "latent"}
+    steps = {"num_inference_steps": 5, "guidance_scale": 3.0, "generator": seeds(1), "output_type": "latent"}
     return pipe(**{"prompt": "a red fox", **steps, **more}).images
 
 
@@ -94,7 +94,7 @@ def test_plain_with_each_scheduler_of_several_calls(name: str) -> None:
 @pytest.mark.parametrize("name", light(SEVERAL_CALLS, "heun", "pndm"))
 def test_adapter_window_counts_steps_not_calls(name: str) -> None:
     """Against a plain loop over the peer's UNet in which the adapter acts in the first half of the steps."""
-    steps, scheduler, adapter = 8, make(name), make_adapter()
+    steps, scheduler, adapter = 5, make(name), make_adapter()
     pipe = pipeline(diffusers.StableDiffusionXLPipeline, scheduler=scheduler)
     prompt, negative, pooled, negative_pooled = pipe.encode_prompt("a red fox")
     scheduler.set_timesteps(steps)

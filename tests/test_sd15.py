@@ -35,7 +35,7 @@ from diffusion_kit import AutoPipelineForInpainting, AutoPipelineForText2Image, 
 from diffusion_kit.pipelines.auto import class_name
 
 LATENTS, PIXELS = 1e-4, 1e-3
-CALL = {"prompt": "a red fox", "num_inference_steps": 6, "guidance_scale": 4.0}
+CALL = {"prompt": "a red fox", "num_inference_steps": 4, "guidance_scale": 4.0}
 TEXT, IMAGE, INPAINT, ADAPTER = (f"StableDiffusion{task}Pipeline" for task in ("", "Img2Img", "Inpaint", "Adapter"))
 CONTROL, CONTROL_IMAGE, CONTROL_INPAINT = (
     f"StableDiffusionControlNet{task}Pipeline" for task in ("", "Img2Img", "Inpaint")

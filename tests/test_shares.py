@@ -185,6 +185,7 @@ def launched(*arguments: Any, processes: int = 2) -> subprocess.CompletedProcess
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=600)
 
 
+@pytest.mark.heavy
 @pytest.mark.usefixtures("work")
 def test_processes_make_what_one_makes_and_all_end(model: Path) -> None:
     common = ["generate", "--model", model, "--steps", 2]

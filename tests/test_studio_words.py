@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import make_controlnet
+from conftest import light, make_controlnet
 from PIL import Image
 
 from diffusion_kit.adapters.pictures import fit_image
@@ -58,7 +58,7 @@ CASES: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("case", list(CASES))
+@pytest.mark.parametrize("case", light(CASES, "inpainting"))
 def test_command_and_python_make_the_same_pixels(
     case: str, model: Path, work: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -26,6 +26,7 @@ def small(monkeypatch, tmp_path):
     return lambda: speed.arms(tmp_path, training_models.base(), training_models.data())
 
 
+@pytest.mark.heavy
 def test_ten_steps_have_the_losses_of_the_reference(small):
     arms, last = small(), speed.STEPS - 1
     losses = {name: [step(k) for k in range(speed.STEPS)] for name, step in arms.steps.items()}

@@ -222,7 +222,8 @@ class ControlledPipeline(DiffusionPipeline):
         low_memory: bool = False,
         quantised: str | None = None,
     ) -> str:
-        """From now on the pipeline runs as fast as the level allows (`pipelines.optimize`); gives what `explain` says.
+        """From now on the pipeline runs as fast as the level allows (`pipelines.optimize`); gives what `explain` says, but
+        for the memory that is expected beside weights.
 
         Args:
             level: "exact", the same picture; "half", with weights of half precision; "fast", half, with a step cache.
@@ -238,7 +239,7 @@ class ControlledPipeline(DiffusionPipeline):
             ValueError: no such level, way to quantise or engine.
         """
         optimize(self, level, engine, low_memory, quantised)
-        return self.explain()
+        return explain(self, expected=False)
 
     @contextmanager
     def sharing(self) -> Iterator[None]:
@@ -278,8 +279,9 @@ class ControlledPipeline(DiffusionPipeline):
         return cache
 
     def explain(self) -> str:
-        """What runs where, in a few lines."""
-        return "\n".join(f"{label:11}{text}" for label, text in explain(self))
+        """What runs where, in a few lines, and the memory that one picture of the model's own size is expected to take
+        beside the weights."""
+        return explain(self, expected=True)
 
     @property
     def obstacle(self) -> str | None:

@@ -26,7 +26,8 @@ from diffusion_kit.models.unet import obstacle
 from diffusion_kit.sampling.engines import Engine, eager
 from diffusion_kit.sampling.engines.weights import plain_parts
 
-from .engines import ENGINES, fastest, missing
+from .engines import ENGINES, QUICK, fastest, missing
+from .expected import working_memory
 from .memory import set_low_memory
 from .quantised import check_quantised, quantise
 
@@ -119,11 +120,18 @@ def _fastest(pipe: Any, low_memory: bool) -> Engine:
     times = ", ".join(f"{name} {1e3 * own:.1f} ms" for name, own in sorted(seconds.items(), key=lambda pair: pair[1]))
     said = f"was the fastest over a block of the UNet: {times}" if seconds else "this network has no blocks to measure"
     pipe.notes.append(f"{engine.name}{' ' if seconds else ': '}{said}")
+    lacking = [why for name in QUICK if (why := missing(name, device, pipe.unet.dtype)) and why not in str(pipe.notes)]
+    slow = " and ".join(name for name in ENGINES if name not in QUICK)
+    pipe.notes.append("; ".join(["not measured: " + slow + " compile for minutes and are used when named", *lacking]))
     return engine
 
 
-def explain(pipe: Any) -> Iterator[tuple[str, str]]:
-    """What runs where, by the part that it is about."""
+def explain(pipe: Any, *, expected: bool) -> str:
+    """What runs where, a line each; with the memory that is `expected` beside weights, which takes seconds to count."""
+    return "\n".join(f"{label:11}{text}" for label, text in _told(pipe, expected))
+
+
+def _told(pipe: Any, expected: bool) -> Iterator[tuple[str, str]]:
     yield "model", str(pipe.config.get("_name_or_path") or type(pipe).__name__)
     yield "device", f"{pipe._execution_device}, {name_of(pipe.unet.dtype)}"
     why = pipe.obstacle
@@ -143,6 +151,13 @@ def explain(pipe: Any) -> Iterator[tuple[str, str]]:
         kinds, size = " and ".join(sorted(map(name_of, sizes))), sum(sizes.values()) / 1e6
         yield "runs", f"{name} {executor_of(pipe, name, net)}: {type(net).__name__}, {kinds}, {size:,.0f} MB"
     yield "memory", f"{total / 1e6:,.0f} MB of weights in all"
+    if expected and (working := working_memory(pipe)) is not None:
+        height, width = pipe.native_size
+        step, decoding = (f"{own / 1e6:,.0f} MB" for own in working)
+        yield (
+            "memory",
+            f"beside them about {step} in a guided step, {decoding} in decoding of {width} x {height} pixels",
+        )
     for note in (*pipe.notes, *pipe.engine.notes):
         yield "note", note
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -13,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from diffusion_kit.models.attention import installed
+from diffusion_kit.models.live import Live
 from diffusion_kit.training.bases import DTYPES
 from diffusion_kit.training.config import Config
 from diffusion_kit.training.data.samples import Batch, Sample, collate
@@ -34,41 +33,20 @@ FLASH = {  # which torch does not count by itself
 }
 
 
-class Live(TorchDispatchMode):
-    """Counts the bytes of tensors that live at once.
-
-    torch's own MemTracker hangs on hooks of modules, which the executor's networks do not call.
+class Rising(Live):
+    """Counts gradients of weights, too, which rise while activations fall.
 
     Attributes:
-        known: storages that were there before.
-        peak: most bytes at once.
-        lean: the same without gradients of weights, which `aside` takes out.
+        lean: most bytes at once without gradients of weights, which `aside` takes out.
     """
 
     def __init__(self, known: list[Tensor]) -> None:
-        super().__init__()
-        self.held = {tensor.untyped_storage()._cdata for tensor in known}
-        self.now = self.peak = self.gradients = self.lean = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor):
-                self.see(tensor.untyped_storage())
-        return out
+        super().__init__(known)
+        self.gradients = self.lean = 0
 
     def see(self, storage: Any) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key in self.held:
-            return
-        self.held.add(key)
-        weakref.finalize(storage, self.gone, key, size)
-        self.now += size
-        self.peak, self.lean = max(self.peak, self.now), max(self.lean, self.now - self.gradients)
-
-    def gone(self, key: int, size: int) -> None:
-        self.held.discard(key)
-        self.now -= size
+        super().see(storage)
+        self.lean = max(self.lean, self.now - self.gradients)
 
     def aside(self, weight: Tensor) -> None:
         assert weight.grad is not None
@@ -100,7 +78,7 @@ class Trace:
 def trace(target: Target, config: Config, size: int, *, cpu: bool) -> Trace:
     """One micro-batch of `size` pictures, inside of `weightless`; `cpu` where it is to run on one."""
     weights = [weight for weight in target.parameters() if weight.requires_grad]
-    live = Live(tensors_of(target))
+    live = Rising(tensors_of(target))
     hooks = [weight.register_post_accumulate_grad_hook(live.aside) for weight in weights]
     counter = FlopCounterMode(display=False, custom_mapping=FLASH)
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,11 +14,12 @@ from unittest import mock
 import torch
 from diffusers import ModelMixin
 from diffusers.utils import logging
-from torch import Tensor, nn
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from diffusion_kit.models.sources import locate
+from diffusion_kit.models.valueless import converted
 from diffusion_kit.training.config import Config
 from diffusion_kit.training.targets import make_target
 from diffusion_kit.training.targets.target import Target
@@ -54,25 +55,6 @@ def of_transformers(cls: Any, folder: Any, **more: Any) -> Any:
 def typed(net: Any, more: dict[str, Any]) -> Any:
     dtype = more.get("torch_dtype") or more.get("dtype")
     return (net.to(dtype) if isinstance(dtype, torch.dtype) else net).eval()
-
-
-def converted(net: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-    """`nn.Module._apply`, by which networks change number type or device: torch's own cannot exchange fake tensors."""
-    made: dict[Any, Tensor] = {}
-
-    def once(own: Tensor) -> Tensor:  # for a weight that several modules have; one that stays as it is stays itself
-        if own not in made:
-            old = own.detach()
-            new = fn(old)
-            made[own] = (
-                own if new is old else nn.Parameter(new, own.requires_grad) if isinstance(own, nn.Parameter) else new
-            )
-        return made[own]
-
-    for part in net.modules() if recurse else [net]:
-        for tensors in (part._parameters, part._buffers):
-            tensors.update({name: once(own) for name, own in tensors.items() if own is not None})
-    return net
 
 
 @contextmanager
