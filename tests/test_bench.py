@@ -84,6 +84,10 @@ def test_a_contender_that_dies_is_out_and_the_others_go_on(monkeypatch: pytest.M
     assert first.steps == [0.5] * 3
     assert (second.absent, second.error) == ("its process ended with -9", None)
     assert (first.converting, third.converting, third.error) == (None, 5, 0.0)
+    made = summary(Case(), [first, second, third], 1.0)
+    assert "ratio" not in made["contenders"]["a"]
+    assert "ratio" in made["contenders"]["b openvino"]
+    assert "| a | its process ended with -9 |" in "\n".join(lines_of(made))
 
 
 def test_results_are_used_again_for_the_same_question_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -28,7 +31,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusion_kit import Control, SDXLPipeline
 from diffusion_kit.sampling.engines import CudaGraphs
+from diffusion_kit.sampling.engines.cudagraph import OnCuda
 from diffusion_kit.sampling.engines.exported import leaves
+from diffusion_kit.sampling.engines.graphs import RUNS
 from diffusion_kit.sampling.engines.recent import Recent
 from diffusion_kit.sampling.engines.weights import content, state
 
@@ -91,6 +96,52 @@ def test_replayed_steps_give_the_same_picture(name: str, task: str) -> None:
     assert torch.equal(replayed, plain)
     assert pipes[1].engine.capture.captures == 1
     assert pipes[1].engine.capture.replays >= 2
+
+
+def test_networks_that_are_used_no_more_are_let_go() -> None:
+    """A service that loads another ControlNet for each picture must not keep them all."""
+    pipe = captured()
+    gone = make_controlnet()
+    run([Control(gone, lines(2))], pipe=pipe)
+    graphs = len(pipe.engine.graphs)
+    watched = weakref.ref(gone)
+    del gone
+    for _ in range(RUNS):
+        run(pipe=pipe)
+    gc.collect()
+    assert watched() is None
+    assert len(pipe.engine.graphs) == 1 < graphs + 1
+
+
+def test_captures_are_on_a_stream_and_in_a_pool_of_their_own_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[Any] = []
+    card = [0]
+
+    class Stream:
+        def __init__(self) -> None:
+            self.card = card[0]
+
+        def wait_stream(self, other: Any) -> None:
+            pass
+
+    class Graph:
+        def replay(self) -> None:
+            pass
+
+    def graph(_: Any, **given: Any) -> Any:
+        used.append((card[0], given["stream"], given["pool"]))
+        return nullcontext()
+
+    stand_ins = {"Stream": Stream, "CUDAGraph": Graph, "graph": graph, "graph_pool_handle": object}
+    stand_ins |= {"current_stream": Stream, "stream": lambda own: nullcontext(), "current_device": lambda: card[0]}
+    for name, own in stand_ins.items():
+        monkeypatch.setattr(torch.cuda, name, own)
+    capture = OnCuda()
+    for card[0] in (0, 1, 0):
+        assert capture(lambda: 5)[0] == 5
+    assert all(number == stream.card for number, stream, _ in used)
+    assert used[0] == used[2] != used[1]
+    assert used[0][2] is not used[1][2]
 
 
 def test_a_replayed_step_dispatches_copies_alone() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,19 +12,23 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from conftest import CROSS, components, distance, make_sd_unet, make_vae, pipeline
 from diffusers.models.attention_processor import AttnProcessor2_0
 from kandinsky_models import kandinsky3_components
+from test_kandinsky import build
 from test_loaders import save_lora
 from test_mixtures import KINDS, TASKS, run
 from test_step import small
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+import diffusion_kit
 from diffusion_kit import AutoPipelineForText2Image, Kandinsky3Pipeline, SDXLPipeline
 from diffusion_kit.models import onednn
 from diffusion_kit.pipelines import engines
 from diffusion_kit.pipelines.optimize import half_of
-from diffusion_kit.sampling.engines import Engine
+from diffusion_kit.sampling.engines import Engine, aoti
 from diffusion_kit.sampling.engines.files import whole_folder
 from diffusion_kit.sampling.engines.weights import content, meddled, park, sampled, state
 
@@ -230,6 +235,32 @@ def test_what_cannot_be_converted_runs_as_it_is_and_says_so(folder: Path) -> Non
     assert "\n" not in engine.notes[0]
 
 
+def test_a_network_whose_weights_are_elsewhere_runs_as_it_is(folder: Path) -> None:
+    pytest.importorskip("openvino", reason="the extra openvino is not installed")
+    engine, layer, x = engines.OpenVINO(folder), nn.Linear(4, 4), torch.randn(2, 4)
+    wanted = layer(x)
+    cpu_offload(layer, torch.device("cpu"))
+    network = engine.network(Layers(layer))
+    for _ in range(2):
+        engine.renew()
+        assert torch.equal(network(x), wanted)
+    assert engine.notes[0].startswith("Layers runs as it is, OpenVINO cannot: ")
+
+
+def test_compiled_code_runs_on_the_card_of_what_it_is_given(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(torch._inductor, "aoti_load_package", lambda path, **more: asked.append(more))
+    monkeypatch.setattr(aoti, "outputs_of", lambda *_: ())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (device.index, 0))
+    with FakeTensorMode():
+        x = torch.empty(2, device="cuda:1")
+    assert engines.AOTI(folder).load(folder, None, (x,)).device == torch.device("cuda:1")
+    assert asked == [{"device_index": 1}]
+    assert "(1, 0)" in engines.AOTI(folder).machine(x.device)
+    assert engines.AOTI(folder).load(folder, None, (torch.empty(2),)).device == torch.device("cpu")
+    assert asked[1] == {"device_index": -1}
+
+
 @dataclass(frozen=True)
 class Layers:
     """A network of one module."""
@@ -322,7 +353,7 @@ def test_an_engine_that_is_not_here_is_one_line(monkeypatch: pytest.MonkeyPatch)
         pipe.optimize(engine="openvin")
     with pytest.raises(ValueError, match="level is 'exakt'; it must be exact, half, fast"):
         pipe.optimize("exakt")
-    monkeypatch.setattr(engines.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "openvino", None)
     told = pipe.optimize(engine="openvino")
     assert "openvino is not installed: pip install 'diffusion_kit[openvino]': the fastest engine here" in told
     assert pipe.optimize(engine="cudagraph").count("cudagraph is for CUDA, the pipeline is on cpu: the fastest") == 1
@@ -330,6 +361,27 @@ def test_an_engine_that_is_not_here_is_one_line(monkeypatch: pytest.MonkeyPatch)
     assert "was the fastest over a block of the UNet" in told
     assert "not measured: inductor and aoti compile for minutes" in told
     assert told.count("openvino is not installed") == told.count("openvino") // 2 == 1, "beside the name to install"
+
+
+def test_an_engine_that_cannot_be_imported_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "openvino.py").write_text("raise ImportError('undefined symbol\\nfrom somewhere')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "openvino", raising=False)
+    told = pipeline(SDXLPipeline).optimize()
+    assert "openvino cannot be imported: undefined symbol" in told
+    assert "somewhere" not in told
+
+
+def test_measuring_draws_no_number_that_pictures_would_have() -> None:
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    pipeline(SDXLPipeline).optimize()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_prior_has_no_block_to_measure() -> None:
+    prior = build(diffusion_kit, "KandinskyV22CombinedPipeline").prior_pipe
+    assert "eager: this network has no blocks to measure" in prior.optimize()
 
 
 def test_the_fastest_engine_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -433,6 +485,27 @@ def test_a_folder_is_there_whole_or_not_at_all(interrupted: Path) -> None:
     assert [file.name for file in interrupted.iterdir()] == ["b"]
     with whole_folder(interrupted) as new:
         assert new is None
+
+
+def test_of_two_who_make_a_folder_the_first_has_the_name(tmp_path: Path) -> None:
+    """And whoever may read what is new in the folder above may read it."""
+    with whole_folder(tmp_path / "a") as slow:
+        (slow / "whose").write_text("slow")
+        with whole_folder(tmp_path / "a") as quick:
+            (quick / "whose").write_text("quick")
+    assert (tmp_path / "a" / "whose").read_text() == "quick"
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    (tmp_path / "usual").mkdir()
+    assert (tmp_path / "a").stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
+def test_the_cache_has_a_whole_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By which the system says what lies in memory, and which is the same in another working directory."""
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DIFFUSION_KIT_CACHE", "link/cache")
+    assert engines.cache_folder() == tmp_path / "real" / "cache"
 
 
 @pytest.mark.parametrize(

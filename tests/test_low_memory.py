@@ -74,6 +74,24 @@ def test_the_same_picture(small: Any) -> None:
     assert "encoders leave" not in small.optimize(engine="eager")
 
 
+def test_without_room_for_a_file_encoders_stay_in_memory(small: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = run(pipe=small)
+    monkeypatch.setenv("DIFFUSION_KIT_CACHE", "/proc/nowhere")
+    assert "encoders stay in memory: /proc/nowhere takes no file" in small.optimize(engine="eager", low_memory=True)
+    assert torch.equal(run(pipe=small), before)
+
+
+def test_tiles_that_the_user_asked_for_stay(small: Any) -> None:
+    small.vae.enable_tiling()
+    small.vae.enable_slicing()
+    small.optimize(engine="eager")
+    assert small.vae.use_tiling
+    assert small.vae.use_slicing
+    small.optimize(engine="eager", low_memory=True)
+    small.optimize(engine="eager")
+    assert not small.vae.use_tiling
+
+
 def test_a_kandinsky_whose_autoencoder_has_no_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DIFFUSION_KIT_CACHE", str(tmp_path))
     pipe = AutoPipelineForText2Image.from_pretrained("default-kandinsky")

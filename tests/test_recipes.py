@@ -83,6 +83,16 @@ def test_what_is_saved_is_read(name: str, suffix: str, tmp_path: Path) -> None:
     assert abs(difference).mean() < (1e-9 if suffix.lower() == "png" else 4)
 
 
+def test_what_diffusers_notes_for_itself_is_no_setting() -> None:
+    """It is a set, in another order in each process."""
+    orders = [["a", "b"], ["b", "a"]]
+    first, second = (
+        replace(PLAIN, scheduler_config={**PLAIN.scheduler_config, "_use_default_values": own}) for own in orders
+    )
+    assert first == second == PLAIN
+    assert first.to_json() == PLAIN.to_json()
+
+
 def test_settings_of_a_real_scheduler_come_back() -> None:
     config = Recipe.from_json(SCHEDULER.to_json()).scheduler_config
     again = DPMSolverMultistepScheduler.from_config(config)

@@ -21,6 +21,7 @@ from test_cli import assert_one_line, outcome
 
 from diffusion_kit.commands import workers
 from diffusion_kit.commands.workers import Failed, Worker, in_order
+from diffusion_kit.making import loading
 from diffusion_kit.training import caching
 from diffusion_kit.training.config import Config
 from diffusion_kit.training.data.store import Store
@@ -65,13 +66,18 @@ def with_ray(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("work", "with_ray")
-def test_workers_make_what_one_process_makes(model: Path, capsys: Any) -> None:
+def test_workers_make_what_one_process_makes(model: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded, load = [], loading.load_pipeline
+    monkeypatch.setattr(
+        loading, "load_pipeline", lambda *given, **more: loaded.append(load(*given, **more)) or loaded[-1]
+    )
     common = ["generate", "--model", model, "--steps", 2, "--jobs", written(GOOD)]
     assert outcome([*common, "--out", "alone"]) == 0
     alone = capsys.readouterr().out
     assert outcome([*common, "--out", "shared", "--on", "ray"]) == 0
     assert capsys.readouterr().out.replace("shared/", "alone/") == alone
     assert made("shared") == made("alone")
+    assert all(pipe.answers.known for pipe in loaded[-2:]), "a worker encodes what its pictures share once"
 
 
 @pytest.mark.usefixtures("work", "with_ray")

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from conftest import components, distance, lines, make_adapter, make_controlnet, pipeline
 from test_mixtures import run
 from torch import nn
@@ -84,6 +85,48 @@ def test_other_weights_are_seen(edit: Any, pipe: Any) -> None:
             assert not torch.equal(after, before)
             before = after
     assert torch.equal(run(controls, pipe=pipe), before)
+
+
+@pytest.mark.parametrize("what", ["hook", "forward"])
+def test_what_is_done_to_a_part_is_not_skipped(what: str, pipe: Any) -> None:
+    part = next(own for own in pipe.text_encoder.modules() if isinstance(own, nn.LayerNorm))
+    with pipe.sharing():
+        before = run(pipe=pipe)
+        if what == "hook":
+            part.register_forward_hook(lambda module, given, result: -result)
+        else:
+            plain = part.forward
+            part.forward = lambda *given, **named: -plain(*given, **named)
+        changed = run(pipe=pipe)
+        assert distance(changed, before) > 1e-3
+        look = counting(part)
+        assert torch.equal(run(pipe=pipe), changed)
+        look()
+        assert torch.equal(run(pipe=pipe), changed)
+        assert look() == 0, "it is asked once again, and not each time"
+
+
+def test_weights_that_have_only_moved_are_the_same(pipe: Any) -> None:
+    """As they do with diffusers' model offload, in each call."""
+    look = counting(pipe.text_encoder)
+    with pipe.sharing():
+        first = run(pipe=pipe)
+        look()
+        for parameter in pipe.text_encoder.parameters():
+            parameter.data = parameter.data.clone()
+        assert torch.equal(run(pipe=pipe), first)
+        assert look() == 0
+
+
+def test_weights_that_come_only_while_a_network_runs(pipe: Any) -> None:
+    """accelerate's sequential offload, of which nobody outside sees the weights."""
+    before = run(pipe=pipe)
+    for part in (pipe.text_encoder, pipe.text_encoder_2, pipe.unet, pipe.vae):
+        cpu_offload(part, torch.device("cpu"))
+    assert next(pipe.text_encoder.parameters()).is_meta
+    with pipe.sharing():
+        assert distance(run(pipe=pipe), before) < 1e-4
+        assert distance(run(pipe=pipe), before) < 1e-4
 
 
 def test_the_last_answers_are_kept_up_to_a_size() -> None:

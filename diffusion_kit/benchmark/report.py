@@ -45,12 +45,12 @@ def compared(own: Sequence[float], other: Sequence[float]) -> tuple[float, float
 
 def summary(case: Case, rows: Sequence[Row], peak: float) -> dict[str, Any]:
     """What is kept of a case; times are seconds of a step, `share` is of the machine's peak."""
-    by_name = {row.name: row for row in rows}
+    by_name = {row.name: row for row in rows if row.absent is None}
     reference = by_name.get(REFERENCE)
     contenders = {}
     for row in rows:
         own = asdict(row)
-        if row.seconds:
+        if row.name in by_name:
             own["step"] = float(np.median(row.steps))
             level = row.name.split()[0]
             same = (
@@ -58,7 +58,7 @@ def summary(case: Case, rows: Sequence[Row], peak: float) -> dict[str, Any]:
             )  # who does the same work
             work = row.flops or (same.flops if same else None)
             own["share"] = work / case.steps / own["step"] / peak if work else None
-        if row.seconds and reference is not None and reference.seconds:
+        if row.name in by_name and reference is not None:
             own["ratio"] = compared(row.steps, reference.steps)
             own["ratio of runs"] = compared(row.seconds, reference.seconds)
         contenders[row.name] = own

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Callable, Collection
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -85,7 +87,9 @@ def ready(settings: Settings, file: str, debug: bool) -> Callable[[Planned], Out
     with kept_notes() as notes:
         pipe = loading.load_pipeline(settings, note, debug=debug)
     pipe.set_progress_bar_config(disable=True)
-    pipe.sharing().__enter__()  # for the worker's life
+    shared = ExitStack()
+    shared.enter_context(pipe.sharing())
+    atexit.register(shared.close)  # for the worker's life
     maker = Maker(pipe, file)
 
     def task(each: Planned) -> Outcome:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import os
 import tempfile
 import time
@@ -33,7 +33,7 @@ ROUNDS, SIDE, TOKENS = 5, 64, 77  # of a probe
 
 def cache_folder() -> Path:
     """Where engines keep what they made of networks: DIFFUSION_KIT_CACHE, or .cache/diffusion_kit of the user's home."""
-    return Path(os.environ.get("DIFFUSION_KIT_CACHE") or Path.home() / ".cache" / "diffusion_kit")
+    return Path(os.environ.get("DIFFUSION_KIT_CACHE") or Path.home() / ".cache" / "diffusion_kit").resolve()
 
 
 def missing(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -48,8 +48,13 @@ def missing(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
         return f"{name} is for a CPU, the pipeline is on {device}"
     if name == "cudagraph" and device.type != "cuda":
         return f"cudagraph is for CUDA, the pipeline is on {device}"
-    if name == "openvino" and importlib.util.find_spec("openvino") is None:
-        return "openvino is not installed: pip install 'diffusion_kit[openvino]'"
+    if name == "openvino":
+        try:
+            importlib.import_module("openvino")
+        except ModuleNotFoundError:
+            return "openvino is not installed: pip install 'diffusion_kit[openvino]'"
+        except Exception as error:  # a library that lacks another, or one of another version
+            return f"openvino cannot be imported: {str(error).strip().splitlines()[0]}"
     return onednn.obstacle(dtype) if name == "packed" else None
 
 
@@ -118,6 +123,8 @@ class Probe:
 def make_probe(unet: Any) -> tuple[Probe, tuple[Tensor, ...]] | None:
     """Of the deepest down block that has attention, or else of the deepest, with random inputs of the sizes that it sees,
     but no more than `SIDE` latents a side."""
+    if not hasattr(unet, "down_blocks"):  # a prior
+        return None
     blocks = list(enumerate(unet.down_blocks))
     level, block = next((own for own in reversed(blocks) if hasattr(own[1], "attentions")), blocks[-1])
     if not hasattr(block, "resnets"):
@@ -126,7 +133,10 @@ def make_probe(unet: Any) -> tuple[Probe, tuple[Tensor, ...]] | None:
     transformers = getattr(next(iter(getattr(block, "attentions", ())), None), "transformer_blocks", (None,))
     size = unet.config.sample_size or SIDE
     side = max(1, min(SIDE, *(size if isinstance(size, (list, tuple)) else (size,))) >> level)
-    like = {"device": unet.device, "dtype": unet.dtype}
+    own = torch.Generator(unet.device).manual_seed(
+        0
+    )  # pictures that follow have the random numbers that they would have
+    like: dict[str, Any] = {"device": unet.device, "dtype": unet.dtype, "generator": own}
     x = torch.randn(2, resnet.in_channels, side, side, **like)
     emb = torch.randn(2, resnet.time_emb_proj.in_features, **like)
     width = unet.config.cross_attention_dim

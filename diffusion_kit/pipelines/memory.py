@@ -20,7 +20,8 @@ def set_low_memory(pipe: Any, low: bool) -> None:
     device while it runs only. Large pictures go through the autoencoder in tiles, several pictures one by one."""
     device, before = pipe._execution_device, pipe.low_memory
     pipe.low_memory = low
-    set_pieces(pipe, low)
+    if low or before:  # else they are as the user has set them
+        set_pieces(pipe, low)
     if device.type != "cpu":
         if low:
             pipe.enable_model_cpu_offload(device=device)
@@ -29,8 +30,11 @@ def set_low_memory(pipe: Any, low: bool) -> None:
             pipe.to(device)
     elif low:
         folder = cache_folder()
-        folder.mkdir(parents=True, exist_ok=True)
-        park(resting(pipe), folder)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            park(resting(pipe), folder)
+        except OSError as error:
+            pipe.notes.append(f"encoders stay in memory: {folder} takes no file ({error.strerror or error})")
         rest(pipe)
 
 

@@ -154,6 +154,11 @@ class Recipe:
     engine: str | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        """diffusers' notes to itself are no settings, and some of them are in another order in each process."""
+        own = {key: value for key, value in self.scheduler_config.items() if not key.startswith("_")}
+        object.__setattr__(self, "scheduler_config", own)
+
     def to_json(self) -> str:
         """
         Raises:
@@ -185,7 +190,7 @@ class Recipe:
 
     def describe(self) -> str:
         """Aligned lines to read; hashes are cut to 12 letters."""
-        settings = [f"{key}={value}" for key, value in self.scheduler_config.items() if not key.startswith("_")]
+        settings = [f"{key}={value}" for key, value in self.scheduler_config.items()]
         return table(
             [
                 ("prompt", self.prompt),

@@ -14,7 +14,7 @@ from torch import Tensor
 from diffusion_kit.sampling.doors import Tree
 
 from .converting import Converting
-from .exported import Flat, filled, leaves, outputs_of, plain
+from .exported import Flat, current, filled, leaves, outputs_of, plain
 
 CPU = Path("/proc/cpuinfo")
 
@@ -28,16 +28,19 @@ class AOTI(Converting):
     def convert(self, flat: Flat, example: tuple[Tensor, ...], new: Path) -> None:
         on_cpu = all(value.device.type == "cpu" for value in example)
         exported = torch.export.export(flat, example)
-        with torch._inductor.config.patch(freezing=on_cpu):
+        with torch._inductor.config.patch(freezing=on_cpu), current(example[0].device):
             torch._inductor.aoti_compile_and_package(exported, package_path=str(new / "model.pt2"))
 
-    def machine(self) -> str:
+    def machine(self, device: torch.device) -> str:
         """Its loops are made for so many threads and these instructions, its kernels for this kind of card."""
-        card = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+        card = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
         return f"{torch.get_num_threads()} threads, {instructions()}, {card}"
 
     def load(self, folder: Path, network: Any, inputs: Tree) -> Any:
-        return Package(torch._inductor.aoti_load_package(str(folder / "model.pt2")), outputs_of(network, inputs))
+        device = leaves(inputs)[0].device
+        index = -1 if device.index is None else device.index
+        run = torch._inductor.aoti_load_package(str(folder / "model.pt2"), device_index=index)
+        return Package(run, outputs_of(network, inputs), device)
 
 
 @cache
@@ -53,9 +56,11 @@ class Package:
 
     run: Any
     outputs: Tree
+    device: torch.device
 
     def __call__(self, *inputs: Tree) -> Tree:
-        results = self.run(*map(plain, leaves(inputs)))
+        with current(self.device):
+            results = self.run(*map(plain, leaves(inputs)))
         return filled(
             self.outputs, [own.to(like.dtype) for own, like in zip(results, leaves(self.outputs), strict=True)]
         )

@@ -52,8 +52,8 @@ class Converting(Engine, ABC):
     def load(self, folder: Path, network: Any, inputs: Tree) -> Any:
         """A function of trees of tensors, as the network is one."""
 
-    def machine(self) -> str:
-        """What of the machine is in a converted network."""
+    def machine(self, device: torch.device) -> str:
+        """What of the machine, or of a card, is in a converted network."""
         return ""
 
     def renew(self) -> None:
@@ -114,7 +114,8 @@ class Converting(Engine, ABC):
     def _converted(self, network: Any, inputs: Tree) -> Path:
         """The folder of the converted network, made where it is not there."""
         versions = [importlib.metadata.version(name) for name in self.packages]
-        about = f"{versions}{self.machine()}{network}{shapes(inputs)}{content(network.executed)}"
+        device = leaves(inputs)[0].device
+        about = f"{versions}{self.machine(device)}{network}{shapes(inputs)}{content(network.executed)}"
         folder = self.folder / f"{self.name}-{hashlib.sha256(about.encode()).hexdigest()[:32]}"
         with whole_folder(folder) as new:
             if new is not None:

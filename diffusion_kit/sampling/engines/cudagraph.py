@@ -9,7 +9,6 @@ weight has moved the graphs are captured again.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -19,7 +18,7 @@ from diffusion_kit.sampling.doors import Tree
 from diffusion_kit.sampling.step import Step
 
 from .engine import StepFunction
-from .exported import filled, leaves, version
+from .exported import current, filled, leaves, version
 from .graphs import Graphs
 from .weights import places
 
@@ -32,23 +31,25 @@ class Capture(Protocol):
 
 
 class OnCuda:
-    """Captures on the current device, all graphs of a device in one pool of memory."""
+    """Captures on the current device: all graphs of a device on one stream, in one pool of memory. (torch's own stream for
+    captures is of the device that captured first.)"""
 
     def __init__(self) -> None:
-        self.pools: dict[int, Any] = {}
+        self.places: dict[int, tuple[Any, Any]] = {}
 
     def __call__(self, function: Callable[[], Tree]) -> tuple[Tree, Callable[[], None]]:
-        stream = torch.cuda.Stream()
+        device = torch.cuda.current_device()
+        if device not in self.places:
+            self.places[device] = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+        stream, pool = self.places[device]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(WARM_UP):
                 function()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        device = torch.cuda.current_device()
-        with torch.cuda.graph(graph, pool=self.pools.get(device)):
+        with torch.cuda.graph(graph, pool=pool, stream=stream):
             outputs = function()
-        self.pools[device] = graph.pool()
         return outputs, graph.replay
 
 
@@ -88,11 +89,11 @@ class Captured:
         self.versions = [version(value) for value in self.given]
         self.buffers = [value.clone(memory_format=torch.preserve_format) for value in self.given]
         own = filled(inputs, self.buffers)
-        with self.on_device():
+        with current(self.device):
             self.outputs, self.replay = capture(lambda: function(*own))
 
     def __call__(self, *inputs: Tree) -> Any:
-        with self.on_device():
+        with current(self.device):
             for k, value in enumerate(leaves(inputs)):
                 now = version(value)
                 if value is not self.given[k] or now != self.versions[k]:
@@ -100,7 +101,3 @@ class Captured:
                     self.given[k], self.versions[k] = value, now
             self.replay()
             return filled(self.outputs, [value.clone() for value in leaves(self.outputs)])
-
-    def on_device(self) -> AbstractContextManager[Any]:
-        """A graph is captured and replayed on a stream of the current device."""
-        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()

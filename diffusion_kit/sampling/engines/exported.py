@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -58,6 +59,11 @@ class Flat(nn.Module):
 def wide(value: Tensor) -> Tensor:
     """In float32 instead of bfloat16, which not everybody knows."""
     return value.float() if value.dtype == torch.bfloat16 else value
+
+
+def current(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes a card the current one, on which graphs and compiled code run."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def plain(value: Tensor) -> Tensor:

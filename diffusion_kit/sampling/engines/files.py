@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 import time
+import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 ABANDONED = 24 * 3600  # seconds without a change, after which nobody fills a new folder any more
@@ -20,12 +20,17 @@ def whole_folder(folder: Path) -> Iterator[Path | None]:
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
     for left in folder.parent.glob(f".{folder.name.partition('-')[0]}-*"):  # by a process that was killed
-        if time.time() - left.stat().st_mtime > ABANDONED:
-            shutil.rmtree(left, ignore_errors=True)
-    new = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        with suppress(FileNotFoundError):  # it has its name by now
+            if time.time() - left.stat().st_mtime > ABANDONED:
+                shutil.rmtree(left, ignore_errors=True)
+    new = folder.parent / f".{folder.name}-{uuid.uuid4().hex}"
+    new.mkdir()  # readable for whom new folders are: a cache may be of several users
     try:
         yield new
-        if not folder.is_dir():  # nobody was faster
+        try:
             new.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else somebody was faster
+                raise
     finally:
         shutil.rmtree(new, ignore_errors=True)

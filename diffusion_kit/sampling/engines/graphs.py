@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Hashable, Iterable
 
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from .recent import Recent
 from .weights import meddled, settings
 
 GRAPHS = 32  # that are kept
+RUNS = 4  # the last ones, whose networks have graphs
 
 
 class Graphs(Engine, ABC):
@@ -26,12 +28,16 @@ class Graphs(Engine, ABC):
     def __init__(self) -> None:
         super().__init__()
         self.graphs: Recent[StepFunction] = Recent(GRAPHS)
+        self.runs: deque[set[nn.Module]] = deque(maxlen=RUNS)
         self.settings: dict[nn.Module, Hashable] = {}
         self.meddled: str | None = None
 
     def begin(self, nets: Iterable[nn.Module]) -> None:
         self.settings = {net: settings(net) for net in nets}
         self.meddled = meddled(self.settings)
+        self.runs.append(set(self.settings))
+        used: set[nn.Module] = set().union(*self.runs)
+        self.graphs.forget(lambda signature: not used.issuperset(signature[0].executed))  # nor need they be in memory
 
     def __call__(self, step: Step, state: Tensor, tensors: Tree) -> StepFunction:
         if step.own_forward:

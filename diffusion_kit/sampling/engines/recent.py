@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 
@@ -17,6 +17,11 @@ class Recent(Generic[T]):
 
     def __len__(self) -> int:
         return len(self.values)
+
+    def forget(self, which: Callable[[Any], bool]) -> None:
+        """Values whose keys are such."""
+        for key in [key for key in self.values if which(key)]:
+            del self.values[key]
 
     def get(self, key: Hashable, make: Callable[[], T]) -> T:
         if key not in self.values:

@@ -11,7 +11,7 @@ from diffusion_kit.sampling.doors import Tree, shapes
 
 from .engine import Engine, eager
 from .exported import leaves
-from .weights import content_of, sampled, state
+from .weights import content_of, elsewhere, meddling, sampled, state
 
 LIMIT = 256 << 20  # bytes of answers
 
@@ -42,7 +42,10 @@ class Remembered(Engine):
         run = self.inner.network(network)
 
         def ask(*inputs: Tree) -> Tree:
-            weights = state(network.executed), tuple(sampled(network.executed))
+            nets = network.executed
+            if elsewhere(nets):  # nobody knows of what weights
+                return run(*inputs)
+            weights = state(nets, moved=False), tuple(sampled(nets)), tuple(own for _, own in meddling(nets))
             key = (self.name, network, weights, shapes(inputs), _digest(inputs))
             return self.answers.get(key, lambda: run(*inputs))
 

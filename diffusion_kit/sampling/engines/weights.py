@@ -25,10 +25,11 @@ SAMPLES = 8  # of a weight
 ALIGNED = 64  # bytes, to which tensors lie in a file
 
 
-def state(nets: Iterable[nn.Module]) -> Hashable:
-    """Differs where anybody has put other weights into a module, edited them in place, or changed what is added to them."""
+def state(nets: Iterable[nn.Module], *, moved: bool = True) -> Hashable:
+    """Differs where anybody has put other weights into a module, edited them in place, or changed what is added to them;
+    without `moved` not where they only lie elsewhere than before."""
     modules = [module for net in nets for module in net.modules()]
-    return tuple((type(own).__qualname__, own.training, *_versions(own), *_set_on(own)) for own in modules)
+    return tuple((type(own).__qualname__, own.training, *_versions(own, moved), *_set_on(own)) for own in modules)
 
 
 def places(nets: Iterable[nn.Module]) -> Hashable:
@@ -43,16 +44,25 @@ def settings(net: nn.Module) -> Hashable:
 
 def meddled(nets: Iterable[nn.Module]) -> str | None:
     """What was done to a part of a network that a copy of it would not do, or would do for ever; None if nothing."""
+    return next((what for what, _ in meddling(nets)), None)
+
+
+def meddling(nets: Iterable[nn.Module]) -> Iterator[tuple[str, Any]]:
+    """All that was done, and who does it."""
     for module in (module for net in nets for module in net.modules()):
         held = vars(module)
-        if any(map(_foreign, (*module._forward_hooks.values(), *module._forward_pre_hooks.values()))):
-            return "a part of it has hooks"
+        for hook in filter(_foreign, (*module._forward_hooks.values(), *module._forward_pre_hooks.values())):
+            yield "a part of it has hooks", hook
         if "forward" in held and "_hf_hook" not in held:
-            return "the forward of a part of it was replaced"
+            yield "the forward of a part of it was replaced", held["forward"]
         processor = held.get("processor")
         if processor is not None and _foreign(type(processor)):
-            return "it has attention processors of its own"
-    return None
+            yield "it has attention processors of its own", processor
+
+
+def elsewhere(nets: Iterable[nn.Module]) -> bool:
+    """Whether weights come to the network only while it runs (accelerate's sequential offload)."""
+    return any(value.is_meta for net in nets for module in net.modules() for value in _held(module))
 
 
 def _foreign(function: Any) -> bool:
@@ -70,6 +80,8 @@ def sampled(nets: Iterable[nn.Module]) -> list[int]:
 
 
 def _some_bits(value: Tensor, pages: FilePages) -> int:
+    if value.is_meta:
+        return 0
     flat = value.detach().flatten()
     found = hash(flat[:: max(1, flat.numel() // SAMPLES)].double().sum().item())
     if value.device.type == "cpu":
@@ -97,11 +109,15 @@ def plain_parts(value: Any) -> Iterator[Tensor]:
         yield from plain_parts(getattr(value, name))
 
 
-def _versions(module: nn.Module) -> Iterator[Hashable]:
+def _versions(module: nn.Module, moved: bool) -> Iterator[Hashable]:
     """Of each tensor; of a weight in a layout of its own the number of that layout (see `models.packed`), since to look at
     the weight would end it."""
     for part in _held(module):
-        yield part.data_ptr(), None if part.is_inference() else part._version, part.dtype, part.device
+        yield (
+            None if part.is_inference() else part._version,
+            part.dtype,
+            *((part.data_ptr(), part.device) if moved else ()),
+        )
     if "_packed" in vars(module):
         yield vars(module)["_packed"].number
 
