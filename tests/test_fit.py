@@ -51,6 +51,15 @@ def test_what_each_fit_keeps() -> None:
     assert tuple(stretch[2, 35]) == tuple(stretch[37, 35]) == (255, 255, 255)
 
 
+@pytest.mark.parametrize("side", [48, 64, 96])
+def test_no_size_is_cut_outside_of_the_picture(side: int) -> None:
+    """Rounding made the part that is kept a hair higher than the picture: 910 pixels for 64, among others."""
+    for height in range(1, 1200):
+        thin = Image.new("L", (1, height))
+        for picture_, size in ((thin, (1, side)), (thin.transpose(Image.Transpose.ROTATE_90), (side, 1))):
+            assert fit_image(picture_, *size, "cover").size == size
+
+
 def test_a_fit_of_the_same_shape_changes_nothing() -> None:
     results = [fit_image(picture(size=96), 48, 48, fit) for fit in FITS]
     assert all(np.array_equal(np.asarray(result), np.asarray(results[0])) for result in results)

@@ -138,7 +138,7 @@ def fit_image(picture: Image.Image, width: int, height: int, fit: str = "cover")
         picture = picture.convert("RGB")
     scales = width / picture.width, height / picture.height
     if fit == "cover":
-        w, h = width / max(scales), height / max(scales)  # of the part that is kept
+        w, h = min(width / max(scales), picture.width), min(height / max(scales), picture.height)  # what is kept
         left, top = (picture.width - w) / 2, (picture.height - h) / 2
         return resize(picture, (width, height), box=(left, top, left + w, top + h))
     if fit in ("contain", INSIDE):

@@ -133,9 +133,8 @@ def make_probe(unet: Any) -> tuple[Probe, tuple[Tensor, ...]] | None:
     transformers = getattr(next(iter(getattr(block, "attentions", ())), None), "transformer_blocks", (None,))
     size = unet.config.sample_size or SIDE
     side = max(1, min(SIDE, *(size if isinstance(size, (list, tuple)) else (size,))) >> level)
-    own = torch.Generator(unet.device).manual_seed(
-        0
-    )  # pictures that follow have the random numbers that they would have
+    # Of its own, so that pictures that follow have the random numbers that they would have.
+    own = torch.Generator(unet.device).manual_seed(0)
     like: dict[str, Any] = {"device": unet.device, "dtype": unet.dtype, "generator": own}
     x = torch.randn(2, resnet.in_channels, side, side, **like)
     emb = torch.randn(2, resnet.time_emb_proj.in_features, **like)
