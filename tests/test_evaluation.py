@@ -432,14 +432,15 @@ def test_errors_are_one_line(pipe: Any, adapter: Any, cases: Any, more: Any, mes
 def test_page_and_json(pipe: Any, adapter: Any, tmp_path: Path) -> None:
     case = Condition('<i>"x"</i>', "<script>alert(1)</script>", lines(1))
     report = run(pipe, adapter, [case, *conditions(1)], seeds=1)
-    text = report.page(tmp_path).read_text()
+    folder = tmp_path / "new" / "page"
+    text = report.page(folder).read_text()
     assert "<script>" not in text
     assert "<i>" not in text
     assert "&lt;script&gt;" in text
-    pictures = sorted(file.name for file in tmp_path.glob("*.png"))
+    pictures = sorted(file.name for file in folder.glob("*.png"))
     assert len(pictures) == 2 * 5  # the condition, and of both arms what was made and extracted
     assert all(f'src="{name}"' in text for name in pictures)
-    assert Image.open(tmp_path / "000-00.png").size == (64, 64)
+    assert Image.open(folder / "000-00.png").size == (64, 64)
     read = json.loads(report.to_json())
     assert read["lines"][1]["own"]["value"] == report.lines[1].own.value
     assert read["not_measured"]["LPIPS"] == "no weights were named for it"

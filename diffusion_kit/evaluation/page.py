@@ -24,6 +24,7 @@ figure { margin: 0 } figcaption { font-size: .85em; color: #555 } img { width: 1
 
 def write(report: Report, folder: Path) -> Path:
     """Pictures are NUMBER-N.png, in the order in which they are shown."""
+    folder.mkdir(parents=True, exist_ok=True)
     parts = [HEAD, f"<h1>Evaluation</h1>\n<pre>{escape(report.table())}</pre>\n"]
     for number, shown in enumerate(report.gallery):
         parts.append(f"<h2>{escape(shown.name)}: {escape(shown.prompt)}</h2>\n<section>\n")

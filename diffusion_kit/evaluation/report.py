@@ -87,7 +87,7 @@ class Report:
         return json.dumps(whole, indent=2, default=str) + "\n"
 
     def page(self, folder: str | Path) -> Path:
-        """Writes index.html and its pictures into a folder that is there, and says where."""
+        """Writes index.html and its pictures into a folder, which is made if it is not there, and says where."""
         from .page import write
 
         return write(self, Path(folder))
