@@ -53,6 +53,7 @@ class Tape(TorchDispatchMode):
         self.calls.append((func, args, kwargs or {}, out))
         return out
 
+    @torch.inference_mode()  # no version is counted
     def replay(self) -> None:
         for func, args, kwargs, out in self.calls:
             again = func(*args, **kwargs)
@@ -67,7 +68,7 @@ class OnTape:
     def __init__(self) -> None:
         self.captures, self.replays = 0, 0
 
-    def __call__(self, function: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+    def __call__(self, function: Callable[[], Any], device: torch.device) -> tuple[Any, Callable[[], None]]:
         with Tape() as tape:
             outputs = function()
         self.captures += 1
@@ -138,16 +139,44 @@ def test_captures_are_on_a_stream_and_in_a_pool_of_their_own_card(monkeypatch: p
         monkeypatch.setattr(torch.cuda, name, own)
     capture = OnCuda()
     for card[0] in (0, 1, 0):
-        assert capture(lambda: 5)[0] == 5
+        assert capture(lambda: 5, torch.device("cuda", card[0]))[0] == 5
     assert all(number == stream.card for number, stream, _ in used)
     assert used[0] == used[2] != used[1]
     assert used[0][2] is not used[1][2]
 
 
+def test_a_pipeline_that_was_moved_to_a_cpu_runs_as_it_is_and_says_so() -> None:
+    """A graph captured there would be empty: every step would give the first one's result."""
+    pipe = pipeline(SDXLPipeline)
+    pipe.engine = CudaGraphs()
+    assert torch.equal(run(pipe=pipe), run(pipe=pipeline(SDXLPipeline)))
+    assert pipe.engine.notes == ["a step runs as it is, cudagraph cannot: it is for CUDA, the step is on cpu"]
+
+
+def test_a_graph_made_in_inference_mode_serves_outside_of_it() -> None:
+    pipe = captured()
+    with torch.inference_mode():
+        run(pipe=pipe)
+    plain = run(pipe=pipeline(SDXLPipeline), prompt="two blue boats")
+    assert torch.equal(run(pipe=pipe, prompt="two blue boats"), plain)
+    assert pipe.engine.capture.captures == 1
+
+
+def test_a_copy_of_a_pipeline_has_no_graphs_of_the_first() -> None:
+    pipe = captured(unet=copy.deepcopy(components()["unet"]))
+    before = run(pipe=pipe)
+    other = copy.deepcopy(pipe)
+    other.unet.conv_out.weight.data = 2 * other.unet.conv_out.weight
+    plain = pipeline(SDXLPipeline, unet=copy.deepcopy(other.unet))
+    assert torch.equal(run(pipe=other), run(pipe=plain))
+    assert torch.equal(run(pipe=pipe), before)
+    assert pipe.engine.capture.captures == 1
+
+
 def test_a_replayed_step_dispatches_copies_alone() -> None:
     """Of what has changed into the graph's buffers, and of what it wrote: nothing is computed or made beside it."""
     pipe = pipeline(SDXLPipeline)
-    pipe.engine = CudaGraphs(lambda function: (function(), lambda: None))
+    pipe.engine = CudaGraphs(lambda function, _: (function(), lambda: None))
     controls = [Control(make_adapter(), lines(1), mask=half_mask()), Control(make_controlnet(), lines(2), scale=0.7)]
     with Count() as count:
 
@@ -253,7 +282,7 @@ def test_a_network_with_a_forward_of_its_own_is_not_captured() -> None:
 
 
 def test_what_cannot_be_captured_runs_as_it_is_and_says_so() -> None:
-    def refuse(function: Any) -> Any:
+    def refuse(function: Any, device: Any) -> Any:
         raise RuntimeError("out of memory")
 
     pipe = pipeline(SDXLPipeline)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import pickle
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ from accelerate import cpu_offload
 from conftest import CROSS, components, distance, make_sd_unet, make_vae, pipeline
 from diffusers.models.attention_processor import AttnProcessor2_0
 from kandinsky_models import kandinsky3_components
+from safetensors.torch import load_file, save_model
 from test_kandinsky import build
 from test_loaders import save_lora
 from test_mixtures import KINDS, TASKS, run
@@ -26,11 +28,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import diffusion_kit
 from diffusion_kit import AutoPipelineForText2Image, Kandinsky3Pipeline, SDXLPipeline
 from diffusion_kit.models import onednn
+from diffusion_kit.models.vae import decode_latents
 from diffusion_kit.pipelines import engines
 from diffusion_kit.pipelines.optimize import half_of
-from diffusion_kit.sampling.engines import Engine, aoti
+from diffusion_kit.sampling.engines import Compiled, Engine, aoti
 from diffusion_kit.sampling.engines.files import whole_folder
-from diffusion_kit.sampling.engines.weights import content, meddled, park, sampled, state
+from diffusion_kit.sampling.engines.weights import content, is_parked, meddled, park, sampled, state
 
 SAME = 1e-5
 
@@ -192,6 +195,28 @@ def test_content_is_that_of_a_copy_elsewhere(tmp_path: Path) -> None:
     assert content([type(net).from_pretrained(tmp_path)]) == content([net])
 
 
+def test_libraries_tell_parked_weights_apart(tmp_path: Path) -> None:
+    """By their storages, of which one with several weights would be saved as one of them."""
+    net = nn.Sequential(*(nn.Linear(128, 128) for _ in range(3)))
+    bits = copy.deepcopy(net.state_dict())
+    with torch.inference_mode():
+        park([net], tmp_path)
+    assert all(is_parked(layer.weight) and not is_parked(layer.bias) for layer in net)
+    assert not any(parameter.is_inference() for parameter in net.parameters())
+    save_model(net, str(tmp_path / "net.safetensors"))
+    saved = load_file(tmp_path / "net.safetensors")
+    assert saved.keys() == bits.keys()
+    assert all(torch.equal(saved[name], bits[name]) for name in bits)
+    first = net[0].weight.data_ptr()
+    park([net], tmp_path)
+    assert net[0].weight.data_ptr() == first, "it lies in a file already"
+    torch.save(net[0].bias, tmp_path / "one.bin")
+    assert (tmp_path / "one.bin").stat().st_size < 10_000
+    with torch.enable_grad():
+        net(torch.ones(1, 128)).sum().backward()
+    assert net[0].weight.grad is not None
+
+
 def test_parked_weights_have_the_same_bits_and_can_be_changed(tmp_path: Path) -> None:
     net = copy.deepcopy(components()["unet"])
     x, held = net.state_dict(), net.conv_in.weight.detach()
@@ -302,14 +327,15 @@ MEDDLING: dict[str, Any] = {
     "hook": lambda net: net[0].register_forward_hook(lambda *given: 3 * given[-1]),
     "hook before": lambda net: net[1].register_forward_pre_hook(lambda _, given: (given[0] + 1,)),
     "forward": lambda net: setattr(net[0], "forward", lambda x: 2 * x),
+    "method": lambda net: setattr(net[2], "_conv_forward", lambda x, weight, bias: 2 * x),
 }
 
 
 @pytest.mark.parametrize("runtime", ["openvino"], indirect=True)
 @pytest.mark.parametrize("how", MEDDLING)
 def test_what_is_done_to_a_part_is_not_left_out_of_a_copy(how: str, runtime: Any) -> None:
-    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-    x, network, run = torch.randn(2, 4), Layers(net), runtime.network(Layers(net))
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Conv2d(3, 3, 1))
+    x, network, run = torch.randn(3, 4, 4), Layers(net), runtime.network(Layers(net))
     with torch.no_grad():
         before = run(x)
         assert meddled([net]) is None
@@ -317,6 +343,66 @@ def test_what_is_done_to_a_part_is_not_left_out_of_a_copy(how: str, runtime: Any
         assert torch.equal(run(x), network(x))
         assert distance(network(x), before) > 1e-2
     assert [note.partition(": ")[2] for note in runtime.notes] == [meddled([net])]
+
+
+@pytest.mark.parametrize("runtime", ["openvino"], indirect=True)
+def test_what_is_set_on_a_layer_is_seen(runtime: Any) -> None:
+    """As scripts for seamless textures do, after a picture."""
+    layer = nn.Conv2d(2, 2, 3, padding=1)
+    x, network, run = torch.randn(1, 2, 8, 8), Layers(layer), runtime.network(Layers(layer))
+    with torch.no_grad():
+        before, hashed = run(x), content([layer])
+        layer.padding_mode = "circular"
+        assert distance(run(x), network(x)) < SAME
+        assert distance(network(x), before) > 1e-2
+    assert content([layer]) != hashed
+    assert not runtime.notes
+
+
+class Taking(Engine):
+    """Tells what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.given: list[str] = []
+
+    def network(self, network: Any) -> Any:
+        self.given.append(type(network).__name__)
+        return network
+
+
+def test_an_autoencoder_whose_decode_was_replaced_is_no_engines() -> None:
+    vae, latents, engine = make_vae(), torch.randn(1, 4, 8, 8), Taking()
+    plain = decode_latents(vae, latents, engine=engine)
+    assert engine.given == ["Decoder"]
+    own = vae.decode
+    vae.decode = lambda z, **more: own(-z, **more)
+    assert distance(decode_latents(vae, latents, engine=engine), plain) > 1e-2
+    assert engine.given == ["Decoder"]
+    assert engine.notes == ["Decoder runs as it is, eager cannot: the autoencoder's decode was replaced"]
+
+
+@pytest.mark.parametrize("runtime", ["openvino"], indirect=True)
+def test_a_copy_of_an_engine_runs_other_weights(runtime: Any) -> None:
+    layer, x = nn.Linear(4, 4), torch.randn(2, 4)
+    with torch.no_grad():
+        first = runtime.network(Layers(layer))(x)
+        other, own = copy.deepcopy((layer, runtime))
+        other.weight.mul_(2)
+        assert distance(own.network(Layers(other))(x), other(x)) < SAME
+        assert torch.equal(runtime.network(Layers(layer))(x), first)
+        assert distance(pickle.loads(pickle.dumps(runtime)).network(Layers(layer))(x), first) < SAME
+    assert not runtime.notes
+
+
+def test_a_copy_of_a_compiled_pipeline_runs_other_weights() -> None:
+    pipe = pipeline(SDXLPipeline, unet=small()[1])
+    pipe.engine = Compiled(backend="eager")
+    run(pipe=pipe, num_inference_steps=2)
+    other = copy.deepcopy(pipe)
+    other.unet.conv_out.weight.data = 2 * other.unet.conv_out.weight
+    plain = pipeline(SDXLPipeline, unet=other.unet)
+    assert distance(run(pipe=other, num_inference_steps=2), run(pipe=plain, num_inference_steps=2)) < SAME
 
 
 def test_own_attention_of_an_autoencoder_is_seen() -> None:

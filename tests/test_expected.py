@@ -78,6 +78,13 @@ def test_it_is_what_a_picture_takes(family: str) -> None:
     assert expected[1] == engine.decoding
 
 
+def test_how_weights_are_quantised_changes_nothing() -> None:
+    pipe = pipeline(SDXLPipeline, unet=make_unet())
+    before = working_memory(pipe)
+    pipe.unet.register_to_config(quantization_config=object())
+    assert working_memory(pipe) == before
+
+
 def test_it_is_of_the_pipelines_own_size_and_number_type() -> None:
     small, large = (pipeline(SDXLPipeline, unet=make_unet(sample_size=side), vae=make_vae()) for side in (16, 32))
     first, second = working_memory(small), working_memory(large)

@@ -5,6 +5,7 @@ As in test_parity, the call without the feature that a case is about must differ
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import diffusers
@@ -252,6 +253,20 @@ def test_hint_has_scale_window_and_mask() -> None:
         assert distance(none, torch.as_tensor(LATENTS(theirs, hint=HINT))) < 1e-4
     finally:
         block[-1].weight.data, block[-1].bias.data = zero
+
+
+def test_a_hint_is_embedded_where_an_offloaded_decoder_runs() -> None:
+    pipe = build(diffusion_kit, "KandinskyV22ControlnetPipeline", unet=copy.deepcopy(unet22_hint()))
+    plain, brought = run(pipe, hint=HINT, **EMBEDS), []
+
+    class Hook:
+        def pre_forward(self, net: Any) -> None:
+            brought.append(net)
+
+    pipe.unet._hf_hook = Hook()
+    pipe.unet.add_embedding.input_hint_block.register_forward_pre_hook(lambda *_: brought.append("embedded"))
+    assert torch.equal(run(pipe, hint=HINT, **EMBEDS), plain)
+    assert brought[:2] == [pipe.unet, "embedded"]
 
 
 def test_a_decoder_with_a_hint_is_a_control_of_a_plain_one(tmp_path: Any) -> None:

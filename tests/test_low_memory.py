@@ -14,6 +14,7 @@ import torch
 from conftest import components, make_vae, pipeline, seeds
 from test_mixtures import run
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 from diffusion_kit import AutoPipelineForText2Image, SDXLPipeline
 from diffusion_kit.models.packed import Packed
@@ -42,6 +43,28 @@ def test_parked_weights_leave_memory_and_come_back(tmp_path: Path) -> None:
     assert held() < before - 0.9 * MEGABYTES
     assert net.weight[5].eq(3).all(), "what was changed is kept"
     assert net.weight[7:].eq(2).all()
+
+
+@linux
+def test_weights_made_of_others_are_left_alone(tmp_path: Path) -> None:
+    net = nn.Linear(256, 256, bias=False)
+    net.weight = nn.Parameter(TwoTensor(torch.ones(256, 256), torch.zeros(256, 256)))
+    park([net], tmp_path)
+    page_out([net])
+    assert net.weight.a.eq(1).all()
+
+
+def test_after_an_error_networks_leave_the_device(small: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    freed: list[int] = []
+    monkeypatch.setattr(small, "maybe_free_model_hooks", lambda: freed.append(1), raising=False)
+
+    def fail(*_: Any) -> Any:
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        run(pipe=small, callback_on_step_end=fail)
+    run(pipe=small)
+    assert freed == [1, 1]
 
 
 @linux

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import SIZE, components, distance, make_vae, picture, pipeline, seeds
+from conftest import SIZE, components, distance, make_unet, make_vae, picture, pipeline, seeds
 from PIL import Image
 
 from diffusion_kit import SDXLPipeline, detect, load_image
@@ -178,6 +178,16 @@ def test_previews_are_the_affine_map_nearest_to_the_encoder() -> None:
     pipeline(SDXLPipeline)("a fox", num_inference_steps=3, generator=seeds(1), **call)
     assert [tuple(p.shape) for p in shown] == [(1, 3, 16, 16)] * 3
     assert all(p.min() >= 0 and p.max() <= 1 for p in shown)
+
+
+def test_what_previews_need_is_made_before_the_loop() -> None:
+    """In the loop, an autoencoder that is offloaded would come to the device in the place of the UNet."""
+    vae, unet, looks = make_vae(), make_unet(), []
+    vae.encoder.register_forward_hook(lambda *_: looks.append("encoded"))
+    unet.conv_in.register_forward_hook(lambda *_: looks.append("step"))
+    call = {"callback_on_step_end": lambda *_: {}, "callback_on_step_end_tensor_inputs": ["preview"]}
+    pipeline(SDXLPipeline, vae=vae, unet=unet)("a fox", num_inference_steps=2, generator=seeds(1), **call)
+    assert looks == ["encoded", "step", "step"]
 
 
 def test_callbacks_change_latents_and_the_old_one_is_called() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from pathlib import Path
@@ -10,7 +11,19 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from conftest import components, half_mask, light, lines, make_adapter, make_controlnet, picture, pipeline, seeds
+from conftest import (
+    components,
+    half_mask,
+    light,
+    lines,
+    make_adapter,
+    make_controlnet,
+    make_unet,
+    make_vae,
+    picture,
+    pipeline,
+    seeds,
+)
 
 import diffusion_kit
 from diffusion_kit import AutoPipelineForImage2Image, AutoPipelineForInpainting, AutoPipelineForText2Image, SDXLPipeline
@@ -98,6 +111,18 @@ def test_from_pipe_shares_the_components() -> None:
     assert controlled.unet is peer.unet
     assert type(controlled) is diffusion_kit.StableDiffusionXLControlNetPipeline
     assert AutoPipelineForInpainting.from_pipe(controlled).controlnet is controlled.controlnet
+
+
+def test_from_pipe_leaves_number_types_as_they_are() -> None:
+    """The networks are the other pipeline's, too."""
+    half = pipeline(SDXLPipeline, **copy.deepcopy({**components(), "unet": make_unet().to(torch.bfloat16)}))
+    again = AutoPipelineForImage2Image.from_pipe(half)
+    assert again.unet is half.unet
+    assert half.unet.dtype == torch.bfloat16
+    assert half.vae.dtype == torch.float32
+    told = SDXLPipeline.from_pipe(half, dtype=torch.bfloat16, vae=make_vae())
+    assert told.vae.dtype == torch.bfloat16
+    assert half.vae.dtype == torch.float32
 
 
 def test_controls_that_come_with_a_base(folder: Path, tmp_path: Path) -> None:

@@ -235,6 +235,14 @@ def encode_control(control: Control, site: Site) -> EncodedControl | None:
     return encoded
 
 
+def bring(net: Any, device: torch.device) -> None:
+    """A network to where a control is encoded: by its hook, where it is offloaded."""
+    if (hook := getattr(net, "_hf_hook", None)) is not None:
+        hook.pre_forward(net)
+    elif net.device != device:
+        net.to(device)
+
+
 def kind_of(model: Any) -> ModuleType:
     if isinstance(model, str) and model in named_kinds():
         return named_kinds()[model]

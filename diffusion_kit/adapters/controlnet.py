@@ -20,7 +20,7 @@ from diffusion_kit.models.unet import Net, layout, obstacle
 from diffusion_kit.models.unet import encode as encode_unet
 from diffusion_kit.sampling.doors import Answer, Conditioning, Tree, conditional, in_every, spread
 
-from .control import Control, EncodedControl, Site, fading
+from .control import Control, EncodedControl, Site, bring, fading
 from .pictures import picture_tensor
 
 MODELS = (ControlNetModel,)
@@ -158,8 +158,7 @@ def encoded(cls: type[RunControlNet], control: Control, site: Site, pixels: Tens
     """A network that runs as a ControlNet does, by an injection of the class; `pixels` are its control images (N, ...)."""
     net = control.model
     _check_fit(net, site)
-    if net.device != site.device:
-        net.to(site.device)
+    bring(net, site.device)
     pixels = pixels.to(site.device, net.dtype)
     pooled = net.config.global_pool_conditions
     run = cls(net, pooled or control.mode != "balanced", obstacle(net) is not None, **fields)

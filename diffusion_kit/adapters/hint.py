@@ -14,7 +14,7 @@ from diffusion_kit.models.denoiser import takes_hint
 from diffusion_kit.models.unet import obstacle
 from diffusion_kit.sampling.doors import Answer, Conditioning, Tree, in_every, spread
 
-from .control import Control, EncodedControl, Site
+from .control import Control, EncodedControl, Site, bring
 from .pictures import picture_tensor
 
 MODELS = (UNet2DConditionModel,)
@@ -57,6 +57,7 @@ def encode(control: Control, site: Site) -> EncodedControl:
     weight = site.weights(control, [1.0], [0], control.level_scales(1))[0]
     hint = picture_tensor(control.image, site.height, site.width).to(site.device, net.dtype)
     if obstacle(net) is None:
+        bring(net, site.device)
         hint = net.add_embedding.input_hint_block(hint)
         if hint.shape[-2:] != site.latent_size:
             made, needed = (" x ".join(map(str, size)) for size in (hint.shape[-2:], site.latent_size))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -134,15 +135,25 @@ class _AttendJointly:
         return hidden_states + out.transpose(1, 2).unflatten(-1, hidden_states.shape[2:])
 
 
+OWN = (_Attend, _AttendJointly)
 # One processor a layer for the life of a network: a compiled step finds the same objects in every run.
 _processors: WeakKeyDictionary[nn.Module, dict[Product, dict[str, Any]]] = WeakKeyDictionary()
+_locks: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+_locking = threading.Lock()
+
+
+def _lock(net: nn.Module) -> Any:
+    with _locking:
+        return _locks.setdefault(net, threading.RLock())
 
 
 @contextmanager
 def installed(*nets: nn.Module, product: Product = F.scaled_dot_product_attention) -> Iterator[None]:
     """The executor's attention, by that product or by xformers', inside the block; afterwards every network has the
-    processors that it had before."""
+    processors that it had before. Of two threads that run the same network, by pipelines that share it, one waits."""
     with ExitStack() as stack:
+        for net in sorted(nets, key=id):  # all threads in the same order: none waits for one that waits for it
+            stack.enter_context(_lock(net))
         for net in nets:
             layers = attention_layers(net)
             chosen = product_of(layers, product)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diffusion_kit.sampling.doors import Answer, Conditioning, Tree
 
-from .attention import Context, Net, Tokens, attend, attention_layers, changed, split_heads
+from .attention import OWN, Context, Net, Tokens, attend, attention_layers, changed, split_heads
 from .own_forward import OwnForward
 
 POOLING = "add_time_condition."  # attention that pools the text, outside the blocks
@@ -58,7 +58,7 @@ def is_kandinsky3(net: Net) -> bool:
 
 def obstacle(net: Net) -> str | None:
     """Why the network has to run through its own forward; None if the executor can run it."""
-    if any(type(layer.processor) is not AttnProcessor2_0 for _, layer in attention_layers(net)):
+    if any(type(layer.processor) not in (AttnProcessor2_0, *OWN) for _, layer in attention_layers(net)):
         return "it has attention processors of its own"
     return changed(net)
 

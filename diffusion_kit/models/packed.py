@@ -263,12 +263,10 @@ def can_be_packed(layer: Any) -> bool:
 
 
 def references(layer: Any) -> tuple[int, int, int]:
-    """How many hold a layer's weight: in Python, in torch, and its storage (a detached copy, a state dict), but for that of
-    a file in which others lie, too."""
+    """How many hold a layer's weight: in Python, in torch, and its storage (a detached copy, a state dict)."""
     weight = layer._parameters["weight"]
     storage = weight.untyped_storage()
-    own = alone()[2] if is_parked(weight) else torch._C._storage_Use_Count(storage._cdata)
-    return sys.getrefcount(weight), weight._use_count(), own
+    return sys.getrefcount(weight), weight._use_count(), torch._C._storage_Use_Count(storage._cdata)
 
 
 @cache

@@ -18,7 +18,7 @@ from diffusers.models.unets.unet_2d_blocks import CrossAttnDownBlock2D
 from torch import Tensor, nn
 
 from . import kandinsky3
-from .attention import XFORMERS, Context, Net, Tokens, attention_layers, changed, joint, split_heads
+from .attention import OWN, XFORMERS, Context, Net, Tokens, attention_layers, changed, joint, split_heads
 
 BLOCKS = {
     "DownBlock2D",
@@ -212,7 +212,7 @@ def _stock(layer: Attention) -> bool:
     if not joint(layer):
         extras.append(layer.group_norm)
     return (
-        type(layer.processor) in (AttnAddedKVProcessor2_0 if joint(layer) else AttnProcessor2_0, *XFORMERS)
+        type(layer.processor) in (AttnAddedKVProcessor2_0 if joint(layer) else AttnProcessor2_0, *XFORMERS, *OWN)
         and all(extra is None for extra in extras)
         and not (layer.residual_connection or layer.fused_projections)
         and layer.rescale_output_factor == 1.0

@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 from diffusers import VQModel
+from diffusers.utils.torch_utils import get_module_execution_device
 from torch import Tensor
 
 from diffusion_kit.sampling.engines import Engine, eager
+from diffusion_kit.sampling.engines.weights import replaced
 from diffusion_kit.sampling.noise import Generators
 
 
@@ -66,14 +68,23 @@ def decode_latents(
         latents = latents.to(vae.dtype)
         shift, std = statistics(vae, latents)
         seen = {name: value.to(latents) for name, value in beside.items()}
-        engine = eager if cut(vae, latents) else engine  # the pieces go through the autoencoder's own loop
-        pixels = engine.network(Decoder(vae))(latents * (std / scaling(vae)) + shift, seen)
+        pixels = _engine(vae, latents, engine).network(Decoder(vae))(latents * (std / scaling(vae)) + shift, seen)
     if not torch.isfinite(pixels).all():
         raise RuntimeError(
             f"the VAE overflowed in {str(vae.dtype).removeprefix('torch.')}: use pipe.vae.to(torch.float32), "
             "force_upcast in its config, or a VAE made for half precision (madebyollin/sdxl-vae-fp16-fix)"
         )
     return pixels
+
+
+def _engine(vae: Any, latents: Tensor, engine: Engine) -> Engine:
+    """The engine, where it can take the decoder for the whole of what the autoencoder does."""
+    if cut(vae, latents):  # its pieces go through its own loop
+        return eager
+    if (name := replaced(vae)) is None or engine.only_steps:
+        return engine
+    engine.cannot("Decoder", RuntimeError(f"the autoencoder's {name} was replaced"))
+    return eager
 
 
 def cut(vae: Any, latents: Tensor) -> bool:
@@ -138,22 +149,23 @@ def preview_matrix(vae: Any) -> Tensor:
 
     27 colours are encoded and RGB is fitted on their latents by least squares; made once for a VAE and kept.
     """
-    cached = getattr(vae, "_preview_matrix", None)
-    if cached is not None:
-        return cached
+    if (made := getattr(vae, "_preview_matrix", None)) is not None:
+        return made
     levels = torch.tensor([-0.8, 0.0, 0.8])
     colours = torch.cartesian_prod(levels, levels, levels)  # (27, 3)
     side = 8 * scale_factor(vae)
-    pixels = colours[:, :, None, None].expand(-1, -1, side, side).to(vae.device)
-    latents = encode_picture(vae, pixels, torch.Generator(vae.device).manual_seed(0), torch.float32)
+    device = get_module_execution_device(vae)
+    pixels = colours[:, :, None, None].expand(-1, -1, side, side).to(device)
+    latents = encode_picture(vae, pixels, torch.Generator(device).manual_seed(0), torch.float32)
     centres = latents[:, :, 3:5, 3:5].mean((2, 3)).cpu()
     inputs = torch.cat([centres, torch.ones(len(centres), 1)], 1)
-    matrix = torch.linalg.lstsq(inputs, colours).solution.to(vae.device)
+    matrix = torch.linalg.lstsq(inputs, colours).solution
     object.__setattr__(vae, "_preview_matrix", matrix)
     return matrix
 
 
 def preview(matrix: Tensor, latents: Tensor) -> Tensor:
     """(B, 3, h, w) in [0, 1]: a small picture of predicted clean latents (B, C, h, w)."""
+    matrix = matrix.to(latents.device)
     rgb = torch.einsum("bchw,cr->brhw", latents.float(), matrix[:-1]) + matrix[-1][None, :, None, None]
     return (rgb / 2 + 0.5).clamp(0, 1)

@@ -40,6 +40,8 @@ from diffusion_kit.sampling.loop import Run, sample
 from .arguments import bind, signature_of
 from .optimize import Level, explain, optimize
 
+KEPT = object()  # in place of a number type: leave networks as they are
+
 
 class ControlledPipeline(DiffusionPipeline):
     """A base family. Its subclass gives `Call`, the dataclass of its arguments, and `generate`.
@@ -70,7 +72,10 @@ class ControlledPipeline(DiffusionPipeline):
             args, kwargs = self.accept(args, kwargs)
             values = bind(signature, type(self).__name__, args, kwargs)
             self.engine.renew()
-            return self.generate(self.Call(**self.translate(values)))
+            try:
+                return self.generate(self.Call(**self.translate(values)))
+            finally:  # after an error, too, networks that are offloaded leave the device
+                self.maybe_free_model_hooks()
 
         call.__signature__ = signature  # type: ignore[attr-defined]
         call.__name__, call.__qualname__ = "__call__", f"{cls.__name__}.__call__"
@@ -112,6 +117,18 @@ class ControlledPipeline(DiffusionPipeline):
         kwargs.setdefault("use_safetensors", True)
         with one_line(source, "model"):
             return super().from_pretrained(str(place), **kwargs)
+
+    @classmethod
+    def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Any:
+        """A pipeline over the same components, with the same settings. Networks keep their number type unless `dtype` is
+        given; diffusers' own makes all of them float32, in the other pipeline too."""
+        if not {"dtype", "torch_dtype"} & kwargs.keys():
+            kwargs["dtype"] = KEPT
+        return super().from_pipe(pipeline, **kwargs)
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """diffusers' own."""
+        return self if kwargs.get("dtype") is KEPT else super().to(*args, **kwargs)
 
     def to_json_string(self) -> str:
         """model_index.json with the peer's class name, so that the peer reads our folders."""
@@ -325,8 +342,6 @@ class ControlledPipeline(DiffusionPipeline):
         nets = [net for control in run.controls for net in control.injection.executed]
         nets += run.denoiser.executed
         unique = list({id(net): net for net in nets}.values())
-        if not isinstance(run.engine, Packing):
-            unpack_all([*unique, *(part for part in self.components.values() if isinstance(part, nn.Module))])
         scale = (self._cross_attention_kwargs or {}).get("scale")
         bar = self.progress_bar(total=run.schedule.steps)
 
@@ -336,6 +351,8 @@ class ControlledPipeline(DiffusionPipeline):
             return result
 
         with bar, installed(*unique, product=run.engine.attention), loras_scaled(scale, self.unet):
+            if not isinstance(run.engine, Packing):
+                unpack_all([*unique, *(part for part in self.components.values() if isinstance(part, nn.Module))])
             run.engine.begin(unique)
             for net in unique:
                 if getattr(net, "_hf_hook", None) is not None:

@@ -37,8 +37,8 @@ def working_memory(pipe: Any) -> tuple[int, int] | None:
 
 
 def _configured(net: Any) -> tuple[Any, str]:
-    """A network's class and configuration."""
-    own = {name: value for name, value in net.config.items() if not name.startswith("_")}
+    """A network's class and configuration, but for how its weights were quantised."""
+    own = {name: value for name, value in net.config.items() if name[0] != "_" and name != "quantization_config"}
     return type(net), json.dumps(own, sort_keys=True)
 
 

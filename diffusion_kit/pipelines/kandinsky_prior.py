@@ -157,7 +157,6 @@ class PriorPipeline(ControlledPipeline):
             embeds, negative_embeds = embeds.chunk(2)
         else:
             negative_embeds = self.get_zero_embed(len(embeds))
-        self.maybe_free_model_hooks()
         if call.output_type == "np":
             embeds, negative_embeds = embeds.cpu().numpy(), negative_embeds.cpu().numpy()
         if not call.return_dict:

@@ -122,6 +122,8 @@ class LatentPipeline(ControlledPipeline):
         device = self._execution_device
         conditioning = self.conditioning(call, canvas, device)
         rest(self)
+        if "preview" in call.callback_on_step_end_tensor_inputs:
+            preview_matrix(self.vae)  # now: in the loop, offloading would take the UNet away for it
         schedule = self._schedule(call, device)
         batch = Batch(
             call.prompts,
@@ -168,7 +170,6 @@ class LatentPipeline(ControlledPipeline):
         if canvas.crop is not None:
             overlay = self.image_processor.apply_overlay
             images = [overlay(call.mask_image, call.image, image, canvas.crop) for image in images]
-        self.maybe_free_model_hooks()
         return self.output(images, call.return_dict)
 
     def _remember(self, call: LatentCall) -> None:

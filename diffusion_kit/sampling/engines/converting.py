@@ -44,6 +44,10 @@ class Converting(Engine, ABC):
         self.made: dict[Any, Made] = {}
         self.used: set[Hashable] = set()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy of the engine finds on disk what this one has converted."""
+        return vars(self) | {"made": {}, "used": set()}
+
     @abstractmethod
     def convert(self, flat: Flat, example: tuple[Tensor, ...], new: Path) -> None:
         """Writes the converted network into the new folder."""

@@ -26,22 +26,28 @@ WARM_UP = 3  # runs before a capture, in which libraries choose their kernels an
 
 
 class Capture(Protocol):
-    def __call__(self, function: Callable[[], Tree]) -> tuple[Tree, Callable[[], None]]:
-        """What the function gives, and what computes it anew in the same place, from the memory that the function read."""
+    def __call__(self, function: Callable[[], Tree], device: torch.device) -> tuple[Tree, Callable[[], None]]:
+        """What the function gives, and what computes it anew in the same place, from the memory that the function read, all
+        of it on the device."""
 
 
 class OnCuda:
-    """Captures on the current device: all graphs of a device on one stream, in one pool of memory. (torch's own stream for
-    captures is of the device that captured first.)"""
+    """Captures on the current card: all graphs of a card on one stream, in one pool of memory. (torch's own stream for
+    captures is of the card that captured first.)"""
 
     def __init__(self) -> None:
         self.places: dict[int, tuple[Any, Any]] = {}
 
-    def __call__(self, function: Callable[[], Tree]) -> tuple[Tree, Callable[[], None]]:
-        device = torch.cuda.current_device()
-        if device not in self.places:
-            self.places[device] = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
-        stream, pool = self.places[device]
+    def __getstate__(self) -> dict[str, Any]:
+        return {"places": {}}
+
+    def __call__(self, function: Callable[[], Tree], device: torch.device) -> tuple[Tree, Callable[[], None]]:
+        if device.type != "cuda":  # a graph of nothing
+            raise RuntimeError(f"it is for CUDA, the step is on {device}")
+        card = torch.cuda.current_device()
+        if card not in self.places:
+            self.places[card] = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+        stream, pool = self.places[card]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(WARM_UP):
@@ -87,10 +93,11 @@ class Captured:
         self.given = leaves(inputs)
         self.device = self.given[0].device
         self.versions = [version(value) for value in self.given]
-        self.buffers = [value.clone(memory_format=torch.preserve_format) for value in self.given]
+        with torch.inference_mode(False):  # else nobody outside of it could write to them
+            self.buffers = [value.clone(memory_format=torch.preserve_format) for value in self.given]
         own = filled(inputs, self.buffers)
         with current(self.device):
-            self.outputs, self.replay = capture(lambda: function(*own))
+            self.outputs, self.replay = capture(lambda: function(*own), self.device)
 
     def __call__(self, *inputs: Tree) -> Any:
         with current(self.device):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Hashable, Iterable
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -31,6 +32,10 @@ class Graphs(Engine, ABC):
         self.runs: deque[set[nn.Module]] = deque(maxlen=RUNS)
         self.settings: dict[nn.Module, Hashable] = {}
         self.meddled: str | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy of the engine has no graphs, which are of networks that it will not run."""
+        return vars(self) | {"graphs": Recent(GRAPHS), "runs": deque(maxlen=RUNS), "settings": {}}
 
     def begin(self, nets: Iterable[nn.Module]) -> None:
         self.settings = {net: settings(net) for net in nets}

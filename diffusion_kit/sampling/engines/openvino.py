@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -30,9 +31,16 @@ class OpenVINO(Converting):
 
     def __init__(self, folder: Path, precision: torch.dtype | None = None, *, parks: bool = True) -> None:
         super().__init__(folder, parks=parks)
+        self.precision = precision
+
+    @cached_property
+    def core(self) -> Any:
         import openvino
 
-        self.core, self.precision = openvino.Core(), precision
+        return openvino.Core()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: own for name, own in super().__getstate__().items() if name != "core"}
 
     def convert(self, flat: Flat, example: tuple[Tensor, ...], new: Path) -> None:
         import openvino

@@ -26,20 +26,24 @@ def page_out(nets: Iterable[nn.Module]) -> None:
     """Weights that lie in a file (see `weights.park`): their pages leave memory, changed ones are kept."""
     if sys.platform != "linux":
         return
-    storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for net in nets for p in net.parameters()}
-    mapped = [(first, last) for first, last, _, path in _maps() if path.startswith("/")]
-    for start, size in storages.items():
-        if any(first <= start < last for first, last in mapped):
-            _advise(start, start + size, PAGEOUT)
+    pages = FilePages()
+    for parameter in _in_memory(nets):
+        if pages.hold(parameter):
+            _advise(parameter.data_ptr(), parameter.data_ptr() + parameter.nbytes, PAGEOUT)
 
 
 def forget(nets: Iterable[nn.Module]) -> None:
     """Of all weights that lie in files: see `FilePages`."""
     pages = FilePages()
-    for net in nets:
-        for parameter in net.parameters():
-            if parameter.device.type == "cpu" and not is_traceable_wrapper_subclass(parameter):
-                pages.forget(parameter)
+    for parameter in _in_memory(nets):
+        pages.forget(parameter)
+
+
+def _in_memory(nets: Iterable[nn.Module]) -> Iterator[Tensor]:
+    """Weights that have memory of their own: not those of an accelerator, nor quantised ones, which are made of others."""
+    for parameter in (parameter for net in nets for parameter in net.parameters()):
+        if parameter.device.type == "cpu" and not is_traceable_wrapper_subclass(parameter):
+            yield parameter
 
 
 class FilePages:
@@ -51,13 +55,18 @@ class FilePages:
     def forget(self, tensor: Tensor) -> None:
         """Pages of a file in which the tensor lies leave memory; whoever looks at them reads the file again. Those that
         were changed since they were read stay."""
+        if self.hold(tensor):
+            start = tensor.data_ptr()
+            for first, last in _unchanged(start, start + tensor.nbytes):
+                _advise(first, last, mmap.MADV_DONTNEED)
+
+    def hold(self, tensor: Tensor) -> bool:
+        """Whether the tensor lies in a file."""
         if self._mapped is None:
             self._mapped = sorted((first, last) for first, last, _, path in _maps() if path.startswith("/"))
         start = tensor.data_ptr()
         k = bisect_right(self._mapped, (start, sys.maxsize)) - 1
-        if k >= 0 and start < self._mapped[k][1]:
-            for first, last in _unchanged(start, start + tensor.nbytes):
-                _advise(first, last, mmap.MADV_DONTNEED)
+        return k >= 0 and start < self._mapped[k][1]
 
 
 def _unchanged(first: int, last: int) -> Iterator[tuple[int, int]]:

@@ -16,20 +16,18 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .pages import FilePages
 
-SET = (  # on a module, beside its tensors: by peft on a LoRA layer, by FreeU on a block
-    *("scaling", "_active_adapter", "merged_adapters", "_disable_adapters"),
-    *("s1", "s2", "b1", "b2"),
-)
+PLAIN = (bool, int, float, str, torch.dtype)
+OF_LORAS = ("scaling", "_active_adapter", "merged_adapters", "_disable_adapters")  # what peft sets on a layer
 LIBRARIES = ("diffusers", "diffusion_kit", "transformers")
 SAMPLES = 8  # of a weight
-ALIGNED = 64  # bytes, to which tensors lie in a file
+SMALL = 2**14  # bytes of a weight, below which a file of its own gains nothing
 
 
 def state(nets: Iterable[nn.Module], *, moved: bool = True) -> Hashable:
     """Differs where anybody has put other weights into a module, edited them in place, or changed what is added to them;
     without `moved` not where they only lie elsewhere than before."""
     modules = [module for net in nets for module in net.modules()]
-    return tuple((type(own).__qualname__, own.training, *_versions(own, moved), *_set_on(own)) for own in modules)
+    return tuple((type(own).__qualname__, *_versions(own, moved), *_set_on(own)) for own in modules)
 
 
 def places(nets: Iterable[nn.Module]) -> Hashable:
@@ -38,8 +36,8 @@ def places(nets: Iterable[nn.Module]) -> Hashable:
 
 
 def settings(net: nn.Module) -> Hashable:
-    """What somebody has set on a network, which is no tensor: a graph of it has it as a constant."""
-    return tuple((own.training, *_set_on(own)) for own in net.modules())
+    """What is set on a network, which is no tensor: a graph of it has it as a constant."""
+    return tuple(tuple(_set_on(own)) for own in net.modules())
 
 
 def meddled(nets: Iterable[nn.Module]) -> str | None:
@@ -53,11 +51,19 @@ def meddling(nets: Iterable[nn.Module]) -> Iterator[tuple[str, Any]]:
         held = vars(module)
         for hook in filter(_foreign, (*module._forward_hooks.values(), *module._forward_pre_hooks.values())):
             yield "a part of it has hooks", hook
-        if "forward" in held and "_hf_hook" not in held:
-            yield "the forward of a part of it was replaced", held["forward"]
+        if (name := replaced(module)) is not None:
+            yield f"the {name} of a part of it was replaced", held[name]
         processor = held.get("processor")
         if processor is not None and _foreign(type(processor)):
             yield "it has attention processors of its own", processor
+
+
+def replaced(module: nn.Module) -> str | None:
+    """The method of a module in whose place somebody has put another function; None if there is none. accelerate's hooks,
+    which bring weights and leave the result as it is, do not count."""
+    held, own = vars(module), type(module)
+    names = (name for name, value in held.items() if callable(value) and callable(getattr(own, name, None)))
+    return next((name for name in names if name != "forward" or "_hf_hook" not in held), None)
 
 
 def elsewhere(nets: Iterable[nn.Module]) -> bool:
@@ -122,9 +128,15 @@ def _versions(module: nn.Module, moved: bool) -> Iterator[Hashable]:
         yield vars(module)["_packed"].number
 
 
-def _set_on(module: nn.Module) -> list[str]:
+def _set_on(module: nn.Module) -> Iterator[Hashable]:
+    """Numbers and words that are set on a module, such as a scale, how a convolution pads, FreeU's, and what peft sets."""
     held = vars(module)
-    return [f"{name}={held[name]}" for name in SET if held.get(name) is not None]
+    yield from ((name, value) for name, value in held.items() if name[0] != "_" and _is_plain(value))
+    yield from ((name, str(held[name])) for name in OF_LORAS if held.get(name) is not None)
+
+
+def _is_plain(value: Any) -> bool:
+    return type(value) in PLAIN or (type(value) is tuple and all(type(part) in PLAIN for part in value))
 
 
 def content(nets: Iterable[nn.Module]) -> str:
@@ -132,7 +144,7 @@ def content(nets: Iterable[nn.Module]) -> str:
     digest = hashlib.sha256()
     for net in nets:
         for name, module in net.named_modules():
-            digest.update(f"{name}{module.training}{_set_on(module)}".encode())
+            digest.update(f"{name}{sorted(map(str, _set_on(module)))}".encode())
             for value in _own(module):
                 digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
                 digest.update(content_of(value))
@@ -149,30 +161,27 @@ def _settings(net: nn.Module) -> str:
 
 
 def park(nets: Iterable[nn.Module], folder: Path) -> None:
-    """Lays weights that nobody else holds into a file without a name, from which the system reads what is looked at: they
-    stay as they are for whoever uses them, and take no memory until then."""
+    """Lays weights that nobody else holds into files without names, from which the system reads what is looked at: they
+    stay as they are for whoever uses them, and take no memory until then. Each has a file, and so a storage, of its own, by
+    which libraries tell weights apart."""
     found = {id(p): p for net in nets for p in net.parameters() if p.device.type == "cpu" and _alone(p)}
-    parameters = list(found.values())
-    sizes = [-(-p.nbytes // ALIGNED) * ALIGNED for p in parameters]
-    if not sum(sizes):
-        return
+    with torch.inference_mode(False):
+        for parameter in found.values():
+            parameter.data = _in_a_file(parameter, folder)
+            vars(parameter)["_parked_at"] = parameter.data_ptr()
+
+
+def _in_a_file(value: Tensor, folder: Path) -> Tensor:
     with tempfile.NamedTemporaryFile(dir=folder) as file:
-        for parameter, size in zip(parameters, sizes, strict=True):
-            file.write(content_of(parameter))
-            file.write(bytes(size - parameter.nbytes))
+        file.write(content_of(value))
         file.flush()
-        whole = torch.from_file(file.name, shared=False, size=sum(sizes), dtype=torch.uint8)
-    start = 0
-    for parameter, size in zip(parameters, sizes, strict=True):
-        raw = whole[start : start + parameter.nbytes]
-        parameter.data = raw.view(parameter.dtype).view(parameter.shape)
-        vars(parameter)["_parked_at"] = whole.data_ptr()
-        start += size
+        raw = torch.from_file(file.name, shared=False, size=value.nbytes, dtype=torch.uint8)
+    return raw.view(value.dtype).view(value.shape)
 
 
 def is_parked(parameter: Any) -> bool:
-    """Whether it lies in a file, in a storage with others."""
-    return getattr(parameter, "_parked_at", None) == parameter.untyped_storage().data_ptr()
+    """Whether it lies in a file."""
+    return getattr(parameter, "_parked_at", None) == parameter.data_ptr()
 
 
 def content_of(value: Tensor) -> Any:
@@ -181,8 +190,9 @@ def content_of(value: Tensor) -> Any:
 
 
 def _alone(parameter: Any) -> bool:
-    """Whether its storage is no one else's and not a file's already."""
-    if is_traceable_wrapper_subclass(parameter):
+    """Whether a weight fills a storage that is no one else's and not a file's already. Small ones do not matter."""
+    if is_traceable_wrapper_subclass(parameter) or parameter.is_inference() or parameter.nbytes < SMALL:
         return False
     storage = parameter.untyped_storage()
-    return parameter.nbytes == storage.nbytes() and torch._C._storage_Use_Count(storage._cdata) <= 2
+    whole = parameter.nbytes == storage.nbytes() and torch._C._storage_Use_Count(storage._cdata) <= 2
+    return whole and not is_parked(parameter)
