@@ -2,8 +2,9 @@
 
 python benchmarks/approximate.py
 
-The embedded model under its controls, beside the exact run, as benchmarks/step_cache.py measures it, on all cores. Half an
-hour for each control on two of them; goes on where it was stopped (outputs/approximate.json), if no source has changed.
+The embedded model under its controls, beside the exact run, as benchmarks/step_cache.py measures it, but on all cores, of
+which processor time is added up. Half an hour for each control on two of them; goes on where it was stopped
+(outputs/approximate.json), if no source has changed.
 """
 
 from __future__ import annotations
@@ -25,12 +26,13 @@ ARMS = [
 
 def main() -> None:
     kept = json.loads(KEPT.read_text()) if KEPT.is_file() else {}
-    for name in CONTROLS:
-        if (key := f"{name}, sources {code()}") not in kept:
+    keys = {name: f"{name}, sources {code()}" for name in CONTROLS}
+    for name, key in keys.items():
+        if key not in kept:
             kept[key] = measure(name, ARMS)
             KEPT.parent.mkdir(exist_ok=True)
             KEPT.write_text(json.dumps(kept))
-    measured = [row for name in CONTROLS for row in kept[f"{name}, sources {code()}"]]
+    measured = [row for key in keys.values() for row in kept[key]]
     print(table(measured))
     print(json.dumps({"rows": measured}))
 

@@ -8,12 +8,14 @@ import pickle
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from accelerate import cpu_offload
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from conftest import CROSS, components, distance, make_sd_unet, make_vae, pipeline
 from diffusers.models.attention_processor import AttnProcessor2_0
 from kandinsky_models import kandinsky3_components
@@ -28,10 +30,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import diffusion_kit
 from diffusion_kit import AutoPipelineForText2Image, Kandinsky3Pipeline, SDXLPipeline
 from diffusion_kit.models import onednn
+from diffusion_kit.models.attention import changed
 from diffusion_kit.models.vae import decode_latents
 from diffusion_kit.pipelines import engines
 from diffusion_kit.pipelines.optimize import half_of
-from diffusion_kit.sampling.engines import Compiled, Engine, aoti
+from diffusion_kit.sampling.engines import Compiled, Engine, aoti, eager
 from diffusion_kit.sampling.engines.files import whole_folder
 from diffusion_kit.sampling.engines.weights import content, is_parked, meddled, park, sampled, state
 
@@ -191,8 +194,9 @@ def test_an_edited_network_gives_another_picture(converted: Any, shallow: dict[s
 def test_content_is_that_of_a_copy_elsewhere(tmp_path: Path) -> None:
     net = copy.deepcopy(components()["unet"])
     net.up_blocks[0].s1 = None  # as FreeU leaves it when it is switched off
-    net.save_pretrained(tmp_path)
-    assert content([type(net).from_pretrained(tmp_path)]) == content([net])
+    for own in (net, components()["text_encoder"]):
+        own.save_pretrained(tmp_path / type(own).__name__)
+        assert content([type(own).from_pretrained(tmp_path / type(own).__name__)]) == content([own])
 
 
 def test_libraries_tell_parked_weights_apart(tmp_path: Path) -> None:
@@ -377,6 +381,8 @@ def test_an_autoencoder_whose_decode_was_replaced_is_no_engines() -> None:
     assert engine.given == ["Decoder"]
     own = vae.decode
     vae.decode = lambda z, **more: own(-z, **more)
+    assert torch.equal(decode_latents(vae, latents), decode_latents(vae, latents, engine=engine))
+    assert not eager.notes, "it is everybody's"
     assert distance(decode_latents(vae, latents, engine=engine), plain) > 1e-2
     assert engine.given == ["Decoder"]
     assert engine.notes == ["Decoder runs as it is, eager cannot: the autoencoder's decode was replaced"]
@@ -403,6 +409,20 @@ def test_a_copy_of_a_compiled_pipeline_runs_other_weights() -> None:
     other.unet.conv_out.weight.data = 2 * other.unet.conv_out.weight
     plain = pipeline(SDXLPipeline, unet=other.unet)
     assert distance(run(pipe=other, num_inference_steps=2), run(pipe=plain, num_inference_steps=2)) < SAME
+
+
+def test_what_libraries_set_is_no_meddling() -> None:
+    """torchao tells of weights in another way, accelerate warns of moving, and puts a forward back when hooks go."""
+    layer = nn.Linear(4, 4)
+    add_hook_to_module(layer, ModelHook())
+    assert meddled([layer]) is None
+    remove_hook_from_module(layer)
+    assert "forward" in vars(layer)
+    layer.extra_repr, layer.to = (lambda: "int8"), partial(layer.to)
+    assert meddled([layer]) is None
+    assert changed(layer) is None
+    layer.forward = partial(layer.forward)
+    assert meddled([layer]) == "the forward of a part of it was replaced"
 
 
 def test_own_attention_of_an_autoencoder_is_seen() -> None:

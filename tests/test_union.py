@@ -33,6 +33,7 @@ from test_step import CREATIONS, SYNCS, counted
 from diffusion_kit import Control, SDXLPipeline, StableDiffusionPipeline
 from diffusion_kit.adapters.control import load_control_model
 from diffusion_kit.adapters.controlnet_union import FILES, TYPES
+from diffusion_kit.sampling.engines import Engine
 
 CALL = {"prompt": "a red fox", "num_inference_steps": 3, "guidance_scale": 4.0}
 PEER = "StableDiffusionXLControlNetUnion{}Pipeline"
@@ -220,6 +221,25 @@ def test_a_network_with_processors_of_its_own_runs_its_own_forward() -> None:
     finally:
         union().set_attn_processor(dict(before))
     assert all(distance(a, b) < 1e-4 for a, b in zip(fast, slow, strict=True))
+
+
+def test_what_is_shown_and_how_much_is_no_other_step() -> None:
+    """For engines that have a graph, or a conversion, for each."""
+    steps: set[Any] = set()
+
+    class Looking(Engine):
+        def __call__(self, step: Any, state: torch.Tensor, tensors: Any) -> Any:
+            steps.add(step)
+            return step
+
+    pipe = pipeline(SDXLPipeline)
+    pipe.engine = Looking()
+    net = union()
+    first, other = (
+        run([Control(net, {0: lines(1), k: lines(2)}, scale=[0.8, scale])], pipe) for k, scale in ((1, 0.4), (2, 0.7))
+    )
+    assert distance(first, other) > 1e-2
+    assert len(steps) == 1
 
 
 def test_all_that_is_constant_is_made_once() -> None:

@@ -239,7 +239,7 @@ def bring(net: Any, device: torch.device) -> None:
     """A network to where a control is encoded: by its hook, where it is offloaded."""
     if (hook := getattr(net, "_hf_hook", None)) is not None:
         hook.pre_forward(net)
-    elif net.device != device:
+    elif net.device.type != "meta" and net.device != device:  # layers that are offloaded one by one have hooks
         net.to(device)
 
 

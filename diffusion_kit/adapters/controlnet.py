@@ -43,6 +43,11 @@ class RunControlNet:
     def executed(self) -> tuple[Net, ...]:
         return () if self.own_forward else (self.net,)
 
+    @property
+    def in_steps(self) -> RunControlNet:
+        """What of it runs in a step, the same whatever the network is shown."""
+        return self
+
     def __call__(self, tensors: Tree, x: Tensor, branches: int) -> Answer:
         only_half = branches > 1 and self.half
         x = x.chunk(branches)[-1] if only_half else x
@@ -105,10 +110,11 @@ class Embedding:
 
 @dataclass
 class EncodedControlNet(EncodedControl):
-    """`image` and `hint` have a row for each picture; `hint` is the control image's embedding inside the network. `base` is
-    the UNet, whose text the network sees."""
+    """`image` and `hint` have a row for each picture; `hint` is the control image's embedding inside the network, which
+    `run` makes before the steps. `base` is the UNet, whose text the network sees."""
 
     injection: RunControlNet
+    run: Any = None
     base: Net = None
     timesteps: Tensor = field(default_factory=lambda: torch.empty(0))
     image: Tensor = field(default_factory=lambda: torch.empty(0))
@@ -121,7 +127,7 @@ class EncodedControlNet(EncodedControl):
         """Replaces the control image, (B, C, H, W) in [0, 1] or with both halves of the guidance batch."""
         self.image = image[-len(self.image) :].to(self.image)
         if self.hint is not None:
-            self.hint = self.injection.embed(self.image)
+            self.hint = self.run.embed(self.image)
 
     def tensors(self, conditioning: Conditioning, branches: int) -> Tree:
         if self.injection.half:
@@ -129,7 +135,7 @@ class EncodedControlNet(EncodedControl):
         conditioning = {**conditioning, "prompt_embeds": text_states(self.base, conditioning)}
         weights = tuple(in_every(weight, branches) if len(weight) > 1 else weight for weight in self.weights)
         if self.hint is not None:
-            prepared = self.injection.prepare(self.timesteps, conditioning)
+            prepared = self.run.prepare(self.timesteps, conditioning)
             hint = in_every(self.hint, branches)
             if self.neutral is not None and branches > 1:
                 hint = torch.cat([self.neutral.expand_as(self.hint), hint[len(self.hint) :]])
@@ -170,7 +176,8 @@ def encoded(cls: type[RunControlNet], control: Control, site: Site, pixels: Tens
     fades = fading(len(places), "balanced" if pooled else control.mode)
     weights = site.weights(control, fades, range(len(places)), control.level_scales(site.levels))
     return EncodedControlNet(
-        injection=run,
+        injection=run.in_steps,
+        run=run,
         window=(control.start, control.end),
         base=site.unet,
         timesteps=site.timesteps,

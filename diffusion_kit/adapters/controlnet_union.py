@@ -50,6 +50,10 @@ class RunUnion(RunControlNet):
     scales: tuple[float, ...]
 
     @property
+    def in_steps(self) -> RunControlNet:
+        return self if self.own_forward else RunControlNet(self.net, self.half, self.own_forward)
+
+    @property
     def embedding(self) -> tuple[Net, ...]:
         return (self.net,)
 

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from diffusers.loaders.unet import UNet2DConditionLoadersMixin
 from diffusers.models.attention_processor import Attention
+from diffusers.utils.torch_utils import get_module_execution_device
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -132,7 +133,7 @@ class IPAdapter(nn.Module):
                 "the folder image_encoder beside the file"
             )
         pixels = torch.stack([self._pixels(picture) for picture in pictures])
-        pixels = pixels.to(self.image_encoder.device, self.image_encoder.dtype)
+        pixels = pixels.to(get_module_execution_device(self.image_encoder), self.image_encoder.dtype)
         see = engine.network(See(self.image_encoder, patches=self.reads != "projection_dim"))
         if self.reads == "projection_dim":
             embeds = see(pixels)

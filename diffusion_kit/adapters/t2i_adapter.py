@@ -20,7 +20,7 @@ from diffusion_kit.models.formats import unshuffled
 from diffusion_kit.models.unet import Net, layout
 from diffusion_kit.sampling.doors import Answer, Conditioning, Tree, in_every, spread
 
-from .control import Control, EncodedControl, Mode, Site, fading, in_branches
+from .control import Control, EncodedControl, Mode, Site, bring, fading, in_branches
 from .controlnet import built, count
 from .pictures import as_list, picture_tensor
 
@@ -120,7 +120,7 @@ def _features(adapter: Net, image: object, site: Site) -> list[Tensor]:
         raise ValueError(
             f"a T2I-Adapter with downscale {unshuffle} needs sides that it divides; {site.width} x {site.height} are not"
         )
-    adapter.to(site.device)
+    bring(adapter, site.device)
     channels = adapter.config.in_channels
     pixels = picture_tensor(image, site.height, site.width, channels=channels)  # type: ignore[arg-type]
     with torch.no_grad():

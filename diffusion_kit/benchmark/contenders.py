@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import os
 import time
 from collections.abc import Callable
 from functools import partial
@@ -28,7 +30,7 @@ GUIDANCE, SEED = 5.0, 0
 
 
 class Absent(RuntimeError):
-    """Why a contender does not run a case."""
+    """Why a contender is not of a case; any other error is one that it has in it."""
 
 
 def peer(case: Case, folder: Path, *, compiled: bool = False) -> Runner:
@@ -77,7 +79,7 @@ def kit(case: Case, folder: Path, *, level: str = "exact", engine: str = "eager"
     def checked() -> Run:
         done = run()
         if any(" runs as it is" in note for note in pipe.engine.notes):
-            raise Absent("; ".join(pipe.engine.notes))
+            raise RuntimeError("; ".join(pipe.engine.notes))
         return done
 
     return checked
@@ -105,15 +107,18 @@ def arguments(case: Case) -> dict[str, Any]:
 
 def running(pipe: Any, case: Case, call: dict[str, Any]) -> Runner:
     pipe.set_progress_bar_config(disable=True)
+    # diffusers' pipeline of T2I-Adapters has the older one, which is called in every step with other arguments.
+    names = ("callback_on_step_end", "callback")
+    told = next(name for name in names if name in inspect.signature(type(pipe).__call__).parameters)
 
     def run() -> Run:
         ends: list[float] = []
 
-        def note(pipe: Any, number: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        def note(*given: Any) -> Any:
             ends.append(time.perf_counter())
-            return tensors
+            return given[-1]
 
-        watched = {"callback_on_step_end": note} if case.device == "cpu" else {}
+        watched = {told: note} if case.device == "cpu" else {}
         latents = pipe(generator=torch.Generator().manual_seed(SEED), **call, **watched).images.float().cpu()
         return Run(latents, ends)
 
@@ -135,7 +140,14 @@ class Plain(torch.nn.Module):
         return self.unet(x, t, encoder_hidden_states=states, added_cond_kwargs=added, return_dict=False)[0]
 
 
-Compiler = Callable[[Plain, tuple[Tensor, ...], Case, Path], Callable[..., Tensor]]
+Compiler = Callable[[Plain, tuple[Tensor, ...], Case], Callable[..., Tensor]]
+
+
+def scratch() -> Path:
+    """Where a contender's next process finds what it has converted: the kit's own cache."""
+    folder = Path(os.environ["DIFFUSION_KIT_CACHE"])
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def runtime(case: Case, folder: Path, compiled: Compiler) -> Runner:
@@ -153,7 +165,7 @@ def runtime(case: Case, folder: Path, compiled: Compiler) -> Runner:
     ids = torch.tensor([[side, side, 0, 0, side, side]]).float().expand(2 * case.batch, -1)
     start = torch.randn(case.batch, 4, case.side, case.side, generator=torch.Generator().manual_seed(SEED))
     example = (torch.cat([start, start]), torch.tensor(1.0), states, pooled, ids)
-    network = compiled(Plain(unet).eval(), example, case, folder)
+    network = compiled(Plain(unet).eval(), example, case)
 
     @torch.no_grad()
     def run() -> Run:
@@ -169,18 +181,20 @@ def runtime(case: Case, folder: Path, compiled: Compiler) -> Runner:
     return run
 
 
-def openvino_network(net: Plain, example: tuple[Tensor, ...], case: Case, folder: Path) -> Callable[..., Tensor]:
+def openvino_network(net: Plain, example: tuple[Tensor, ...], case: Case) -> Callable[..., Tensor]:
     """Converted and compiled as its guide says, in the precision of the case."""
     import openvino
 
-    core = openvino.Core()
-    with torch.no_grad():
-        model = openvino.convert_model(torch.export.export(net, example))
-    hint = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}[case.dtype]
-    compiled = core.compile_model(
-        model, "CPU", {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": case.threads}
-    )
+    file = scratch() / "alone.xml"
+    if not file.is_file():
+        with torch.no_grad():
+            model = openvino.convert_model(torch.export.export(net, example))
+        openvino.save_model(model, file, compress_to_fp16=False)
+        del model
     del net.unet
+    hint = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}[case.dtype]
+    options = {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": case.threads}
+    compiled = openvino.Core().compile_model(file, "CPU", options)
 
     def run(*given: Tensor) -> Tensor:
         return torch.from_numpy(compiled([value.numpy() for value in given], share_inputs=True)[0])
@@ -188,15 +202,14 @@ def openvino_network(net: Plain, example: tuple[Tensor, ...], case: Case, folder
     return run
 
 
-def onnx_network(net: Plain, example: tuple[Tensor, ...], case: Case, folder: Path) -> Callable[..., Tensor]:
+def onnx_network(net: Plain, example: tuple[Tensor, ...], case: Case) -> Callable[..., Tensor]:
     import onnxruntime
 
     if case.dtype != "float32":
         raise Absent("its CPU runs float32")
-    file = folder / f"onnx-{case.side}-{case.batch}" / "model.onnx"
+    file = scratch() / "alone.onnx"
     names = [f"input_{k}" for k in range(len(example))]
     if not file.is_file():
-        file.parent.mkdir(exist_ok=True)
         with torch.no_grad():
             torch.onnx.export(net, example, file, input_names=names, dynamo=True, external_data=True)
     del net.unet
@@ -226,7 +239,7 @@ CONTENDERS: dict[str, Contender] = {
     },
 }
 SLOW = ("compiled", "inductor", "aoti")  # how names end of those that compile for minutes
-CONVERTING = (" openvino", " aoti")  # and of those that keep on disk what they made of networks
+CONVERTING = (" alone", " openvino", " aoti")  # and of those that keep on disk what they made of networks
 NEEDS = {"openvino": "openvino", "onnxruntime": "onnxruntime"}  # a word of a contender's name: the package it needs
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import shutil
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-
-from diffusion_kit.pipelines.optimize import without_empty_warnings
 
 from .cases import WIDTHS, Case
 
@@ -24,13 +24,14 @@ def model_folder(case: Case, root: Path) -> Path:
     if not folder.is_dir():
         part = folder.with_name(f".{folder.name}.part")
         shutil.rmtree(part, ignore_errors=True)
-        with without_empty_warnings():
-            _save_model(WIDTHS[case.width], getattr(torch, case.dtype), part)
+        # In another process: the memory that it takes is free afterwards.
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+            process.submit(_save_model, WIDTHS[case.width], case.dtype, part).result()
         part.rename(folder)
     return folder
 
 
-def _save_model(width: int, dtype: torch.dtype, folder: Path) -> None:
+def _save_model(width: int, name: str, folder: Path) -> None:
     from diffusers import (
         AutoencoderKL,
         ControlNetModel,
@@ -40,6 +41,9 @@ def _save_model(width: int, dtype: torch.dtype, folder: Path) -> None:
         UNet2DConditionModel,
     )
 
+    from diffusion_kit.pipelines.optimize import without_empty_warnings
+
+    dtype = getattr(torch, name)
     torch.manual_seed(0)
     channels = (width, 2 * width, 4 * width)
     unet = UNet2DConditionModel(
@@ -67,8 +71,9 @@ def _save_model(width: int, dtype: torch.dtype, folder: Path) -> None:
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, timestep_spacing="leading"
     )
     pipe = StableDiffusionXLPipeline(vae=vae, unet=unet, scheduler=scheduler, add_watermarker=False, **parts)
-    _shaken(ControlNetModel.from_unet(unet)).to(dtype).save_pretrained(folder / "more/controlnet")
-    pipe.to(dtype).save_pretrained(folder)
+    with without_empty_warnings():
+        _shaken(ControlNetModel.from_unet(unet)).to(dtype).save_pretrained(folder / "more/controlnet")
+        pipe.to(dtype).save_pretrained(folder)
     own = [*channels, channels[-1]]
     adapter = T2IAdapter(channels=own, num_res_blocks=2, downscale_factor=16, adapter_type="full_adapter_xl")
     adapter.to(dtype).save_pretrained(folder / "more/t2i_adapter")

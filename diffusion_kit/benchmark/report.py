@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -17,18 +18,21 @@ import numpy as np
 import psutil
 import torch
 
+from diffusion_kit.recipes.whole import write_whole
+
 from .cases import Case
-from .interleaved import REFERENCE, Row, compare, machine_peak
+from .interleaved import DIED, REFERENCE, Row, compare, machine_peak
 from .models import model_folder
 
 LEGEND = """\
 Every contender runs in a process of its own, in turn with the others; "times diffusers" is the median, with quartiles, of
 the ratios of the rounds. A run is a pipeline's call without decoding, on random weights of SDXL's architecture, with
 guidance; a step is one of those after the first, which prepares much that a long run needs once (on a card, a run's
-seconds are shared out to its steps). GFLOP and operations are those that torch dispatches in a step; the share is of the
-fastest product of 2048 x 2048 matrices measured beside. Peak memory is of the whole process from loading to the end of a
-first run, "anonymous" what is no page of a file; "converting" is the peak of the first use, in which networks are converted
-that later lie on disk; "card" is the most that torch held of a card's memory. The error is the relative difference of the
+seconds, and those of a step cache, are shared out to its steps). GFLOP and operations are those that torch dispatches in a
+run, shared out to its steps; the share is that of a whole run, of the fastest product of large matrices (2048 x 2048 on a
+CPU) before and after the case. Peak memory is of the whole process from its beginning to the end of a first run,
+"anonymous" what is no page of a file; "converting" is the peak of another process in which networks were converted
+that later lay on disk; "card" is the most that torch held of a card's memory. The error is the relative difference of the
 latents from diffusers' in the 2-norm. Other runtimes have the UNet alone, with diffusers' scheduler in a plain loop."""
 RUNTIMES = ("openvino", "onnxruntime")
 PACKAGE = Path(__file__).parents[1]
@@ -57,7 +61,7 @@ def summary(case: Case, rows: Sequence[Row], peak: float) -> dict[str, Any]:
                 reference if level in (REFERENCE, *RUNTIMES) else by_name.get(f"{level} eager")
             )  # who does the same work
             work = row.flops or (same.flops if same else None)
-            own["share"] = work / case.steps / own["step"] / peak if work else None
+            own["share"] = work / float(np.median(row.seconds)) / peak if work else None
         if row.name in by_name and reference is not None:
             own["ratio"] = compared(row.steps, reference.steps)
             own["ratio of runs"] = compared(row.seconds, reference.seconds)
@@ -105,8 +109,8 @@ def lines_of(result: dict[str, Any]) -> list[str]:
     lines = [
         f"**{case.name}** (peak measured {result['peak'] / 1e9:.0f} GFLOP/s, sources {sources})",
         "",
-        f"| | times {REFERENCE}, a step | a run | ms a step | GFLOP | operations | share of peak | peak MB | anonymous MB "
-        "| converting MB | card MB | error |",
+        f"| | times {REFERENCE}, a step | a run | ms a step, quartiles | GFLOP | operations | share of peak "
+        "| peak MB | anonymous MB | converting MB | card MB | error |",
         "| --- " * 12 + "|",
     ]
     for name, own in result["contenders"].items():
@@ -114,7 +118,8 @@ def lines_of(result: dict[str, Any]) -> list[str]:
             lines.append(f"| {name} | {own['absent'].replace('|', '/')} |" + " |" * 10)
             continue
         step, run = (spread(own.get(kind)) for kind in ("ratio", "ratio of runs"))
-        places = ",.0" if own["step"] > 0.1 else ",.1"
+        places = ",.0f" if own["step"] > 0.1 else ",.1f"
+        low, middle, high = (f"{1e3 * part:{places}}" for part in np.percentile(own["steps"], [25, 50, 75]))
         flops = "" if own["flops"] is None else f"{own['flops'] / case.steps / 1e9:,.0f}"
         operations = "" if own["operations"] is None else f"{own['operations'] / case.steps:,.0f}"
         share = "" if own.get("share") is None else f"{100 * own['share']:.0f} %"
@@ -122,7 +127,7 @@ def lines_of(result: dict[str, Any]) -> list[str]:
         card = "" if own["card"] is None else f"{own['card'] / 1e6:,.0f}"
         error = "" if own["error"] is None else f"{own['error']:.0e}"
         lines.append(
-            f"| {name} | {step} | {run} | {1e3 * own['step']:{places}f} | {flops} | {operations} "
+            f"| {name} | {step} | {run} | {middle} [{low}, {high}] | {flops} | {operations} "
             f"| {share} | {own['peak'] / 1e6:,.0f} | {own['anonymous'] / 1e6:,.0f} | {converting} | {card} | {error} |"
         )
     return lines
@@ -142,18 +147,26 @@ def measured(cases: Sequence[Case], names: Sequence[str], out: Path, rounds: int
     results, found = kept(out), []
     about = {"names": list(names), "rounds": rounds, "machine": machine(), "code": code()}
     with tempfile.TemporaryDirectory() as root:
-        os.environ["DIFFUSION_KIT_CACHE"] = str(Path(root) / "converted")  # nobody wants random networks to stay
-        for case in cases:
+        for number, case in enumerate(cases):
             wanted = {"case": case.to_json(), "about": about}
-            known = next((own for own in results if wanted.items() <= own.items()), None)
+            known = next((own for own in results if wanted.items() <= own.items() and whole(own)), None)
             if known is None:
+                converted = Path(root) / f"converted-{number}"  # nobody wants random networks to stay
+                os.environ["DIFFUSION_KIT_CACHE"] = str(converted)
+                before = machine_peak(case)
                 rows = compare(case, names, model_folder(case, Path(root)), rounds)
-                known = summary(case, rows, machine_peak(case)) | {"about": about}
+                shutil.rmtree(converted, ignore_errors=True)
+                known = summary(case, rows, max(before, machine_peak(case))) | {"about": about}
                 results = [own for own in results if not same(own, known)] + [known]
-                out.write_text(json.dumps(results, indent=1) + "\n")
+                write_whole(out, (json.dumps(results, indent=1) + "\n").encode())
             found.append(known)
             print("\n".join([*lines_of(known), ""]), flush=True)
     return found
+
+
+def whole(own: dict[str, Any]) -> bool:
+    """Whether no contender died of what may not be there another time."""
+    return not any((row["absent"] or "").startswith(DIED) for row in own["contenders"].values())
 
 
 def same(own: dict[str, Any], other: dict[str, Any]) -> bool:
@@ -177,9 +190,9 @@ def kept(out: Path) -> list[dict[str, Any]]:
     raise ValueError(f"{out} holds no results of `diffusion-kit bench`: give another name")
 
 
-def page(results: Sequence[dict[str, Any]], command: str) -> str:
-    """All tables in Markdown, by machine."""
-    parts = ["# Benchmarks", "", f"Made by `{command}`.", "", LEGEND, ""]
+def page(results: Sequence[dict[str, Any]], command: str, more: Sequence[str] = ()) -> str:
+    """All tables in Markdown, by machine; `more` lines come before them."""
+    parts = ["# Benchmarks", "", f"Made by `{command}`.", "", LEGEND, "", *more]
     machines: list[dict[str, str]] = []
     for result in results:
         if (own := result["about"]["machine"]) not in machines:

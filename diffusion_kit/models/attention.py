@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention, XFormersAttnAddedKVProcessor, XFormersAttnProcessor
 from torch import Tensor, nn
 
+from diffusion_kit.sampling.engines.weights import replaced
+
 XFORMERS = (XFormersAttnProcessor, XFormersAttnAddedKVProcessor)
 Net = Any  # a network of diffusers: its parts are attributes that the type of nn.Module does not know
 
@@ -148,12 +150,19 @@ def _lock(net: nn.Module) -> Any:
 
 
 @contextmanager
-def installed(*nets: nn.Module, product: Product = F.scaled_dot_product_attention) -> Iterator[None]:
-    """The executor's attention, by that product or by xformers', inside the block; afterwards every network has the
-    processors that it had before. Of two threads that run the same network, by pipelines that share it, one waits."""
+def locked(*nets: nn.Module) -> Iterator[None]:
+    """Inside the block no other thread runs these networks, by a pipeline that shares them, or sets them otherwise."""
     with ExitStack() as stack:
         for net in sorted(nets, key=id):  # all threads in the same order: none waits for one that waits for it
             stack.enter_context(_lock(net))
+        yield
+
+
+@contextmanager
+def installed(*nets: nn.Module, product: Product = F.scaled_dot_product_attention) -> Iterator[None]:
+    """The executor's attention, by that product or by xformers', inside the block; afterwards every network has the
+    processors that it had before."""
+    with locked(*nets), ExitStack() as stack:
         for net in nets:
             layers = attention_layers(net)
             chosen = product_of(layers, product)
@@ -170,8 +179,8 @@ def changed(net: Net) -> str | None:
     """What was done to a network so that only its own forward is sure to respect it; None if nothing."""
     if hasattr(net, "_orig_mod") or getattr(net, "_compiled_call_impl", None):
         return "it was compiled by the caller"
-    if "forward" in vars(net) and not hasattr(net, "_hf_hook"):
-        return "its forward was replaced"
+    if (name := replaced(net)) is not None:
+        return f"its {name} was replaced"
     if hasattr(net, "_diffusers_hook") or net._forward_hooks or net._forward_pre_hooks:
         return "it has hooks of its own"
     return None

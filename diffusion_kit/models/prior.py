@@ -16,7 +16,7 @@ from torch import Tensor
 
 from diffusion_kit.sampling.doors import Answer, Conditioning, Denoiser, Tree
 
-from .attention import Net, Tokens, attend, attention_layers, changed, split_heads
+from .attention import OWN, Net, Tokens, attend, attention_layers, changed, split_heads
 from .own_forward import OwnForward
 
 HIDDEN = -10000.0  # added to the score of a token that is not seen
@@ -91,7 +91,7 @@ class PriorPeerDenoiser(OwnForward):
 
 def obstacle(net: Net) -> str | None:
     """Why the network has to run through its own forward; None if `PriorDenoiser` can run it."""
-    if any(type(layer.processor) is not AttnProcessor2_0 for _, layer in attention_layers(net)):
+    if any(type(layer.processor) not in (AttnProcessor2_0, *OWN) for _, layer in attention_layers(net)):
         return "it has attention processors of its own"
     if None in (net.prd_embedding, net.encoder_hidden_states_proj) or net.config.additional_embeddings != 1 + MOVING:
         return "it has tokens of another kind"

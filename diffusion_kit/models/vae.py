@@ -16,6 +16,8 @@ from diffusion_kit.sampling.engines import Engine, eager
 from diffusion_kit.sampling.engines.weights import replaced
 from diffusion_kit.sampling.noise import Generators
 
+from .attention import locked
+
 
 def scale_factor(vae: Any) -> int:
     """Pixels of a latent's side."""
@@ -81,7 +83,7 @@ def _engine(vae: Any, latents: Tensor, engine: Engine) -> Engine:
     """The engine, where it can take the decoder for the whole of what the autoencoder does."""
     if cut(vae, latents):  # its pieces go through its own loop
         return eager
-    if (name := replaced(vae)) is None or engine.only_steps:
+    if engine is eager or engine.only_steps or (name := replaced(vae)) is None:
         return engine
     engine.cannot("Decoder", RuntimeError(f"the autoencoder's {name} was replaced"))
     return eager
@@ -113,16 +115,17 @@ class Decoder:
 
 @contextmanager
 def _upcast(vae: Any, wanted: bool) -> Iterator[None]:
-    """float32 inside the block for a VAE that says it overflows in float16."""
-    dtype = vae.dtype
-    if not wanted or dtype != torch.float16 or not vae.config.get("force_upcast"):
-        yield
-        return
-    vae.to(dtype=torch.float32)
-    try:
-        yield
-    finally:
-        vae.to(dtype=dtype)
+    """float32 inside the block for a VAE that says it overflows in float16; no other thread runs it meanwhile."""
+    with locked(vae):
+        dtype = vae.dtype
+        if not wanted or dtype != torch.float16 or not vae.config.get("force_upcast"):
+            yield
+            return
+        vae.to(dtype=torch.float32)
+        try:
+            yield
+        finally:
+            vae.to(dtype=dtype)
 
 
 def _posterior(vae: Any, pixels: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -28,7 +28,7 @@ from diffusion_kit.adapters.control import (
     load_control_model,
     named_kinds,
 )
-from diffusion_kit.models.attention import installed
+from diffusion_kit.models.attention import installed, locked
 from diffusion_kit.models.denoiser import make_denoiser, with_kept_features
 from diffusion_kit.models.packed import Packing, unpack_all
 from diffusion_kit.models.sources import check_folder, locate, one_line
@@ -350,7 +350,8 @@ class ControlledPipeline(DiffusionPipeline):
             bar.update(run.schedule.ends_step(k))
             return result
 
-        with bar, installed(*unique, product=run.engine.attention), loras_scaled(scale, self.unet):
+        attention = installed(*unique, product=run.engine.attention)
+        with bar, locked(self.unet, *unique), attention, loras_scaled(scale, self.unet):
             if not isinstance(run.engine, Packing):
                 unpack_all([*unique, *(part for part in self.components.values() if isinstance(part, nn.Module))])
             run.engine.begin(unique)

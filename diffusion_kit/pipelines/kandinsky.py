@@ -148,6 +148,8 @@ class Kandinsky22Pipeline(Kandinsky2Pipeline):
             raise ValueError("two controls are decoders with a hint: one UNet denoises, give one of them")
         controls = [replace(own, model="hint") if own is worn[0] else own for own in controls]
         plain = self.unet
+        if hasattr(plain, "_hf_hook"):  # which says where an offloaded network runs; the other has none
+            worn[0].model.to(self._execution_device)
         self.register_modules(unet=worn[0].model)
         try:
             return super().generate(replace(call, controls=controls))

@@ -285,11 +285,14 @@ class PriorPipeline(ControlledPipeline):
             )
             return self.generate(call)
 
-        embeds = [
-            weight * (prior(item).image_embeds if isinstance(item, str) else self.embed(item))
-            for item, weight in zip(images_and_prompts, weights, strict=True)
-        ]
-        away = prior(negative_prompt)
+        try:
+            embeds = [
+                weight * (prior(item).image_embeds if isinstance(item, str) else self.embed(item))
+                for item, weight in zip(images_and_prompts, weights, strict=True)
+            ]
+            away = prior(negative_prompt)
+        finally:
+            self.maybe_free_model_hooks()
         negative_embeds = away.negative_image_embeds if negative_prompt == "" else away.image_embeds
         return KandinskyPriorPipelineOutput(
             image_embeds=self.mixed(embeds, num_images_per_prompt).to(device),

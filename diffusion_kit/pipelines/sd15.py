@@ -17,6 +17,7 @@ from diffusers.schedulers import KarrasDiffusionSchedulers
 from torch import Tensor
 from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
+from diffusion_kit.models.attention import locked
 from diffusion_kit.models.text import Layer, count_windows, encode_prompts
 
 from .base import loras_scaled
@@ -181,7 +182,8 @@ class SD15Pipeline(
             dtype = self.unet.dtype if self.text_encoder is None else self.text_encoder.dtype
             return values.to(device, dtype).repeat_interleave(num_images_per_prompt, 0)
 
-        with loras_scaled(lora_scale, *([] if self.text_encoder is None else [self.text_encoder])):
+        encoders = [] if self.text_encoder is None else [self.text_encoder]
+        with locked(*encoders), loras_scaled(lora_scale, *encoders):
             if prompt_embeds is None:
                 prompt_embeds = encode(texts(prompt), clip_skip or 0)
             if do_classifier_free_guidance and negative_prompt_embeds is None:

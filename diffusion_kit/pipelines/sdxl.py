@@ -21,6 +21,7 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
+from diffusion_kit.models.attention import locked
 from diffusion_kit.models.text import Layer, Text, count_windows, encode_prompts
 
 from .base import loras_scaled
@@ -190,7 +191,7 @@ class SDXLPipeline(
             and prompt_embeds.shape[1] > self.tokenizer_2.model_max_length
         ):
             windows = prompt_embeds.shape[1] // self.tokenizer_2.model_max_length
-        with loras_scaled(lora_scale, *encoders):
+        with locked(*encoders), loras_scaled(lora_scale, *encoders):
             if prompt_embeds is None:
                 pair = (prompt, prompt_2 or prompt)
                 prompt_embeds, own_pooled = self._encode([texts(own) for own in pair], clip_skip or 0, windows)

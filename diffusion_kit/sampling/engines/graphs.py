@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Hashable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ class Graphs(Engine, ABC):
         super().__init__()
         self.graphs: Recent[StepFunction] = Recent(GRAPHS)
         self.runs: deque[set[nn.Module]] = deque(maxlen=RUNS)
-        self.settings: dict[nn.Module, Hashable] = {}
+        self.settings: dict[nn.Module, int] = {}
         self.meddled: str | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -38,7 +38,7 @@ class Graphs(Engine, ABC):
         return vars(self) | {"graphs": Recent(GRAPHS), "runs": deque(maxlen=RUNS), "settings": {}}
 
     def begin(self, nets: Iterable[nn.Module]) -> None:
-        self.settings = {net: settings(net) for net in nets}
+        self.settings = {net: hash(settings(net)) for net in nets}
         self.meddled = meddled(self.settings)
         self.runs.append(set(self.settings))
         used: set[nn.Module] = set().union(*self.runs)

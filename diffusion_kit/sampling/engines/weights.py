@@ -18,6 +18,8 @@ from .pages import FilePages
 
 PLAIN = (bool, int, float, str, torch.dtype)
 OF_LORAS = ("scaling", "_active_adapter", "merged_adapters", "_disable_adapters")  # what peft sets on a layer
+IDLE = {"extra_repr", "to", "cuda", "npu", "xpu", "mlu", "sdaa", "musa", "neuron"}  # methods that compute nothing
+PLACE = "name_or_path"  # what transformers calls where a network came from
 LIBRARIES = ("diffusers", "diffusion_kit", "transformers")
 SAMPLES = 8  # of a weight
 SMALL = 2**14  # bytes of a weight, below which a file of its own gains nothing
@@ -60,10 +62,14 @@ def meddling(nets: Iterable[nn.Module]) -> Iterator[tuple[str, Any]]:
 
 def replaced(module: nn.Module) -> str | None:
     """The method of a module in whose place somebody has put another function; None if there is none. accelerate's hooks,
-    which bring weights and leave the result as it is, do not count."""
-    held, own = vars(module), type(module)
-    names = (name for name, value in held.items() if callable(value) and callable(getattr(own, name, None)))
-    return next((name for name in names if name != "forward" or "_hf_hook" not in held), None)
+    which bring weights and leave the result as it is, do not count, nor does the class's own that was put back."""
+    held, cls = vars(module), type(module)
+    for name, value in held.items():
+        own = getattr(cls, name, None) if callable(value) and name not in IDLE else None
+        hook = name == "forward" and "_hf_hook" in held
+        if callable(own) and getattr(value, "__func__", None) is not own and not hook:
+            return name
+    return None
 
 
 def elsewhere(nets: Iterable[nn.Module]) -> bool:
@@ -131,7 +137,7 @@ def _versions(module: nn.Module, moved: bool) -> Iterator[Hashable]:
 def _set_on(module: nn.Module) -> Iterator[Hashable]:
     """Numbers and words that are set on a module, such as a scale, how a convolution pads, FreeU's, and what peft sets."""
     held = vars(module)
-    yield from ((name, value) for name, value in held.items() if name[0] != "_" and _is_plain(value))
+    yield from ((name, own) for name, own in held.items() if name[0] != "_" and name != PLACE and _is_plain(own))
     yield from ((name, str(held[name])) for name in OF_LORAS if held.get(name) is not None)
 
 
