@@ -96,6 +96,7 @@ def test_a_contender_that_dies_is_out_and_the_others_go_on(monkeypatch: pytest.M
 
     monkeypatch.setattr(interleaved, "Subject", Fake)
     monkeypatch.setattr(interleaved, "absent", lambda name, case: None)
+    monkeypatch.setenv("DIFFUSION_KIT_CACHE", str(tmp_path))
     first, second, third = interleaved.compare(Case(), ["diffusers", "a", "b openvino"], tmp_path, 3)
     assert first.seconds == third.seconds == [1.0] * 3
     assert first.steps == [0.5] * 3

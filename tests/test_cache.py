@@ -289,6 +289,23 @@ def test_guidance_is_kept(mode: str, controls: list[Control]) -> None:
     assert torch.equal(results["reuse", 1], results["recompute", 1])
 
 
+def test_another_guidance_scale_makes_a_full_step() -> None:
+    """What was added under the old one must not be carried on, let alone continued."""
+    full: dict[str, list[int]] = {}
+    for guidance in ("reuse", "recompute"):
+        pipe, rows = cached({"every": 3, "guidance": guidance}), full.setdefault(guidance, [])
+
+        def lower(pipe: Any, k: int, *_: Any) -> dict[str, Any]:
+            if k == 3:
+                pipe._guidance_scale = 2.0
+            return {}
+
+        with pipe.unet.get_submodule(DEEP).register_forward_hook(lambda *_, own=rows: own.append(1)):
+            run(pipe, [], callback_on_step_end=lower)
+    assert len(full["recompute"]) == 3, "steps 0, 3 and 6 of 8"
+    assert len(full["reuse"]) == 4, "step 4 as well, and three behind it"
+
+
 def test_what_guidance_adds_is_its_last_difference(controls: list[Control]) -> None:
     """A UNet that does not look at the noise answers the same in every step, so what is kept is what would be computed."""
     results = []

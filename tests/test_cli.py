@@ -13,13 +13,14 @@ import subprocess
 import sys
 import zlib
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import lines, make_adapter, picture, sd_pipeline
+from conftest import light, lines, make_adapter, picture, sd_pipeline
 from PIL import Image
 from test_union import union
 
@@ -69,15 +70,22 @@ def half(work: Path) -> None:
     Image.fromarray(np.repeat(np.repeat([[255, 0]], 40, 0), 20, 1).astype(np.uint8)).save("half.png")
 
 
+EVERY = list(product(TASKS, MIXTURES))
+A_FEW = [*(pair for pair in EVERY if pair[0] == "text"), ("image", "lines"), ("inpaint", "both")]
+
+
 @pytest.mark.usefixtures("half")
-def test_every_task_and_mixture_writes_its_own_picture_and_the_same_again(model: Path, work: Path) -> None:
+@pytest.mark.parametrize("pairs", light([EVERY, A_FEW], A_FEW))
+def test_every_task_and_mixture_writes_its_own_picture_and_the_same_again(
+    pairs: list[tuple[str, str]], model: Path, work: Path
+) -> None:
     results = []
-    for task, given in TASKS.items():
-        for name in MIXTURES:
-            assert run(model, *given, *mixture(name, model), "--out", f"{task}-{name}.png") == 0
-            results.append(pixels(f"{task}-{name}.png"))
-        assert main(["generate", "--again", f"{task}-{name}.png", "--out", "again.png"]) == 0
-        assert np.array_equal(pixels("again.png"), results[-1])
+    for task, name in pairs:
+        assert run(model, *TASKS[task], *mixture(name, model), "--out", f"{task}-{name}.png") == 0
+        results.append(pixels(f"{task}-{name}.png"))
+        if name in ("lines", "both"):
+            assert main(["generate", "--again", f"{task}-{name}.png", "--out", "again.png"]) == 0
+            assert np.array_equal(pixels("again.png"), results[-1])
     for k, result in enumerate(results):
         assert result.shape == (64, 64, 3)
         assert result.std() > 2

@@ -34,7 +34,7 @@ from diffusion_kit.models.attention import changed
 from diffusion_kit.models.vae import decode_latents
 from diffusion_kit.pipelines import engines
 from diffusion_kit.pipelines.optimize import half_of
-from diffusion_kit.sampling.engines import Compiled, Engine, aoti, eager
+from diffusion_kit.sampling.engines import Compiled, Engine, aoti, converting, eager
 from diffusion_kit.sampling.engines.files import whole_folder
 from diffusion_kit.sampling.engines.weights import content, is_parked, meddled, park, sampled, state
 
@@ -409,6 +409,24 @@ def test_a_copy_of_a_compiled_pipeline_runs_other_weights() -> None:
     other.unet.conv_out.weight.data = 2 * other.unet.conv_out.weight
     plain = pipeline(SDXLPipeline, unet=other.unet)
     assert distance(run(pipe=other, num_inference_steps=2), run(pipe=plain, num_inference_steps=2)) < SAME
+
+
+@pytest.mark.parametrize("runtime", ["openvino"], indirect=True)
+def test_weights_are_looked_at_once_in_a_run(runtime: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: list[int] = []
+    monkeypatch.setattr(converting, "state", lambda nets: looks.append(1) or state(nets))
+    layer, x = nn.Linear(4, 4), torch.randn(2, 4)
+    run = runtime.network(Layers(layer))
+    with torch.no_grad():
+        first = run(x)
+        looks.clear()
+        runtime.begin([layer])
+        assert all(torch.equal(run(x), first) for _ in range(3))
+        runtime.end()
+        assert len(looks) == 1
+        layer.weight.mul_(2)
+        assert distance(run(x), layer(x)) < SAME
+    assert len(looks) == 3, "before, and of what was made of the other weights"
 
 
 def test_what_libraries_set_is_no_meddling() -> None:

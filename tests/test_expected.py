@@ -64,7 +64,7 @@ class Measuring(Engine):
         return run
 
 
-@pytest.mark.parametrize("family", light(FAMILIES, "sdxl", "hint", "kandinsky3"))
+@pytest.mark.parametrize("family", light(FAMILIES, "sdxl", "hint"))
 @pytest.mark.filterwarnings("ignore:the size asked for")
 def test_it_is_what_a_picture_takes(family: str) -> None:
     make, call = FAMILIES[family]

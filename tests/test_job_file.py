@@ -58,6 +58,14 @@ def test_every_line_is_its_own_command(model: Path, capsys: Any) -> None:
     assert (last.prompt, last.width, last.strength, last.guidance_scale) == ("a blue boat", 96, 0.8, 2.0)
 
 
+def test_lines_that_are_added_change_no_names(model: Path, capsys: Any) -> None:
+    line = {"prompt": "a fox"}
+    assert run(model, "--jobs", written(*[line] * 9), "--out", "made") == 0
+    assert run(model, "--jobs", written(*[line] * 10), "--out", "made") == 0
+    assert "9 of 10 pictures are there" in capsys.readouterr().err
+    assert names() == sorted(f"{k}.png" for k in range(1, 11))
+
+
 def test_it_goes_on_where_it_was_stopped(
     model: Path,
     capsys: Any,

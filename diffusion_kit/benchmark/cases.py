@@ -32,16 +32,15 @@ class Case:
     device: str = "cpu"
 
     @property
+    def inputs(self) -> str:
+        """Which networks run, and the shapes of what they are given."""
+        parts = [self.width, *(self.controls or ("plain",)), self.dtype]
+        return " ".join(parts + [f"batch-{self.batch}"] * (self.batch > 1) + [f"side-{self.side}"] * (self.side != 64))
+
+    @property
     def name(self) -> str:
-        parts = [
-            self.width,
-            *(self.controls or ("plain",)),
-            self.dtype,
-            f"{self.threads}-threads" if self.device == "cpu" else self.device,
-            f"{self.steps}-steps",
-        ]
-        parts += [f"batch-{self.batch}"] * (self.batch > 1) + [f"side-{self.side}"] * (self.side != 64)
-        return " ".join([*parts, *([f"end-{self.end}"] * (self.end < 1))])
+        where = f"{self.threads}-threads" if self.device == "cpu" else self.device
+        return " ".join([self.inputs, where, f"{self.steps}-steps", *([f"end-{self.end}"] * (self.end < 1))])
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "controls": list(self.controls)}

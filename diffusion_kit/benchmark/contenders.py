@@ -129,18 +129,20 @@ def running(pipe: Any, case: Case, call: dict[str, Any]) -> Runner:
 
 
 class Plain(torch.nn.Module):
-    """The UNet as a function of tensors."""
+    """The UNet of a folder as a function of tensors."""
 
-    def __init__(self, unet: Any) -> None:
+    def __init__(self, folder: Path) -> None:
+        from diffusers import UNet2DConditionModel
+
         super().__init__()
-        self.unet = unet
+        self.unet = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.float32).eval()
 
     def forward(self, x: Tensor, t: Tensor, states: Tensor, pooled: Tensor, ids: Tensor) -> Tensor:
         added = {"text_embeds": pooled, "time_ids": ids}
         return self.unet(x, t, encoder_hidden_states=states, added_cond_kwargs=added, return_dict=False)[0]
 
 
-Compiler = Callable[[Plain, tuple[Tensor, ...], Case], Callable[..., Tensor]]
+Compiler = Callable[[Callable[[], Plain], tuple[Tensor, ...], Case], Callable[..., Tensor]]
 
 
 def scratch() -> Path:
@@ -152,11 +154,10 @@ def scratch() -> Path:
 
 def runtime(case: Case, folder: Path, compiled: Compiler) -> Runner:
     """A UNet that another runtime runs, in the loop that its users write."""
-    from diffusers import EulerDiscreteScheduler, UNet2DConditionModel
+    from diffusers import EulerDiscreteScheduler
 
     if case.controls:
         raise Absent("the UNet alone, without controls")
-    unet = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.float32)
     scheduler = EulerDiscreteScheduler.from_pretrained(folder / "scheduler")
     own = {name: value.float() for name, value in inputs(case).items()}
     states = torch.cat([own["negative_prompt_embeds"], own["prompt_embeds"]])
@@ -165,7 +166,7 @@ def runtime(case: Case, folder: Path, compiled: Compiler) -> Runner:
     ids = torch.tensor([[side, side, 0, 0, side, side]]).float().expand(2 * case.batch, -1)
     start = torch.randn(case.batch, 4, case.side, case.side, generator=torch.Generator().manual_seed(SEED))
     example = (torch.cat([start, start]), torch.tensor(1.0), states, pooled, ids)
-    network = compiled(Plain(unet).eval(), example, case)
+    network = compiled(partial(Plain, folder), example, case)
 
     @torch.no_grad()
     def run() -> Run:
@@ -181,17 +182,16 @@ def runtime(case: Case, folder: Path, compiled: Compiler) -> Runner:
     return run
 
 
-def openvino_network(net: Plain, example: tuple[Tensor, ...], case: Case) -> Callable[..., Tensor]:
+def openvino_network(make: Callable[[], Plain], example: tuple[Tensor, ...], case: Case) -> Callable[..., Tensor]:
     """Converted and compiled as its guide says, in the precision of the case."""
     import openvino
 
     file = scratch() / "alone.xml"
     if not file.is_file():
         with torch.no_grad():
-            model = openvino.convert_model(torch.export.export(net, example))
+            model = openvino.convert_model(torch.export.export(make(), example))
         openvino.save_model(model, file, compress_to_fp16=False)
         del model
-    del net.unet
     hint = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}[case.dtype]
     options = {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": case.threads}
     compiled = openvino.Core().compile_model(file, "CPU", options)
@@ -202,7 +202,7 @@ def openvino_network(net: Plain, example: tuple[Tensor, ...], case: Case) -> Cal
     return run
 
 
-def onnx_network(net: Plain, example: tuple[Tensor, ...], case: Case) -> Callable[..., Tensor]:
+def onnx_network(make: Callable[[], Plain], example: tuple[Tensor, ...], case: Case) -> Callable[..., Tensor]:
     import onnxruntime
 
     if case.dtype != "float32":
@@ -211,8 +211,7 @@ def onnx_network(net: Plain, example: tuple[Tensor, ...], case: Case) -> Callabl
     names = [f"input_{k}" for k in range(len(example))]
     if not file.is_file():
         with torch.no_grad():
-            torch.onnx.export(net, example, file, input_names=names, dynamo=True, external_data=True)
-    del net.unet
+            torch.onnx.export(make(), example, file, input_names=names, dynamo=True, external_data=True)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = case.threads
     session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from .cases import Case
-from .contenders import CONTENDERS, CONVERTING, absent
+from .contenders import CONTENDERS, CONVERTING, absent, scratch
 
 REFERENCE = "diffusers"  # what others are compared with
 WATCH = 0.005  # seconds between looks at the memory
@@ -79,10 +79,13 @@ def compare(case: Case, names: Sequence[str], folder: Path, rounds: int) -> list
             return answer
 
         for name in list(subjects):
-            if name.endswith(CONVERTING):
+            threads = case.threads if name.endswith(" aoti") else "any"  # which a conversion is for
+            done = scratch() / f"{name} {threads}"  # by another case of the same networks
+            if name.endswith(CONVERTING) and not done.exists():
                 rows[name].converting = ask(name, "load").get("peak")
                 if name not in subjects:
                     continue
+                done.touch()
                 subjects[name].stop()
                 subjects[name] = Subject(name, case, folder)
             answer = ask(name, "load")
@@ -125,6 +128,8 @@ class Subject:
                 return {"absent": f"{DIED}gave no answer in {PATIENCE / 60:.0f} minutes"}
             answer: dict[str, Any] = self.line.recv()
         except (EOFError, OSError):
+            self.process.join(10)
+            self.process.kill()
             self.process.join()
             return {"absent": f"{DIED}ended with {self.process.exitcode}"}
         return answer

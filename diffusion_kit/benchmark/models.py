@@ -24,7 +24,7 @@ def model_folder(case: Case, root: Path) -> Path:
     if not folder.is_dir():
         part = folder.with_name(f".{folder.name}.part")
         shutil.rmtree(part, ignore_errors=True)
-        # In another process: the memory that it takes is free afterwards.
+        # In another process, whose memory is free afterwards, and whose default dtype nobody else has.
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
             process.submit(_save_model, WIDTHS[case.width], case.dtype, part).result()
         part.rename(folder)
@@ -41,9 +41,7 @@ def _save_model(width: int, name: str, folder: Path) -> None:
         UNet2DConditionModel,
     )
 
-    from diffusion_kit.pipelines.optimize import without_empty_warnings
-
-    dtype = getattr(torch, name)
+    torch.set_default_dtype(getattr(torch, name))
     torch.manual_seed(0)
     channels = (width, 2 * width, 4 * width)
     unet = UNet2DConditionModel(
@@ -71,12 +69,11 @@ def _save_model(width: int, name: str, folder: Path) -> None:
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, timestep_spacing="leading"
     )
     pipe = StableDiffusionXLPipeline(vae=vae, unet=unet, scheduler=scheduler, add_watermarker=False, **parts)
-    with without_empty_warnings():
-        _shaken(ControlNetModel.from_unet(unet)).to(dtype).save_pretrained(folder / "more/controlnet")
-        pipe.to(dtype).save_pretrained(folder)
     own = [*channels, channels[-1]]
     adapter = T2IAdapter(channels=own, num_res_blocks=2, downscale_factor=16, adapter_type="full_adapter_xl")
-    adapter.to(dtype).save_pretrained(folder / "more/t2i_adapter")
+    _shaken(ControlNetModel.from_unet(unet)).save_pretrained(folder / "more/controlnet")
+    pipe.save_pretrained(folder)
+    adapter.save_pretrained(folder / "more/t2i_adapter")
 
 
 def _shaken(net: Any) -> Any:

@@ -7,7 +7,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -147,15 +146,14 @@ def measured(cases: Sequence[Case], names: Sequence[str], out: Path, rounds: int
     results, found = kept(out), []
     about = {"names": list(names), "rounds": rounds, "machine": machine(), "code": code()}
     with tempfile.TemporaryDirectory() as root:
-        for number, case in enumerate(cases):
+        for case in cases:
             wanted = {"case": case.to_json(), "about": about}
             known = next((own for own in results if wanted.items() <= own.items() and whole(own)), None)
             if known is None:
-                converted = Path(root) / f"converted-{number}"  # nobody wants random networks to stay
-                os.environ["DIFFUSION_KIT_CACHE"] = str(converted)
+                # Nobody wants random networks to stay.
+                os.environ["DIFFUSION_KIT_CACHE"] = str(Path(root) / "converted" / case.inputs.replace(" ", "-"))
                 before = machine_peak(case)
                 rows = compare(case, names, model_folder(case, Path(root)), rounds)
-                shutil.rmtree(converted, ignore_errors=True)
                 known = summary(case, rows, max(before, machine_peak(case))) | {"about": about}
                 results = [own for own in results if not same(own, known)] + [known]
                 write_whole(out, (json.dumps(results, indent=1) + "\n").encode())

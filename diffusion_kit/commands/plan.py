@@ -50,7 +50,7 @@ def plan_of_file(options: argparse.Namespace) -> list[Planned]:
     taken: set[Path] = set()
     for number, line in lines.items():
         with in_line(options.jobs, number):
-            own = plan_of_line(line, number, folder, f"{number:0{len(str(max(lines)))}}")
+            own = plan_of_line(line, number, folder, str(number))
             if met := next((each.file for each in own if each.file in taken), None):
                 raise ValueError(f"{met.name} is the picture of another line: give another out")
         plan += own

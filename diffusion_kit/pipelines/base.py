@@ -355,10 +355,13 @@ class ControlledPipeline(DiffusionPipeline):
             if not isinstance(run.engine, Packing):
                 unpack_all([*unique, *(part for part in self.components.values() if isinstance(part, nn.Module))])
             run.engine.begin(unique)
-            for net in unique:
-                if getattr(net, "_hf_hook", None) is not None:
-                    net._hf_hook.pre_forward(net)
-            return sample(run, latents, counted)
+            try:
+                for net in unique:
+                    if getattr(net, "_hf_hook", None) is not None:
+                        net._hf_hook.pre_forward(net)
+                return sample(run, latents, counted)
+            finally:
+                run.engine.end()
 
 
 @contextmanager

@@ -126,7 +126,8 @@ def _step(run: Run, k: int, noise: Tensor | None, rows: int, device: torch.devic
     silent = [c for c in run.controls if run.engine.copies and not c.active(number, schedule.steps)]
     scales = (*(c.guidance for c in active if c.guidance is not None), run.guidance_scale) if guided else ()
     branches = 1 + len(scales)
-    kept = None if run.cache is None else run.cache.recall(number, (branches, *map(id, active)), rows)
+    reused = scales if run.cache is not None and run.cache.guidance == "reuse" else ()  # an offset is of its scales
+    kept = None if run.cache is None else run.cache.recall(number, (branches, reused, *map(id, active)), rows)
     offset = None if kept is None else kept.offset
     if offset is not None:  # in place of the other branches
         scales, branches = (), 1

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 from abc import ABC, abstractmethod
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -43,10 +43,11 @@ class Converting(Engine, ABC):
         self.folder, self.parks = folder, parks
         self.made: dict[Any, Made] = {}
         self.used: set[Hashable] = set()
+        self.seen: set[Hashable] | None = None  # in a run of the loop, those whose weights were looked at
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy of the engine finds on disk what this one has converted."""
-        return vars(self) | {"made": {}, "used": set()}
+        return vars(self) | {"made": {}, "used": set(), "seen": None}
 
     @abstractmethod
     def convert(self, flat: Flat, example: tuple[Tensor, ...], new: Path) -> None:
@@ -64,6 +65,12 @@ class Converting(Engine, ABC):
         self.used = set()
         self.made = {key: own for key, own in self.made.items() if own.bits == sampled(key[0].executed)}
 
+    def begin(self, nets: Iterable[nn.Module]) -> None:
+        self.seen = set()
+
+    def end(self) -> None:
+        self.seen = None
+
     def __call__(self, step: Step, state: Tensor, tensors: Tree) -> StepFunction:
         injections = tuple(self.network(own) for own in step.injections)
         return replace(step, denoiser=self.network(step.denoiser), injections=injections)
@@ -72,23 +79,29 @@ class Converting(Engine, ABC):
         return Converted(network, self) if network.executed else network
 
     def run(self, network: Any, inputs: tuple[Tree, ...]) -> Tree:
-        """What the network makes of the inputs, by the runtime where that can be."""
-        if (why := meddled(network.executed)) is not None:
+        """What the network makes of the inputs, by the runtime where that can be. Weights are looked at once in a run of
+        the loop: a look takes as long as a step of a small network."""
+        key = self._key(network, inputs)
+        if self.seen is not None and key in self.seen:
+            runner = self.made[key].runner
+        elif (why := meddled(network.executed)) is not None:
             self.cannot(type(network).__name__, RuntimeError(why))
             return network(*inputs)
-        runner = self.runner(network, inputs)
+        else:
+            runner = self.runner(network, key, inputs)
+            if self.seen is not None:
+                self.seen.add(key)
         try:
             return runner(*inputs)
         except Exception as error:  # a runtime may raise anything
             if runner == network:
                 raise
             self.cannot(type(network).__name__, error)
-            self.made[self._key(network, inputs)] = self._known(network, network)
+            self.made[key] = self._known(network, network)
             return network(*inputs)
 
-    def runner(self, network: Any, inputs: Tree) -> Any:
+    def runner(self, network: Any, key: Hashable, inputs: Tree) -> Any:
         """The network as the runtime runs it for inputs of these shapes, or as it is where that cannot be."""
-        key = self._key(network, inputs)
         self.used.add(key)
         known = self.made.get(key)
         if known is None or known.state != state(network.executed):

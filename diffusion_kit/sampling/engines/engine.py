@@ -55,6 +55,9 @@ class Engine:
     def begin(self, nets: Iterable[nn.Module]) -> None:
         """Before a run of the loop that executes these modules, set as they are in it."""
 
+    def end(self) -> None:
+        """After the run."""
+
     def __call__(self, step: Step, state: Tensor, tensors: Tree) -> StepFunction:
         """What runs in place of a step."""
         return step
