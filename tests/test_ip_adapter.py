@@ -422,12 +422,37 @@ def test_the_pipeline_registers_saves_and_forgets_the_image_encoder(folder: Path
         run((), pipe, ip_adapter_image=picture(5))
 
 
-def test_a_reference_is_seen_whole_whatever_the_fit_of_the_call() -> None:
+def test_a_callback_may_set_the_scale_as_the_peers_does(folder: Path) -> None:
+    cutoff = diffusers.callbacks.IPAdapterScaleCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=0)
+    call = {"ip_adapter_image": picture(5), "num_inference_steps": 4, "prompt": "a red fox", "output_type": "latent"}
+    results = []
+    for module in (diffusers, diffusion_kit):
+        pipe = own("sdxl", module.StableDiffusionXLPipeline)
+        pipe.load_ip_adapter(str(folder), subfolder="models", weight_name=names("plain", "sdxl")[0])
+        whole = pipe(**call, generator=seeds(1)).images
+        results.append(pipe(**call, generator=seeds(1), callback_on_step_end=cutoff).images)
+        assert distance(results[-1], whole) > 1e-3
+    assert distance(results[1], results[0]) < 1e-4
+
+    def begin(pipe: Any, *_: Any) -> dict[str, Any]:
+        pipe.set_ip_adapter_scale(0.5)
+        return {}
+
+    pipe.set_ip_adapter_scale(0.0)
+    with pytest.raises(ValueError, match="was 0 when the call began: begin with a small one"):
+        pipe(**call, callback_on_step_end=begin)
+
+
+def test_a_reference_is_seen_whole_whatever_the_fit_of_the_call(folder: Path) -> None:
     wide = Image.new("RGB", (128, 64))
     wide.paste(picture(5), (0, 0))
     wide.paste(picture(6), (64, 0))
     control = Control(make_ip(), wide)
     assert distance(run([control], fit="cover"), run([control])) < SAME
+    net = pipeline(diffusion_kit.StableDiffusionXLControlNetPipeline, controlnet=make_controlnet())
+    named = Control(str(folder / "models" / names("plain", "sdxl")[0]), wide)
+    first, second = (run([each], net, image=lines(1), fit="cover") for each in (control, named))
+    assert distance(second, first) < SAME, "beside a class's own control, too, where the network is named"
     call = {"image": picture(), "mask_image": half_mask(), "padding_mask_crop": 8, "output_type": "pil"}
     first, second = (run([Control(make_ip(), shown)], **call)[0] for shown in (wide, picture(7)))
     assert first != second

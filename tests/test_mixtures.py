@@ -28,7 +28,7 @@ from test_ip_adapter import make_ip
 from test_step import captured, runs_on_fake_cuda
 from test_union import union
 
-from diffusion_kit import Control, SDXLPipeline
+from diffusion_kit import Control, SDXLPipeline, StableDiffusionXLControlNetPipeline
 
 SAME = 1e-5
 TASKS: dict[str, dict[str, Any]] = {
@@ -124,3 +124,15 @@ def test_all_at_once_on_fake_cuda_tensors(cache: int | None) -> None:
     pipe.cache_steps(cache)
     made = [make(scale=0.7, mask=half_mask()) for make in KINDS.values()]
     runs_on_fake_cuda(*captured(pipe, prompt="a fox", controls=made, **TASKS["inpaint"]))
+
+
+def test_beside_a_classes_own_control_sizes_and_mistakes_are_seen_too() -> None:
+    pipe = pipeline(StableDiffusionXLControlNetPipeline, controlnet=controlnet(), vae=make_vae(4))
+    call = {"num_inference_steps": 1, "output_type": "latent", "height": 72, "width": 72}
+    large = KINDS["t2i_adapter"]()
+    with pytest.warns(UserWarning, match="sides must be multiples of 16"):
+        assert pipe("a fox", image=lines(2), controls=[large], **call).images.shape[-1] in (8, 10)
+    with pytest.raises(ValueError, match="controls is one Control; it must be a list of them"):
+        pipe("a fox", image=lines(2), controls=large)
+    with pytest.raises((TypeError, ValueError), match="str is not a picture"):
+        pipe("a fox", image="edges.png")

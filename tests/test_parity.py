@@ -292,6 +292,9 @@ def test_padding_mask_crop_with_controls_of_the_call() -> None:
         own = diffusion_kit.Control(make_controlnet(), edges, mask=control_mask)
         family = run(diffusion_kit, "SDXLPipeline", {**call, "controls": [own]}, {}, "pil")
         assert np.array_equal(np.asarray(family[0]), np.asarray(named[0]))
+    twice = mask.resize((256, 192), Image.Resampling.NEAREST)
+    larger = run(diffusion_kit, "SDXLPipeline", {**call, "controls": [own], "mask_image": twice}, {}, "pil")
+    assert np.array_equal(np.asarray(larger[0]), np.asarray(family[0])), "a mask may have another size"
     for wrong in ({"image": torch.rand(1, 3, 96, 128)}, {"output_type": "pt"}):
         with pytest.raises(ValueError, match="padding_mask_crop"):
             pipeline(diffusion_kit.SDXLPipeline)("a fox", **{**call, **wrong})

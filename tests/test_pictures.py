@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import SIZE, components, distance, make_unet, make_vae, picture, pipeline, seeds
-from PIL import Image
+from PIL import Image, ImageCms, ImageOps
 
 from diffusion_kit import SDXLPipeline, detect, load_image
 from diffusion_kit.adapters.pictures import picture_tensor
@@ -21,6 +21,17 @@ def test_formats(suffix: str, tmp_path: Path) -> None:
     picture().save(tmp_path / f"a.{suffix}")
     loaded = load_image(tmp_path / f"a.{suffix}")
     assert (loaded.mode, loaded.size) == ("RGB", (SIZE, SIZE))
+
+
+def test_a_profile_is_applied_whatever_the_mode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ImageCms, "profileToProfile", lambda picture, *_, **__: ImageOps.invert(picture))
+    own, profile = picture().quantize(8), ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    for mode in ("P", "RGB", "RGBA"):
+        own.convert(mode).save(tmp_path / f"{mode}.png", icc_profile=profile)
+    found = [np.asarray(load_image(tmp_path / f"{mode}.png")) for mode in ("P", "RGB", "RGBA")]
+    assert np.array_equal(found[1], 255 - np.asarray(own.convert("RGB")))
+    assert np.array_equal(found[0], found[1])
+    assert np.array_equal(found[2], found[1])
 
 
 def test_rotation_transparency_and_depth(tmp_path: Path) -> None:

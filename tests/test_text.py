@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from conftest import components, distance, pipeline, seeds
+from conftest import components, distance, pipeline, sd_pipeline, seeds
 
-from diffusion_kit import Control, SDXLPipeline
+from diffusion_kit import Control, SD15Pipeline, SDXLPipeline
 from diffusion_kit.models.text import Layer, encode_text, encode_weighted, parse_weights
 
 
@@ -47,6 +49,35 @@ def test_a_weight_moves_its_words_away_from_the_empty_prompt() -> None:
     double = encode_weighted(["(fox:2)"], *pair).states
     torch.testing.assert_close(double[:, 1:4], (2 * plain - empty)[:, 1:4], rtol=1e-4, atol=1e-5)
     assert distance(encode_weighted(["(fox:0)"], *pair).states[:, 1:4], empty[:, 1:4]) < 1e-5
+
+
+@pytest.mark.parametrize("make", [lambda: pipeline(SDXLPipeline), lambda: sd_pipeline(SD15Pipeline)])
+@pytest.mark.parametrize("side", ["prompt", "negative_prompt"])
+def test_windows_are_counted_with_all_tokens_of_an_inversion(side: str, make: Any) -> None:
+    pipe = make()
+    pipe.maybe_convert_prompt = lambda text, tokenizer: text.replace("<x>", "x " * 90)
+    call = {"prompt": "a fox", "negative_prompt": "bad", side: "a <x>"}
+    states, negative, *_ = pipe.encode_prompt(**call, prompt_syntax="weighted")
+    assert states.shape == negative.shape
+    assert states.shape[1] == 2 * 77
+
+
+def test_one_text_of_the_second_encoder_serves_all_prompts() -> None:
+    pipe = pipeline(SDXLPipeline)
+    both, *_ = pipe.encode_prompt(["a fox", "a cat"], prompt_2="oil")
+    for k, prompt in enumerate(["a fox", "a cat"]):
+        assert distance(both[k], pipe.encode_prompt(prompt, prompt_2="oil")[0][0]) < 1e-5
+    with pytest.raises(ValueError, match="2 prompt_2 for 1 prompts: give one, or one for each"):
+        pipe.encode_prompt("a fox", prompt_2=["oil", "ink"])
+
+
+def test_without_encoder_and_tokenizer_embeddings_are_enough() -> None:
+    states, negative = sd_pipeline(SD15Pipeline).encode_prompt("a fox")
+    bare = sd_pipeline(SD15Pipeline, text_encoder=None, tokenizer=None)
+    call = {"prompt_embeds": states, "negative_prompt_embeds": negative, "num_inference_steps": 2}
+    made = bare(**call, generator=seeds(1), output_type="latent").images
+    whole = sd_pipeline(SD15Pipeline)("a fox", num_inference_steps=2, generator=seeds(1), output_type="latent").images
+    assert distance(made, whole) < 1e-5
 
 
 def test_long_prompts_stand_in_windows_and_rows_are_as_long() -> None:

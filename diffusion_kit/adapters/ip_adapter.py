@@ -3,8 +3,8 @@ each attended by itself and added (eq. 5). Keys and values of the picture are ma
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar
 
@@ -23,7 +23,7 @@ from diffusion_kit.models.unet import Net, layout, obstacle
 from diffusion_kit.sampling.doors import Answer, Conditioning, Tree, branched, in_every, spread
 from diffusion_kit.sampling.engines import Engine, eager
 
-from .control import Control, EncodedControl, Site
+from .control import Control, EncodedControl, Scale, Site
 from .pictures import as_list, eight_bit
 
 # First matrix of the projection in the plain, full-face and plus kinds, and how an encoder's configuration calls the
@@ -186,14 +186,27 @@ class AddTokens:
         return Answer(tokens=tensors)
 
 
+@dataclass(frozen=True, eq=False)
+class ImagePrompt(Control):
+    """One of the pictures of a call that a pipeline's own adapters are shown; `number` tells it from the others."""
+
+    number: int = 0
+
+
+Seeing = Mapping[str, tuple[Attention, nn.Linear, nn.Linear, Tensor]]
+
+
 @dataclass(kw_only=True)
 class EncodedTokens(EncodedControl):
     """`states` are tokens (rows or 2 rows, tokens, width); `layers` has by name each layer that sees them, its projections
-    to keys and values, and scale x mask (rows or 1, 1, queries or 1, 1)."""
+    to keys and values, and scale x mask (rows or 1, 1, queries or 1, 1); `at` gives these at another scale. `number` is an
+    `ImagePrompt`'s."""
 
     states: Tensor
     rows: int
-    layers: Mapping[str, tuple[Attention, nn.Linear, nn.Linear, Tensor]]
+    layers: Seeing
+    at: Callable[[Scale], Seeing]
+    number: int | None = None
 
     def tensors(self, conditioning: Conditioning, branches: int) -> Tree:
         states = branched({"states": self.states}, self.rows, branches)["states"]
@@ -218,14 +231,20 @@ def encode(control: Control, site: Site) -> EncodedControl:
             part.to(site.device)
     halves = [adapter.project(half) for half in _embeddings(adapter, control.image, site)]
     states = [spread(half, site.prompts, site.per_prompt, "an IP-Adapter's image") for half in halves]
-    weights = _weights(control, site, list(layers))
-    parts = zip(layers.items(), adapter.to_k_ip, adapter.to_v_ip, strict=True)
+
+    def at(scale: Scale) -> Seeing:
+        weights = _weights(replace(control, scale=scale), site, list(layers))
+        parts = zip(layers.items(), adapter.to_k_ip, adapter.to_v_ip, strict=True)
+        return {name: (layer, k, v, weights[name]) for (name, layer), k, v in parts if name in weights}
+
     return EncodedTokens(
         AddTokens(),
         (control.start, control.end),
         states=torch.cat(states),
         rows=site.rows,
-        layers={name: (layer, k, v, weights[name]) for (name, layer), k, v in parts if name in weights},
+        layers=at(control.scale),
+        at=at,
+        number=control.number if isinstance(control, ImagePrompt) else None,
     )
 
 

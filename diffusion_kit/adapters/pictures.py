@@ -89,7 +89,9 @@ def _upright(picture: Image.Image, background: str) -> Image.Image:
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         under = Image.new("RGBA", picture.size, background)
-        picture = Image.alpha_composite(under, picture)
+        picture = Image.alpha_composite(under, picture).convert("RGB")
+    if picture.mode == "P":
+        picture = picture.convert("RGB")
     if profile and picture.mode in ("RGB", "CMYK", "L"):
         try:
             own = ImageCms.ImageCmsProfile(io.BytesIO(profile))

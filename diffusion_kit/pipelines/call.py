@@ -4,13 +4,40 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from torch import Tensor
 
 from diffusion_kit.adapters.control import Control
 from diffusion_kit.adapters.pictures import FITS
+from diffusion_kit.sampling.schedule import Schedule
+
+ONE = "controls is one Control; it must be a list of them"
+
+
+@dataclass(frozen=True)
+class LateControls:
+    """Controls that are made when the number of steps is known, and the call's `more` beside them."""
+
+    make: Callable[[Schedule], Sequence[Control]]
+    more: Sequence[Control] = ()
+
+    def beside(self, others: Sequence[Control]) -> LateControls:
+        return replace(self, more=[*self.more, *others])
+
+    def __call__(self, schedule: Schedule) -> list[Control]:
+        return [*self.make(schedule), *self.more]
+
+
+def listed(controls: Any) -> list[Control]:
+    """
+    Raises:
+        ValueError: it is a single control.
+    """
+    if isinstance(controls, Control):
+        raise ValueError(ONE)
+    return list(controls)
 
 
 @dataclass
@@ -108,7 +135,7 @@ class LatentCall:
                 self.prompt is not None and not is_text,
                 f"prompt is {self.prompt!r}; it must be text or a list of texts",
             ),
-            (isinstance(self.controls, Control), "controls is one Control; it must be a list of them"),
+            (isinstance(self.controls, Control), ONE),
             (self.fit not in FITS, f"fit is {self.fit!r}; it must be one of {', '.join(FITS)}"),
             (
                 self.padding_mask_crop is not None and self.output_type != "pil",

@@ -46,10 +46,13 @@ class Callbacks:
         t = schedule.timesteps[k]
         if self.call.callback_on_step_end is not None:
             given = {name: self._tensor(name, k, before, prediction, latents) for name in self.names}
+            scales = getattr(self.pipe, "_ip_scales", None)
             changed = self.call.callback_on_step_end(self.pipe, k, t, dict(given)) or {}
             latents = changed.get("latents", latents)
             self._take({n: v for n, v in changed.items() if n != "latents" and v is not given.get(n)})
             self.run.guidance_scale = self.pipe.guidance_weight
+            if getattr(self.pipe, "_ip_scales", None) is not scales:
+                self.pipe.rescale(self.run)
         step = schedule.step_of_call[k]
         if self.call.callback is not None and schedule.ends_step(k) and step % (self.call.callback_steps or 1) == 0:
             self.call.callback(step, t, latents)

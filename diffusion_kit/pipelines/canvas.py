@@ -103,6 +103,7 @@ def make_canvas(
     if cropped:
         if not isinstance(image, Image.Image) or not isinstance(mask, Image.Image):
             raise ValueError("padding_mask_crop needs one PIL image and one PIL mask")
+        mask = mask.resize(image.size, Image.Resampling.NEAREST)
         crop = processor.get_crop_region(mask, width, height, pad=padding)
         options = {"crops_coords": crop, "resize_mode": "fill"}
     first = as_list(image)[0]

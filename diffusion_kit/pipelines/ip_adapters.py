@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from diffusers.loaders.unet_loader_utils import _maybe_expand_lora_scales
 from torch import Tensor
 
-from diffusion_kit.adapters.control import Control
-from diffusion_kit.adapters.ip_adapter import IPAdapter
+from diffusion_kit.adapters.ip_adapter import EncodedTokens, ImagePrompt, IPAdapter
 from diffusion_kit.adapters.pictures import as_list
+from diffusion_kit.sampling.loop import Run
 
 from .base import ControlledPipeline
-from .call import TextCall
+from .call import LateControls, TextCall
 
 
 class IPAdapterMixin(ControlledPipeline):
@@ -23,6 +24,7 @@ class IPAdapterMixin(ControlledPipeline):
 
     _ip_adapters: Sequence[IPAdapter] = ()
     _ip_scales: Sequence[Any] = ()
+    _prompts_of_call: Callable[[], list[ImagePrompt]] = staticmethod(list)
 
     def load_ip_adapter(
         self,
@@ -103,20 +105,39 @@ class IPAdapterMixin(ControlledPipeline):
             return super().generate(call)
         call.check(self._callback_tensor_inputs)
         kwargs = dict(call.cross_attention_kwargs or {})
-        own, more = self._image_prompts(call, kwargs.pop("ip_adapter_masks", None)), call.controls
-        controls = (lambda schedule: [*more(schedule), *own]) if callable(more) else [*more, *own]
+        self._prompts_of_call = partial(self._image_prompts, call, kwargs.pop("ip_adapter_masks", None))
+        own, more = self._prompts_of_call(), call.controls
+        controls = more.beside(own) if isinstance(more, LateControls) else [*more, *own]
         return super().generate(dataclasses.replace(call, controls=controls, cross_attention_kwargs=kwargs or None))
 
-    def _image_prompts(self, call: TextCall, masks: Any) -> list[Control]:
+    def rescale(self, run: Run) -> None:
+        """Gives the run's image prompts the scales that a callback has set.
+
+        Raises:
+            ValueError: one of them was 0 at the beginning, so that its picture was not read.
+        """
+        shown = {own.number: own for own in run.controls if isinstance(own, EncodedTokens) and own.number is not None}
+        for prompt in self._prompts_of_call():
+            if prompt.number in shown:
+                shown[prompt.number].layers = shown[prompt.number].at(prompt.scale)
+            elif any(prompt.scales):
+                raise ValueError("the scale of an IP-Adapter was 0 when the call began: begin with a small one")
+        run.forget()
+
+    def _image_prompts(self, call: TextCall, masks: Any) -> list[ImagePrompt]:
         """A control for each adapter; with masks one for each picture of it."""
         images = self._for_each_adapter(call.ip_adapter_image, call.ip_adapter_image_embeds)
         masks = list(masks[:, None]) if isinstance(masks, Tensor) else masks or [None] * len(images)
         if len(masks) != len(images):
             raise ValueError(f"{len(masks)} ip_adapter_masks for {len(images)} IP-Adapters: give one for each")
-        return [
-            Control(adapter, shown, scale=share, mask=area)
+        each = [
+            (adapter, *apart)
             for adapter, image, scale, mask in zip(self._ip_adapters, images, self._ip_scales, masks, strict=True)
-            for shown, share, area in _apart(image, scale, mask)
+            for apart in _apart(image, scale, mask)
+        ]
+        return [
+            ImagePrompt(adapter, shown, scale=share, mask=area, number=number)
+            for number, (adapter, shown, share, area) in enumerate(each)
         ]
 
     def _for_each_adapter(self, pictures: Any, embeds: Any) -> list[Any]:

@@ -140,6 +140,7 @@ class Kandinsky22Pipeline(Kandinsky2Pipeline):
 
     def generate(self, call: Any) -> Any:
         """A control that is a UNet denoises in the place of the pipeline's own."""
+        call.check(self._callback_tensor_inputs)
         controls = [] if callable(call.controls) else [self.resolve_control(own) for own in call.controls]
         worn = [own for own in controls if isinstance(own, Control) and takes_place(own)]
         if not worn:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from diffusion_kit.adapters.control import Control
 
+from .call import listed
 from .kandinsky import Kandinsky21Pipeline, Kandinsky22Pipeline
 from .kandinsky_combined import Kandinsky21CombinedPipeline, Kandinsky22CombinedPipeline
 from .peers import ImageArguments, InpaintArguments, made_of, need
@@ -43,7 +44,7 @@ class HintArguments(WithoutPrompt):
 
     def translate(self, values: dict[str, Any]) -> dict[str, Any]:
         values = need(super().translate(values), type(self).__name__, "hint")
-        hint, more = Control("hint", values.pop("hint")), values.pop("controls", ())
+        hint, more = Control("hint", values.pop("hint")), listed(values.pop("controls", ()))
         return {**values, "controls": [hint, *more]}
 
 

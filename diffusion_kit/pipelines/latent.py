@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -10,6 +11,7 @@ import torch
 from diffusers import AsymmetricAutoencoderKL
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import get_module_execution_device
+from PIL import Image
 from torch import Tensor
 
 from diffusion_kit.adapters.control import Control, Site, granularity
@@ -21,7 +23,7 @@ from diffusion_kit.sampling.loop import Run
 from diffusion_kit.sampling.schedule import Schedule, make_schedule
 
 from .base import ControlledPipeline
-from .call import LatentCall
+from .call import LateControls, LatentCall
 from .callbacks import Callbacks
 from .canvas import Canvas, make_canvas
 from .memory import rest
@@ -116,8 +118,9 @@ class LatentPipeline(ControlledPipeline):
 
     def generate(self, call: LatentCall) -> Any:
         call.check(self._callback_tensor_inputs)
-        controls = call.controls if callable(call.controls) else [self.resolve_control(own) for own in call.controls]
-        canvas = self._canvas(call, controls)
+        late = call.controls if isinstance(call.controls, LateControls) else LateControls(lambda _: (), call.controls)
+        late = replace(late, more=[self.resolve_control(own) for own in late.more])
+        canvas = self._canvas(call, late.more)
         self._remember(call)
         device = self._execution_device
         conditioning = self.conditioning(call, canvas, device)
@@ -148,8 +151,7 @@ class LatentPipeline(ControlledPipeline):
             encode_picture=partial(encode_mode, self.vae, upcast=self.upcasts),
             engine=self.encoding(eager),
         )
-        controls = controls(schedule) if callable(controls) else controls
-        controls = [canvas.place(control, call.image) for control in controls]
+        controls = [canvas.place(control, call.image) for control in late(schedule)]
         run = Run(
             schedule=schedule,
             denoiser=make_denoiser(self.unet, batch.shape[0], call.cross_attention_kwargs),
@@ -169,7 +171,8 @@ class LatentPipeline(ControlledPipeline):
         images = self.decode(latents, call.output_type, **self._beside(canvas, batch))
         if canvas.crop is not None:
             overlay = self.image_processor.apply_overlay
-            images = [overlay(call.mask_image, call.image, image, canvas.crop) for image in images]
+            mask = call.mask_image.resize(call.image.size, Image.Resampling.NEAREST)
+            images = [overlay(mask, call.image, image, canvas.crop) for image in images]
         return self.output(images, call.return_dict)
 
     def _remember(self, call: LatentCall) -> None:
@@ -194,9 +197,8 @@ class LatentPipeline(ControlledPipeline):
         self._num_timesteps = schedule.calls
         return schedule
 
-    def _canvas(self, call: LatentCall, controls: Any) -> Canvas:
-        listed = () if callable(controls) else controls
-        nets = [control.model for control in listed if isinstance(control, Control)]
+    def _canvas(self, call: LatentCall, controls: Sequence[Control]) -> Canvas:
+        nets = [control.model for control in controls if isinstance(control, Control)]
         return make_canvas(
             self.image_processor,
             call.image,
@@ -248,9 +250,9 @@ class LatentPipeline(ControlledPipeline):
         return {"timestep_cond": guidance_embedding(self._guidance_scale, width, rows, device, self.unet.dtype)}
 
 
-def texts(prompt: Any, rows: int | None = None) -> list[str]:
+def texts(prompt: Any, rows: int | None = None, what: str = "negative prompts") -> list[str]:
     """A list of texts; a single one stands for every row."""
     own = [prompt] * (rows or 1) if isinstance(prompt, str) else list(prompt)
     if rows is not None and len(own) != rows:
-        raise ValueError(f"{len(own)} negative prompts for {rows} prompts: give one, or one for each")
+        raise ValueError(f"{len(own)} {what} for {rows} prompts: give one, or one for each")
     return own

@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, get_type_hints
 
+import numpy as np
 from diffusers import MultiAdapter, MultiControlNetModel
 from PIL import Image
 from torch import Tensor
@@ -18,9 +19,8 @@ from diffusion_kit.adapters.control import Control, Mode
 from diffusion_kit.adapters.pictures import as_list
 from diffusion_kit.sampling.schedule import Schedule
 
+from .call import LateControls, listed
 from .latent import LatentPipeline
-
-Controls = Callable[[Schedule], Sequence[Control]]  # made when the number of steps is known
 
 CONTROLNET = "controlnet_conditioning_scale guess_mode control_guidance_start control_guidance_end"
 CONTROLNET_DEFAULTS = {
@@ -97,7 +97,7 @@ class AdapterArguments(LatentPipeline):
             n = schedule.steps
             return [Control(self.adapter, image, scale=scale, end=min(max(int(n * factor), 0), n) / n)]
 
-        return _with_controls(values, controls)
+        return {**values, "controls": LateControls(controls, listed(values.pop("controls", ())))}
 
 
 class ControlNetArguments(LatentPipeline):
@@ -128,7 +128,7 @@ class ControlNetArguments(LatentPipeline):
                     result.append(Control(net, picture, scale=own_scale, start=window[0], end=window[1], mode=mode))
             return result
 
-        return _with_controls(values, controls)
+        return {**values, "controls": LateControls(controls, listed(values.pop("controls", ())))}
 
 
 def need(values: dict[str, Any], who: str, *names: str) -> dict[str, Any]:
@@ -138,14 +138,11 @@ def need(values: dict[str, Any], who: str, *names: str) -> dict[str, Any]:
     return values
 
 
-def _with_controls(values: dict[str, Any], own: Controls) -> dict[str, Any]:
-    """The class's own adapter beside the `controls` of the call."""
-    more = list(values.pop("controls", ()))
-    return {**values, "controls": lambda schedule: [*own(schedule), *more]}
-
-
 def _default_size(pipe: LatentPipeline, values: dict[str, Any], picture: Any, multiple: int) -> None:
-    """Height and width that were not given are the picture's, rounded down to a multiple."""
+    """Height and width that were not given are the picture's, rounded down to a multiple. What is no picture is told of
+    where it is read."""
+    if not isinstance(picture, (Image.Image, np.ndarray, Tensor)):
+        return
     if isinstance(picture, Image.Image):
         width, height = picture.size
     else:

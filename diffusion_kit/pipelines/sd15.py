@@ -168,8 +168,11 @@ class SD15Pipeline(
         device = device or self._execution_device
         windows = None
         if prompt_syntax == "weighted" and prompt is not None:
-            windows = count_windows([*texts(prompt), *texts(negative_prompt or "")], self.tokenizer)
-        if prompt_embeds is not None and prompt_embeds.shape[1] > self.tokenizer.model_max_length:
+            own = [
+                self.maybe_convert_prompt(t, self.tokenizer) for t in (*texts(prompt), *texts(negative_prompt or ""))
+            ]
+            windows = count_windows(own, self.tokenizer)
+        if prompt_embeds is not None and self.tokenizer and prompt_embeds.shape[1] > self.tokenizer.model_max_length:
             windows = prompt_embeds.shape[1] // self.tokenizer.model_max_length
 
         def encode(prompts: list[str], skip: int, length: int | None = None) -> Tensor:

@@ -182,9 +182,12 @@ class SDXLPipeline(
         encoders = [encoder for encoder in (self.text_encoder, self.text_encoder_2) if encoder is not None]
         weighted = prompt_syntax == "weighted" and prompt is not None
         every = (prompt, prompt_2, negative_prompt, negative_prompt_2)
-        windows = (
-            count_windows([text for own in every for text in texts(own or "")], self.tokenizer_2) if weighted else None
-        )
+        windows = None
+        if weighted:  # of the texts with all tokens of what was learned for them
+            converted = [
+                self.maybe_convert_prompt(text, self.tokenizer_2) for own in every for text in texts(own or "")
+            ]
+            windows = count_windows(converted, self.tokenizer_2)
         if (
             prompt_embeds is not None
             and self.tokenizer_2
@@ -193,16 +196,17 @@ class SDXLPipeline(
             windows = prompt_embeds.shape[1] // self.tokenizer_2.model_max_length
         with locked(*encoders), loras_scaled(lora_scale, *encoders):
             if prompt_embeds is None:
-                pair = (prompt, prompt_2 or prompt)
-                prompt_embeds, own_pooled = self._encode([texts(own) for own in pair], clip_skip or 0, windows)
+                first = texts(prompt)
+                pair = [first, texts(prompt_2 or prompt, len(first), "prompt_2")]
+                prompt_embeds, own_pooled = self._encode(pair, clip_skip or 0, windows)
                 pooled_prompt_embeds = own_pooled if pooled_prompt_embeds is None else pooled_prompt_embeds
             if do_classifier_free_guidance and negative_prompt_embeds is None:
                 if negative_prompt is None and self.config.force_zeros_for_empty_prompt:
                     negative_prompt_embeds = torch.zeros_like(prompt_embeds)
                     negative_pooled_prompt_embeds = torch.zeros_like(pooled_prompt_embeds)  # type: ignore[arg-type]
                 else:
-                    pair = (negative_prompt or "", negative_prompt_2 or negative_prompt or "")
-                    rows = [texts(negative, len(prompt_embeds)) for negative in pair]
+                    sides = (negative_prompt or "", negative_prompt_2 or negative_prompt or "")
+                    rows = [texts(negative, len(prompt_embeds)) for negative in sides]
                     text = self._encode(rows, 0, windows, length=prompt_embeds.shape[1])
                     negative_prompt_embeds, negative_pooled_prompt_embeds = text
         dtype = self.text_encoder_2.dtype if self.text_encoder_2 is not None else self.unet.dtype
