@@ -140,7 +140,10 @@ def test_embedded_pictures_need_no_files(model: Path, work: Path, capsys: Any) -
     assert run(model, *given, "--embed-controls", "--out", "whole.png") == 0
     assert run(model, *given, "--out", "named.png") == 0
     assert np.array_equal(pixels("whole.png"), pixels("named.png"))
+    assert main(["generate", "--again", "named.png", "--embed-controls", "--out", "kept.png"]) == 0
     Path("lines.png").unlink()
+    assert main(["generate", "--again", "kept.png", "--out", "again.png"]) == 0
+    assert np.array_equal(pixels("whole.png"), pixels("again.png"))
     assert main(["generate", "--again", "whole.png", "--out", "again.png"]) == 0
     assert np.array_equal(pixels("whole.png"), pixels("again.png"))
     capsys.readouterr()
@@ -151,6 +154,12 @@ def test_embedded_pictures_need_no_files(model: Path, work: Path, capsys: Any) -
     assert "lines.png, which has changed since" in capsys.readouterr().err
     assert not Path("never.png").exists()
     assert main(["generate", "--again", "named.png", "--control", "canny=lines.png", "--out", "other.png"]) == 0
+
+
+def test_a_name_may_be_as_long_as_the_disk_takes(model: Path, work: Path) -> None:
+    name = "f" * 251 + ".png"
+    assert run(model, "--out", name) == 0
+    assert [file.name for file in work.glob("f*")] == [name]
 
 
 def test_another_model_under_the_same_name_is_told(model: Path, work: Path, capsys: Any) -> None:

@@ -36,6 +36,17 @@ def test_it_is_the_result_of_the_run(tmp_path: Path, target: str, family: str) -
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+def test_of_a_schedule_free_run_it_is_what_was_learned(tmp_path: Path) -> None:
+    """Not the weights at which the next gradient would be taken, which the checkpoint has."""
+    own = {"optimizer": {"name": "schedule_free", "learning_rate": 1e-2}, "steps": 3}
+    result = train(training_models.config("t2i_adapter", tmp_path / "run", **own))
+    consolidate.consolidate(tmp_path / "run", tmp_path / "out")
+    consolidate.consolidate(tmp_path / "run", tmp_path / "plain", averaged=False)
+    ours, theirs, plain = (weights(folder) for folder in (tmp_path / "out", result, tmp_path / "plain"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert not all(torch.equal(plain[name], theirs[name]) for name in theirs)
+
+
 def test_the_best_the_plain_and_halves(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     train(training_models.config("controlnet", folder, ema=0.5, steps=3, checkpoints={"every": 1, "keep": 3}))

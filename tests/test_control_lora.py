@@ -31,6 +31,7 @@ from conftest import (
 )
 from peft import LoraConfig
 from safetensors.torch import save_file
+from torch.testing._internal.two_tensor import TwoTensor
 
 import diffusion_kit
 from diffusion_kit import Control
@@ -296,6 +297,9 @@ def test_errors_say_what_is_wrong() -> None:
     offloaded, quantised = make_unet(), make_unet()
     offloaded.conv_in.to("meta")
     fails(lambda: lora().network(offloaded), "UNet's conv_in.weight is offloaded: load it whole")
+    layer = (wrapped := make_unet()).conv_in
+    layer.weight = torch.nn.Parameter(TwoTensor(layer.weight.detach(), layer.weight.detach()))
+    fails(lambda: lora().network(wrapped), r"UNet's conv_in.weight is quantised \(TwoTensor\): load it whole")
     quantised.conv_in.weight = torch.nn.Parameter(torch.zeros(9, dtype=torch.uint8), requires_grad=False)
     fails(lambda: lora().network(quantised), r"UNet's conv_in.weight is quantised \(torch.uint8\): load it whole")
 

@@ -201,6 +201,19 @@ def test_any_scheduler_works(kind: str) -> None:
     assert distance(ours, plain("KandinskyV22Pipeline", scheduler, CALL, image_embeds=BOTH)) < 1e-4
 
 
+@pytest.mark.parametrize(
+    "name", ["EulerDiscreteScheduler", "DPMSolverMultistepScheduler", "EulerAncestralDiscreteScheduler"]
+)
+def test_a_sampler_made_of_the_configuration_of_another_takes_no_variance(name: str) -> None:
+    """As schedulers are usually swapped: diffusers keeps settings that the new one does not know."""
+    pipe = build(diffusion_kit, "KandinskyV22Pipeline")
+    results = []
+    for given in (LEARNED.config, FIXED.config):
+        pipe.scheduler = getattr(diffusers, name).from_config(given)
+        results.append(run(pipe, **EMBEDS))
+    assert torch.equal(*results)
+
+
 def test_a_learned_variance_under_a_sampler_that_is_no_matrix() -> None:
     scheduler = diffusers.DDPMScheduler(**DECODER_SCHEDULE, variance_type="learned_range", thresholding=True)
     kwargs = {**CALL, **EMBEDS, "output_type": "latent"}

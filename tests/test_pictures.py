@@ -12,7 +12,7 @@ from conftest import SIZE, components, distance, make_unet, make_vae, picture, p
 from PIL import Image, ImageCms, ImageOps
 
 from diffusion_kit import SDXLPipeline, detect, load_image
-from diffusion_kit.adapters.pictures import picture_tensor
+from diffusion_kit.adapters.pictures import fit_image, picture_tensor
 from diffusion_kit.models.vae import decode_latents, encode_picture, preview_matrix
 
 
@@ -21,6 +21,15 @@ def test_formats(suffix: str, tmp_path: Path) -> None:
     picture().save(tmp_path / f"a.{suffix}")
     loaded = load_image(tmp_path / f"a.{suffix}")
     assert (loaded.mode, loaded.size) == ("RGB", (SIZE, SIZE))
+
+
+def test_grey_in_32_bits_is_as_in_16(tmp_path: Path) -> None:
+    values = np.linspace(0, 65535, SIZE * SIZE).reshape(SIZE, SIZE)
+    wide, narrow = (Image.fromarray(values.astype(own)) for own in (np.int32, np.uint16))
+    assert (wide.mode, narrow.mode) == ("I", "I;16")
+    for fit in ("cover", "contain", "stretch"):
+        assert np.array_equal(*(np.asarray(fit_image(own, 32, 48, fit)) for own in (wide, narrow)))
+    assert np.array_equal(*(np.asarray(detect("canny", own)) for own in (wide, narrow)))
 
 
 def test_a_profile_is_applied_whatever_the_mode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -162,6 +162,13 @@ def test_a_scheduler_that_cannot_noise_a_picture() -> None:
         call(pipeline(diffusion_kit.SDXLPipeline, scheduler=scheduler), image=picture())
 
 
+def test_the_number_of_steps_may_be_numpys() -> None:
+    assert make_schedule(make("euler"), np.int64(4)).steps == 4  # type: ignore[arg-type]
+    for wrong in (True, 2.0, 0):
+        with pytest.raises(ValueError, match="must be a whole number from 1 on"):
+            make_schedule(make("euler"), wrong)  # type: ignore[arg-type]
+
+
 def test_eta() -> None:
     ours, theirs = (
         call(pipeline(module.StableDiffusionXLPipeline, scheduler=make("ddim")), eta=0.8)

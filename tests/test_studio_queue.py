@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 
 import pytest
 from PIL import Image
@@ -55,6 +57,28 @@ def test_a_full_queue_says_its_length_and_when_to_come_again(queue: Queue) -> No
     held.go.set()
     assert all(job.wait(PATIENCE) for job in jobs)
     assert queue.submit("a", held).wait(PATIENCE)
+
+
+def test_one_who_waits_and_is_cancelled_cancels_nothing(queue: Queue) -> None:
+    """A page's event can be cancelled from outside; the job is over all the same, and the next one runs."""
+    pytest.importorskip("gradio", reason="the extra studio is not installed")
+    from diffusion_kit.studio.page.actions import awaited
+
+    held = Held()
+    job = queue.submit("a", held)
+
+    async def given_up() -> None:
+        waiting = asyncio.create_task(awaited(lambda: job))
+        await asyncio.sleep(0.1)
+        waiting.cancel()
+        with suppress(asyncio.CancelledError):
+            await waiting
+
+    asyncio.run(given_up())
+    assert not job.over.cancel()
+    held.go.set()
+    job.over.result(PATIENCE)
+    assert queue.submit("a", lambda job: "next").over.result(PATIENCE) is None
 
 
 def test_who_is_turned_away_comes_again_after_those_before(queue: Queue) -> None:

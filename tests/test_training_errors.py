@@ -64,6 +64,10 @@ def data(tmp_path: Path, **columns: list) -> dict:
         ("objective.zero_terminal_snr=true", "set objective.prediction=v_prediction, or zero_terminal_snr=false"),
         ("output=/dev/null/run", "output /dev/null/run cannot be written: Not a directory"),
         (
+            "target=prior objective.noise_offset=0.1",
+            "objective.noise_offset is not a prior's: an embedding has no channels of a picture",
+        ),
+        (
             "init_from=x target=prior",
             "init_from is for t2i_adapter, controlnet, control_lora; a prior starts from base.prior",
         ),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import math
 import pkgutil
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import cache
@@ -31,6 +32,9 @@ from diffusion_kit.sampling.engines import Engine, eager
 from .maps import warn_of_polarity
 from .pictures import Pictures, mask_tensor
 
+OF_FOLDER = re.compile(
+    r"diffusion_pytorch_model(\.(?P<variant>\w+))?(-\d+-of-\d+)?\.safetensors"
+)  # as diffusers names it
 Mode = Literal["balanced", "prompt", "control"]
 Scale = float | Sequence[float] | Mapping[str, float]
 
@@ -266,8 +270,13 @@ def load_control_model(source: str | Path, **kwargs: Any) -> Any:
         FileNotFoundError: no such folder, file or repository. ValueError: something else than a control.
     """
     place = locate(source)
-    if isinstance(place, Path) and (place.parent / "config.json").is_file():
+    if (
+        isinstance(place, Path)
+        and (named := OF_FOLDER.fullmatch(place.name))
+        and place.with_name("config.json").is_file()
+    ):
         source = place = place.parent  # what its shapes do not tell stands beside it
+        kwargs |= {"variant": named["variant"]} if named["variant"] else {}
     if isinstance(place, Path) and place.is_dir() and not (place / "config.json").is_file():
         files = list(place.glob("*.safetensors"))
         place = files[0] if len(files) == 1 else place  # as a Control-LoRA is

@@ -14,6 +14,7 @@ from diffusers import ControlNetModel
 from diffusers.utils.state_dict_utils import convert_sai_sd_control_lora_state_dict_to_peft
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from diffusion_kit.models.sources import find_weights, tensor_shapes
 from diffusion_kit.models.unet import Net, absent
@@ -102,8 +103,10 @@ class ControlLoRA:
         unet = getattr(unet, "_orig_mod", unet)
         base = {name.replace(".base_layer.", "."): p for name, p in unet.named_parameters() if ".lora_" not in name}
         for name, weight in base.items():
-            if (away := absent(weight)) or not weight.is_floating_point() or weight.element_size() not in INTEGERS:
-                kind = away or f"quantised ({weight.dtype})"
+            wrapped = is_traceable_wrapper_subclass(weight)
+            plain = weight.is_floating_point() and weight.element_size() in INTEGERS and not wrapped
+            if (away := absent(weight)) or not plain:
+                kind = away or f"quantised ({type(weight.data).__name__ if wrapped else weight.dtype})"
                 raise ValueError(
                     f"a Control-LoRA changes the base's weights; the UNet's {name} is {kind}: load it whole"
                 )

@@ -83,7 +83,7 @@ def _fetched(url: str) -> bytes:
 
 def _upright(picture: Image.Image, background: str) -> Image.Image:
     profile = picture.info.get("icc_profile")
-    picture = ImageOps.exif_transpose(picture)
+    picture = sixteen_bit(ImageOps.exif_transpose(picture))
     if picture.mode.startswith("I;16"):
         return picture
     if picture.has_transparency_data:
@@ -100,6 +100,13 @@ def _upright(picture: Image.Image, background: str) -> Image.Image:
         except (ImageCms.PyCMSError, OSError):
             pass  # a broken profile: the colours are taken as sRGB
     return picture.convert("RGB")
+
+
+def sixteen_bit(picture: Image.Image) -> Image.Image:
+    """Grey with 32 bits, which PIL cuts at 255 when it converts it, with the 16 that its numbers have."""
+    if picture.mode != "I":
+        return picture
+    return Image.fromarray(np.asarray(picture).clip(0, 65535).astype(np.uint16))
 
 
 def eight_bit(picture: Image.Image) -> Image.Image:
@@ -136,6 +143,7 @@ def fit_image(picture: Image.Image, width: int, height: int, fit: str = "cover")
     """
     if fit not in (*FITS, INSIDE):
         raise ValueError(f"fit is {fit!r}; it must be one of {', '.join(FITS)}")
+    picture = sixteen_bit(picture)
     if picture.mode not in ("RGB", "L", "I;16"):  # others have no black that is 0
         picture = picture.convert("RGB")
     scales = width / picture.width, height / picture.height

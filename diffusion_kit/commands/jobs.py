@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +38,21 @@ def make_jobs(options: argparse.Namespace, old: Recipe | None, prompt: str | Non
     def ref(path: str) -> FileRef:
         return FileRef.of(path, embed=options.embed_controls)
 
+    def kept(given: FileRef) -> FileRef:
+        """A file of the old recipe, too, is in the new one where files are to be."""
+        return replace(given, data=given.open()) if options.embed_controls else given
+
+    def shown(control: ControlRecipe) -> ControlRecipe:
+        return replace(control, image=kept(control.image), mask=control.mask and kept(control.mask))
+
     def job(name: str, texts: Mapping[str, str]) -> Job:
         image, mask = (old.image, old.mask) if old else (None, None)
         image = ref(texts["--image"]) if options.image else image
         mask = ref(texts["--mask"]) if options.mask else mask
         controls = tuple(_control(spec, texts[f"--control {k}"], ref) for k, spec in enumerate(specs))
         words = texts["--prompts"] if options.prompts else str(prompt)
-        return Job(name, words, image, mask, controls or (old.controls if old else ()))
+        controls = controls or tuple(map(shown, old.controls if old else ()))
+        return Job(name, words, image and kept(image), mask and kept(mask), controls)
 
     jobs = [job(name, texts) for name, texts in pair(given).items()]
     for each in jobs:

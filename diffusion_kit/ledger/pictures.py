@@ -31,6 +31,7 @@ def id_of(file: Path) -> str:
 
 def add(session: Session, file: Path, recipe: Recipe, source: str, made: datetime | None = None) -> None:
     """Writes a picture with its recipe. What the user said of another picture under this name is not said of this one."""
+    recipe = Recipe.from_json(recipe.to_json())  # as its file gives it: 7 is 7.0 there
     text = recipe.to_json()
     row = {
         "task": task_of(recipe),

@@ -179,7 +179,7 @@ def _channels(run: Run, branches: int) -> Tensor | None:
 
 def _own_step(run: Run, k: int, state: Tensor, prediction: Tensor, call: Tensor, tensors: Tree) -> Tensor:
     """A step by the scheduler itself, for samplers that are no matrix."""
-    scheduler, t = run.schedule.scheduler, run.schedule.timesteps[k]
+    scheduler, t = run.schedule.scheduler, run.schedule.timesteps[k].cpu()  # where its own timesteps are
     kwargs = dict(run.schedule.step_kwargs)
     if run.schedule.takes_generator:
         kwargs["generator"] = run.generator

@@ -6,12 +6,13 @@ import copy
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .transition import Transition, learns_variance, read_transition, told
+from .transition import Transition, learns_variance, read_transition, takes_variance, told
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,8 @@ def make_schedule(
         ValueError: no step would be left, or the scheduler does not take custom timesteps or sigmas.
     """
     scheduler = copy.deepcopy(scheduler)
+    if learns_variance(scheduler) and not takes_variance(scheduler):
+        scheduler.register_to_config(variance_type=None)  # what `from_config` has kept of another scheduler's
     asked = _set_timesteps(scheduler, steps, timesteps, sigmas)
     begin = _begin(scheduler, asked, strength, denoising_start)
     times = scheduler.timesteps[begin:]
@@ -145,13 +148,13 @@ def _set_timesteps(scheduler: Any, steps: int, timesteps: Any, sigmas: Any) -> i
             raise ValueError(f"{type(scheduler).__name__} does not take custom {name}")
         scheduler.set_timesteps(**{name: list(value)}, device="cpu")
         return len(scheduler.timesteps)
-    if not isinstance(steps, int) or steps < 1:
+    if not isinstance(steps, Integral) or isinstance(steps, bool) or steps < 1:
         raise ValueError(f"num_inference_steps is {steps!r}; it must be a whole number from 1 on")
     try:
-        scheduler.set_timesteps(steps, device="cpu")
+        scheduler.set_timesteps(int(steps), device="cpu")
     except ZeroDivisionError:  # unCLIP's spacing has both ends of the range
         raise ValueError(f"{type(scheduler).__name__} needs 2 steps or more, not {steps}") from None
-    return steps
+    return int(steps)
 
 
 def _cutoff(scheduler: Any, fraction: float) -> int:

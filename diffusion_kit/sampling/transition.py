@@ -150,6 +150,13 @@ def learns_variance(scheduler: Any) -> str | None:
     return kind if kind in ("learned", "learned_range") else None
 
 
+def takes_variance(scheduler: Any) -> bool:
+    """Whether its step has a use for a variance beside the prediction: DDPM's and unCLIP's have. Others only carry the
+    setting in their configuration, or take three channels for a prediction's."""
+    takes = "variance_type" in inspect.signature(type(scheduler).__init__).parameters
+    return takes and hasattr(scheduler, "_get_variance")
+
+
 def _clip_column(plain: Tensor, clipped_to_zero: Tensor, clean: list[tuple[float, float]]) -> Tensor:
     """Factor of the clean sample in each row: what vanishes when the sampler clips it to nothing is C (p x + q m)."""
     lost = plain - clipped_to_zero  # (n, R, K)

@@ -62,6 +62,9 @@ class Job:
     cancelling: threading.Event = field(default_factory=threading.Event)
     over: Future[None] = field(default_factory=Future)
 
+    def __post_init__(self) -> None:
+        self.over.set_running_or_notify_cancel()  # nobody who waits for it, and is cancelled, cancels it
+
     def step(self, done: int, of: int, preview: Image.Image | None = None) -> None:
         """Tells how far the job is.
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import psutil
 import torch
+from torch import Tensor
 
 from diffusion_kit.models.sources import locate
 
@@ -49,7 +51,10 @@ def consolidate(
     check_memory(config, folder)
     target = make_target(config, torch.device("cpu"))
     tensors = checkpoints.read(folder).tensors
-    fill(target, {**tensors["weights"], **tensors[file.stem]})
+    weights = {**tensors["weights"], **tensors[file.stem]}
+    if averaged and file != average and config.optimizer.name == "schedule_free":
+        to_average(weights, tensors["optimizer"], config.optimizer.betas[0])
+    fill(target, weights)
     if dtype != torch.float32:
         target.to(dtype)
     beside = out.with_name(f".{out.name}.part")
@@ -60,6 +65,14 @@ def consolidate(
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     return folder
+
+
+def to_average(weights: Mapping[str, Tensor], moments: Mapping[str, Tensor], beta: float) -> None:
+    """From y, at which schedule-free AdamW takes gradients, to x, which it has learned, in place and bit for bit as its own
+    `eval` goes: y = (1 - beta) z + beta x (arXiv 2405.15682, eq. 3)."""
+    for name, weight in weights.items():
+        if (z := moments.get(f"{name}:z")) is not None:
+            weight.lerp_(end=z, weight=1 - 1 / beta)
 
 
 def checkpoint_of(run: Path, which: str) -> Path:

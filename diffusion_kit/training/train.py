@@ -101,7 +101,7 @@ def begin(config: Config, accelerator: Accelerator, resume: bool, allow: Sequenc
     else:
         if resume:
             own.say("there is no checkpoint to go on from: begins at the first step")
-        with trainer.parallel.worn(None):
+        with trainer.parallel.started():
             trainer.target.begin(lambda: first_batches(trainer))
     if own.main:
         own.cut_logs(trainer.step)

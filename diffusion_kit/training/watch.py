@@ -43,6 +43,7 @@ class Watch:
         due = due or validate
         if stop or save or due or last or step % config.checkpoints.every == 0:
             self.save(trainer)
+            stop = stop or self.agreed(trainer)[0]  # saving may have taken minutes
         if due and not stop:  # who asks a run to end may not wait for it: it is made when the run goes on
             stop = self.validate(trainer, validate)
         return stop
@@ -87,6 +88,9 @@ class Watch:
             content = trainer.checkpoint()  # all take part
             if self.run.writes:
                 self.write(trainer, content)
+            trainer.accelerator.wait_for_everyone()  # a machine may not have it yet: the one before is all they share
+            if self.run.writes:
+                self.prune(trainer)
         trainer.accelerator.wait_for_everyone()
         self.saved = time.monotonic()
 
@@ -98,7 +102,6 @@ class Watch:
         if not checkpoints.has_space(self.run.checkpoints, content.bytes):
             self.prune(trainer, fewer=1)
         checkpoints.write(self.run.checkpoints, trainer.step, content)
-        self.prune(trainer)
 
     def prune(self, trainer: Trainer, fewer: int = 0) -> None:
         keep = max(1, trainer.config.checkpoints.keep - fewer)

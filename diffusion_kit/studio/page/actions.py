@@ -94,7 +94,7 @@ async def awaited(submit: Callable[[], Job]) -> Any:
         job = submit()
     except Full as error:
         raise gr.Error(str(error), title="busy") from None
-    await asyncio.wrap_future(job.over)
+    await asyncio.wait({asyncio.wrap_future(job.over)})
     if job.state != DONE:
         raise gr.Error(job.error or f"it was {job.state}", title="not like this")
     result, job.result = job.result, None

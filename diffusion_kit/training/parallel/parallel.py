@@ -56,6 +56,10 @@ class Parallel(ABC):
     def cut(self, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """This process's pieces of whole tensors."""
 
+    def started(self) -> AbstractContextManager[None]:
+        """While the target is begun, which may change weights before the first step."""
+        return self.worn(None)
+
     @abstractmethod
     def worn(self, pieces: Mapping[str, Tensor] | None) -> AbstractContextManager[None]:
         """Inside the block the target holds its weights whole, or those of pieces; afterwards its own again."""

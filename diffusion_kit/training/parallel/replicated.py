@@ -77,6 +77,9 @@ class Replicated(Parallel):
                 with torch.no_grad():  # bit for bit: there and back it rounds
                     torch._foreach_copy_(list(self.named.values()), list(before.values()))
 
+    def started(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
     def weights(self) -> dict[str, Tensor]:
         return self.target.kept()
 

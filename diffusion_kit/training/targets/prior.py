@@ -26,6 +26,8 @@ class PriorTarget(Target):
         super().__init__(config)
         if config.objective.prediction is not None or config.objective.zero_terminal_snr is not None:
             raise ValueError("objective.prediction and zero_terminal_snr are not a prior's: it predicts the embedding")
+        if config.objective.noise_offset:
+            raise ValueError("objective.noise_offset is not a prior's: an embedding has no channels of a picture")
         self.pipe = load_prior(config, device)
         if (why := obstacle(self.pipe.prior)) is not None:
             raise ValueError(f"base.prior {config.base.prior} cannot be trained: {why}")
