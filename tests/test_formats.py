@@ -202,6 +202,17 @@ def test_controlnets_load_from_a_file(name: str, tmp_path: Path) -> None:
     assert distance(pipe(**call, generator=seeds(1)).images, made[0]) > 1e-2
 
 
+def test_the_file_that_is_named_is_loaded_whatever_lies_beside_it(tmp_path: Path) -> None:
+    """Published repositories have several networks in one folder, with the configuration of one of them."""
+    net, tensors = nets()["controlnet_original"]
+    make_adapter().save_pretrained(tmp_path)
+    save_file({key: value.contiguous() for key, value in tensors.items()}, tmp_path / "net.safetensors")
+    assert type(load_control_model(tmp_path / "net.safetensors")) is diffusers.ControlNetModel
+    assert type(load_control_model(tmp_path / "diffusion_pytorch_model.safetensors")) is diffusers.T2IAdapter
+    net.save_pretrained(tmp_path / "halves", variant="fp16")
+    assert type(load_control_model(tmp_path / "halves/diffusion_pytorch_model.fp16.safetensors")) is type(net)
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

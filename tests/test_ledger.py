@@ -312,7 +312,9 @@ def test_the_ledger_is_made_again_from_files(made: Path, capsys: pytest.CaptureF
 
 def test_rebuilding_keeps_what_the_user_said_and_a_broken_file(made: Path) -> None:
     keep, told = Recorder(print), list[str]()
-    keep.picture(made / "a.png", RECIPE, pictures.STUDIO)
+    whole = replace(RECIPE, guidance_scale=5)  # as a job file says it
+    save(Image.new("RGB", (8, 8)), made / "a.png", whole)
+    keep.picture(made / "a.png", whole, pictures.STUDIO)
     keep.close()
     ledger, own = Ledger(), pictures.id_of(made / "a.png")
     with ledger.writing() as session:
