@@ -64,7 +64,7 @@ def data(tmp_path: Path, **columns: list) -> dict:
         ("objective.zero_terminal_snr=true", "set objective.prediction=v_prediction, or zero_terminal_snr=false"),
         ("output=/dev/null/run", "output /dev/null/run cannot be written: Not a directory"),
         (
-            "target=prior objective.noise_offset=0.1",
+            "objective.noise_offset=0.1 target=prior",
             "objective.noise_offset is not a prior's: an embedding has no channels of a picture",
         ),
         (
