@@ -441,6 +441,7 @@ def test_a_callback_may_set_the_scale_as_the_peers_does(folder: Path) -> None:
     pipe.set_ip_adapter_scale(0.0)
     with pytest.raises(ValueError, match="was 0 when the call began: begin with a small one"):
         pipe(**call, callback_on_step_end=begin)
+    pipe(**{**call, "ip_adapter_image": None}, callback_on_step_end=begin)  # nothing is shown, nothing to scale
 
 
 def test_a_reference_is_seen_whole_whatever_the_fit_of_the_call(folder: Path) -> None:

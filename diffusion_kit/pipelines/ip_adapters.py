@@ -108,7 +108,10 @@ class IPAdapterMixin(ControlledPipeline):
         self._prompts_of_call = partial(self._image_prompts, call, kwargs.pop("ip_adapter_masks", None))
         own, more = self._prompts_of_call(), call.controls
         controls = more.beside(own) if isinstance(more, LateControls) else [*more, *own]
-        return super().generate(dataclasses.replace(call, controls=controls, cross_attention_kwargs=kwargs or None))
+        try:
+            return super().generate(dataclasses.replace(call, controls=controls, cross_attention_kwargs=kwargs or None))
+        finally:
+            self._prompts_of_call = list  # the next call may have none
 
     def rescale(self, run: Run) -> None:
         """Gives the run's image prompts the scales that a callback has set.
