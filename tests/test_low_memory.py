@@ -12,6 +12,7 @@ import psutil
 import pytest
 import torch
 from conftest import components, make_vae, pipeline, seeds
+from safetensors.torch import load_file, save_file
 from test_mixtures import run
 from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
@@ -19,8 +20,8 @@ from torch.testing._internal.two_tensor import TwoTensor
 from diffusion_kit import AutoPipelineForText2Image, SDXLPipeline
 from diffusion_kit.models.packed import Packed
 from diffusion_kit.models.vae import cut
-from diffusion_kit.sampling.engines.pages import page_out, without_pages_of
-from diffusion_kit.sampling.engines.weights import park
+from diffusion_kit.sampling.engines.pages import forget, page_out, without_pages_of
+from diffusion_kit.sampling.engines.weights import content, is_parked, park
 
 MEGABYTES = 64
 linux = pytest.mark.skipif(sys.platform != "linux", reason="pages are given back on Linux only")
@@ -43,6 +44,26 @@ def test_parked_weights_leave_memory_and_come_back(tmp_path: Path) -> None:
     assert held() < before - 0.9 * MEGABYTES
     assert net.weight[5].eq(3).all(), "what was changed is kept"
     assert net.weight[7:].eq(2).all()
+
+
+@linux
+def test_weights_as_they_are_in_their_file_stay_there_and_leave_memory(tmp_path: Path) -> None:
+    """Copies would leave the file's pages in memory, which whoever hashed the weights has read."""
+    megabyte = torch.full((512, 512), 2.0)
+    save_file(
+        {str(k): megabyte + k for k in range(MEGABYTES)} | {"small": torch.ones(2)}, tmp_path / "weights.safetensors"
+    )
+    net = nn.ParameterDict(load_file(tmp_path / "weights.safetensors"))
+    net["3"][5] = 7.0
+    content([net])
+    before = held()
+    park([net], tmp_path)
+    forget([net])
+    assert held() < before - 0.9 * MEGABYTES
+    assert [name for name, own in net.items() if is_parked(own)] == ["3"]
+    assert net["3"][5].eq(7).all()
+    assert net["3"][6:].eq(5).all()
+    assert net["8"].eq(10).all()
 
 
 @linux

@@ -11,13 +11,14 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 PAGEMAP = Path("/proc/self/pagemap")  # 8 bytes a page
-IN_MEMORY, OF_A_FILE = np.uint64(1 << 63), np.uint64(1 << 61)  # bits of an entry
+IN_MEMORY, SWAPPED, OF_A_FILE = np.uint64(1 << 63), np.uint64(1 << 62), np.uint64(1 << 61)  # bits of an entry
 PAGEOUT = 21  # of madvise since Linux 5.4: changed pages are not lost, they stay or are swapped
 EVERY = 0.05  # seconds
 
@@ -68,23 +69,42 @@ class FilePages:
         k = bisect_right(self._mapped, (start, sys.maxsize)) - 1
         return k >= 0 and start < self._mapped[k][1]
 
+    def hold_unchanged(self, tensor: Tensor) -> bool:
+        """Whether the tensor lies in a file and is as it is there."""
+        if not self.hold(tensor):
+            return False
+        page, start = mmap.PAGESIZE, tensor.data_ptr()
+        entries = _entries(start // page, -(-(start + tensor.nbytes) // page))
+        return entries is not None and not _changed(entries).any()
+
 
 def _unchanged(first: int, last: int) -> Iterator[tuple[int, int]]:
-    """Runs of whole pages that are as in their file."""
+    """Runs of whole pages in memory that are as in their file."""
     page = mmap.PAGESIZE
-    start, count = -(-first // page), last // page - -(-first // page)
-    if count <= 0:
-        return
-    try:
-        with PAGEMAP.open("rb", buffering=0) as file:
-            file.seek(8 * start)
-            entries = np.frombuffer(file.read(8 * count), np.uint64)
-    except OSError:  # another system, or a container that hides it
+    start = -(-first // page)
+    entries = _entries(start, last // page)
+    if entries is None:
         return
     own = np.concatenate([[0], (entries & (IN_MEMORY | OF_A_FILE)) == (IN_MEMORY | OF_A_FILE), [0]]).astype(np.int8)
     turns = np.diff(own)
     for begin, end in zip(np.flatnonzero(turns == 1), np.flatnonzero(turns == -1), strict=True):
         yield (start + int(begin)) * page, (start + int(end)) * page
+
+
+def _changed(entries: Any) -> Any:
+    """Of pages of a file those that this process has written to: they are its own, in memory or swapped."""
+    there = (entries & (IN_MEMORY | SWAPPED)) != 0
+    return there & ((entries & OF_A_FILE) == 0)
+
+
+def _entries(first: int, last: int) -> Any:
+    """What the system says of pages by their number: an array, or None on another system or where it is hidden."""
+    try:
+        with PAGEMAP.open("rb", buffering=0) as file:
+            file.seek(8 * first)
+            return np.frombuffer(file.read(8 * max(0, last - first)), np.uint64)
+    except OSError:
+        return None
 
 
 @contextmanager

@@ -169,8 +169,10 @@ def _settings(net: nn.Module) -> str:
 def park(nets: Iterable[nn.Module], folder: Path) -> None:
     """Lays weights that nobody else holds into files without names, from which the system reads what is looked at: they
     stay as they are for whoever uses them, and take no memory until then. Each has a file, and so a storage, of its own, by
-    which libraries tell weights apart."""
-    found = {id(p): p for net in nets for p in net.parameters() if p.device.type == "cpu" and _alone(p)}
+    which libraries tell weights apart. Those that are as in the file from which they were loaded stay in that."""
+    pages = FilePages()
+    held = (p for net in nets for p in net.parameters() if p.device.type == "cpu")
+    found = {id(p): p for p in held if _alone(p) and not pages.hold_unchanged(p)}
     with torch.inference_mode(False):
         for parameter in found.values():
             parameter.data = _in_a_file(parameter, folder)
