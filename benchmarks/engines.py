@@ -3,8 +3,8 @@
 python benchmarks/engines.py
 
 Goes on where it was stopped: results are kept, by machine, in docs/results/engines.json. On two cores of a slow processor
-it takes about four hours, on an otherwise idle machine; the bounds' own cases come first. The page has what is measured so
-far, on every machine.
+it takes about four hours, on an otherwise idle machine; the bounds' own cases come first, and what was measured on older
+sources is measured again when there is a result of every case. The page has what is measured so far, on every machine.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from diffusion_kit.benchmark.cases import Case
 from diffusion_kit.benchmark.contenders import SLOW, absent, names_on
-from diffusion_kit.benchmark.report import compared, kept, machine, measured, page
+from diffusion_kit.benchmark.report import code, compared, kept, machine, measured, page
 
 ROOT = Path(__file__).parents[1]
 ROUNDS = 7
@@ -110,11 +111,14 @@ def memory(case: Case, rows: dict[str, Any]) -> list[Bound]:
     ]
 
 
-def told(found: Sequence[Bound], left: Sequence[Case]) -> list[str]:
+def told(results: Results, left: Sequence[Case]) -> list[str]:
     """What there was to be shown, for the page: misses first; and cases that this machine cannot run."""
-    lines = ["## Bounds", "", f"On {machine()['processor']}, {machine()['instructions']}.", ""]
+    now = code()
+    older = sum(result["about"]["code"] != now for result in results.values())
+    said = f"{len(results)} cases" + (f", of which {older} were measured on older sources than {now}" if older else "")
+    lines = ["## Bounds", "", f"On {machine()['processor']}, {machine()['instructions']}: {said}.", ""]
     lines += ["| | found | bound | |", "| --- | --- | --- | --- |"]
-    for own in sorted(found, key=lambda own: own["passed"]):
+    for own in sorted(bounds(results), key=lambda own: own["passed"]):
         limits = [f"{word} {own[key]}" for word, key in (("at least", "least"), ("at most", "most")) if own.get(key)]
         why = "" if own["passed"] else own.get("why", "missed")
         lines.append(f"| {own['what']} | {own.get('value', '')} | {', '.join(limits)} | {why.replace('|', '/')} |")
@@ -130,17 +134,17 @@ def main() -> None:
         (PLAIN, quick),
         (LONG, kit),
         (CONTROLLED, kit),
-        (COMPILED, ["diffusers", *(name for name in names_on("cpu") if name.endswith(SLOW))]),
+        (COMPILED, ["diffusers", "exact eager", *(name for name in names_on("cpu") if name.endswith(SLOW))]),
         (SMALL, kit),
         (GROWTH, ["diffusers", "exact eager", "exact packed", "exact openvino"]),
-        (LARGE, ["diffusers", "half packed", "half openvino"]),
+        (LARGE, ["diffusers", "half eager", "half packed", "half openvino"]),
     ]
     left = [case for cases, _ in groups for case in cases if absent("diffusers", case) is not None]
     results: Results = {}
-    for cases, names in groups:
+    for older, (cases, names) in product((True, False), groups):
         possible = [case for case in cases if case not in left]
-        results |= dict(zip(possible, measured(possible, names, out, ROUNDS), strict=True))
-        text = page(kept(out), "scripts/verify bench", told(bounds(results), left))
+        results |= dict(zip(possible, measured(possible, names, out, ROUNDS, older=older), strict=True))
+        text = page(kept(out), "scripts/verify bench", told(results, left))
         (ROOT / "docs/benchmarks.md").write_text(text)
     print(json.dumps({"machine": machine(), "bounds": bounds(results), "not measured": [case.name for case in left]}))
 

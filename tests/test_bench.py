@@ -127,6 +127,11 @@ def test_results_are_used_again_for_the_same_question_only(monkeypatch: pytest.M
     out.write_text(json.dumps(dead))
     report.measured([Case()], ["a", "b"], out, 3)
     assert len(asked) == 4, "the next time it may live"
+    monkeypatch.setattr(report, "code", lambda: "other sources")
+    report.measured([Case()], ["a", "b"], out, 3, older=True)
+    assert len(asked) == 4, "what is there is good enough until there is all"
+    report.measured([Case()], ["a", "b"], out, 3)
+    assert len(asked) == 5
     here = report.machine()
     monkeypatch.setattr(report, "machine", lambda: here | {"processor": "another"})
     report.measured([Case()], ["a"], out, 3)

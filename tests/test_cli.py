@@ -389,6 +389,23 @@ def test_a_name_that_is_free_is_chosen(model: Path, work: Path) -> None:
     assert Path("picture_2.png").exists()
 
 
+def test_a_chosen_name_gives_way_to_a_file_that_came_meanwhile(
+    model: Path, work: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two calls in one folder choose the same free name, and only later write there."""
+    from diffusion_kit.making import pictures
+
+    make = pictures.make_picture
+    monkeypatch.setattr(
+        pictures, "make_picture", lambda *given: Path("picture.png").write_text("theirs") and make(*given)
+    )
+    assert run(model) == 0
+    assert "picture_2.png" in capsys.readouterr().out
+    assert Path("picture.png").read_text() == "theirs"
+    assert run(model, "--out", "picture.png") == 0
+    assert pixels("picture.png").shape == pixels("picture_2.png").shape, "a name that was given is not chosen"
+
+
 def test_the_shape_of_the_picture_is_kept(model: Path, work: Path) -> None:
     picture(size=128).crop((0, 0, 128, 64)).save("wide.png")
     assert run(model, "--control", "canny=wide.png", "--out", "a.png") == 0

@@ -12,7 +12,7 @@ import training_models
 from safetensors.torch import load_file
 
 from diffusion_kit.cli import main
-from diffusion_kit.training import consolidate, run
+from diffusion_kit.training import checkpoints, consolidate, run
 from diffusion_kit.training.train import train
 
 RANK = {"control_lora": {"rank": 4}}
@@ -112,3 +112,20 @@ def test_checkpoints_that_machines_do_not_share(tmp_path: Path) -> None:
     assert run.newest(tmp_path, lambda own: [own, []]) is None
     with pytest.raises(ValueError, match="no checkpoint that all machines have"):
         run.newest(root, lambda own: [own, []])
+
+
+def test_a_run_goes_on_without_checkpoints_that_another_machine_lacks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With keep=1 one that is ahead would be kept in place of every one that both have."""
+    config = training_models.config("t2i_adapter", tmp_path / "run", steps=3, checkpoints={"every": 1})
+    train(config)
+    root, there = tmp_path / "run/checkpoints", list[list[int]]()
+    monkeypatch.setattr("diffusion_kit.training.train.gather_object", lambda own: [*own, [1]])
+
+    def look(*_: Any) -> None:
+        there.append([checkpoints.step_of(folder) for folder in checkpoints.whole(root)])
+
+    monkeypatch.setattr(run.Run, "cut_logs", look)
+    train(config.model_copy(update={"steps": 2}), resume=True)
+    assert there == [[1]]

@@ -100,6 +100,17 @@ def test_replayed_steps_give_the_same_picture(name: str, task: str) -> None:
     assert pipes[1].engine.capture.replays >= 2
 
 
+def test_kept_features_are_replayed() -> None:
+    controls = [Control(make_adapter(), lines(1), end=0.5), Control(make_controlnet(), lines(2))]
+    pipes = [pipeline(SDXLPipeline), captured()]
+    for pipe in pipes:
+        pipe.cache_steps(2, guidance="reuse")
+    plain, replayed = (run(controls, pipe=pipe, num_inference_steps=8) for pipe in pipes)
+    assert torch.equal(replayed, plain)
+    assert pipes[1].done["deep features reused"] == 4
+    assert pipes[1].engine.capture.replays >= 2
+
+
 def test_networks_that_are_used_no_more_are_let_go() -> None:
     """A service that loads another ControlNet for each picture must not keep them all."""
     pipe = captured()

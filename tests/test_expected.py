@@ -1,4 +1,4 @@
-"""The memory that `explain` expects is what steps and decoding take."""
+"""What `explain` tells: the memory that steps and decoding take, what runs in steps and how often it did."""
 
 from __future__ import annotations
 
@@ -6,11 +6,26 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import light, make_sd_unet, make_unet, make_vae, picture, pipeline, sd_pipeline, seeds
+from conftest import (
+    light,
+    lines,
+    make_adapter,
+    make_controlnet,
+    make_sd_unet,
+    make_unet,
+    make_vae,
+    picture,
+    pipeline,
+    sd_pipeline,
+    seeds,
+)
+from diffusers import MultiControlNetModel
 from test_kandinsky import EMBEDS, HINT, TEXT21, build
+from test_mixtures import run
+from test_union import union
 
 import diffusion_kit
-from diffusion_kit import SD15Pipeline, SDXLPipeline
+from diffusion_kit import Control, SD15Pipeline, SDXLPipeline, StableDiffusionXLControlNetPipeline
 from diffusion_kit.models.live import Live
 from diffusion_kit.models.vae import Decoder
 from diffusion_kit.pipelines.expected import tensors_of, working_memory
@@ -93,6 +108,26 @@ def test_it_is_of_the_pipelines_own_size_and_number_type() -> None:
     half = pipeline(SDXLPipeline, unet=make_unet(sample_size=32).half(), vae=make_vae())
     assert 2 * working_memory(half)[0] == pytest.approx(second[0], rel=0.05)
     assert working_memory(half)[1] == second[1], "of the autoencoder's own"
+
+
+def test_explain_tells_what_runs_in_steps_and_how_often_it_did() -> None:
+    several = MultiControlNetModel([make_controlnet(), make_controlnet()])
+    pipe = pipeline(StableDiffusionXLControlNetPipeline, controlnet=several)
+    pipe._base_controls = {"union": union(), "hint": make_unet(), "adapter": make_adapter()}
+    told = pipe.explain()
+    for line in (
+        "controlnet by eager: MultiControlNetModel",
+        "union by eager: ControlNetUnionModel",
+        "hint by eager: UNet2DConditionModel",
+        "adapter as it is, before the first step: T2IAdapter",
+    ):
+        assert f"runs       {line}" in told
+    assert "last call" not in told
+    controls = [Control(make_controlnet(), lines(2), end=0.5), Control(make_adapter(), lines(1))]
+    plain = pipeline(SDXLPipeline)
+    run(controls, pipe=plain, guidance_interval=(0.0, 0.25))
+    told = plain.explain()
+    assert "last call  4 calls of the network, guidance in 1, ControlNetModel in 2, T2IAdapter in 4" in told
 
 
 def test_explain_says_it_and_nothing_of_networks_of_other_kinds() -> None:

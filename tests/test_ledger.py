@@ -334,6 +334,22 @@ def test_rebuilding_keeps_what_the_user_said_and_a_broken_file(made: Path) -> No
     assert places() == [str(made)]
 
 
+def test_a_ledger_that_is_damaged_behind_its_header_is_put_aside(made: Path) -> None:
+    rebuild([made], print)
+    file, told = home() / "ledger.db", list[str]()
+    with sqlite3.connect(file) as connection:
+        (page,) = connection.execute("SELECT rootpage FROM sqlite_master WHERE name = 'pictures'").fetchone()
+        (size,) = connection.execute("PRAGMA page_size").fetchone()
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    connection.close()
+    content = file.read_bytes()
+    file.write_bytes(content[: (page - 1) * size] + b"\xff" * size + content[page * size :])
+    assert rebuild([made], told.append)["pictures"] == 3
+    assert "is broken; it is now" in told[0]
+    with Ledger().reading() as session:
+        assert len(pictures.search(session, pictures.Query(), limit=9)) == 3
+
+
 def test_one_bad_file_does_not_end_a_rebuild(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Nothing of it is written: no run that would be taken for one that is alive."""
     run = made / "bad"

@@ -20,6 +20,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 from diffusion_kit import AutoPipelineForText2Image, SDXLPipeline
 from diffusion_kit.models.packed import Packed
 from diffusion_kit.models.vae import cut
+from diffusion_kit.pipelines import memory
 from diffusion_kit.sampling.engines.pages import forget, page_out, without_pages_of
 from diffusion_kit.sampling.engines.weights import content, is_parked, park
 
@@ -116,6 +117,18 @@ def test_the_same_picture(small: Any) -> None:
     next(small.text_encoder.parameters()).mul_(2)
     assert not torch.equal(run(pipe=small), before)
     assert "encoders leave" not in small.optimize(engine="eager")
+
+
+def test_encoders_leave_memory_in_every_call(small: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As soon as the prompt is encoded, and once more after controls, some of which have encoders."""
+    gone: list[Any] = []
+    monkeypatch.setattr(memory, "page_out", lambda nets: gone.append([*nets]))
+    run(pipe=small)
+    assert not gone
+    small.optimize(engine="eager", low_memory=True)
+    gone.clear()
+    run(pipe=small)
+    assert gone == [[small.text_encoder, small.text_encoder_2]] * 2
 
 
 def test_without_room_for_a_file_encoders_stay_in_memory(small: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -108,6 +108,21 @@ def test_validation_and_result_are_those_of_one(trained: Path, name: str) -> Non
     assert apart(load_file(trained / "one" / "result" / file), load_file(trained / name / "result" / file)) < 1e-3
 
 
+def test_codes_of_a_new_movq_begin_alike_in_every_way_of_sharing(tmp_path: Path) -> None:
+    """They are measured before the first step, when the optimizer has weights of its own already."""
+    ways = {"one": None, "half": 1, **STAGES}
+    more: dict[str, Any] = {"network": training_models.MOVQ, "steps": 1, "validation": {"every": 0}}
+    cases = {name: case(tmp_path / name, stage, target="autoencoder", **more) for name, stage in ways.items()}
+    cases["half"]["config"]["precision"] = "bf16"
+    run([cases.pop("one")], 1, tmp_path)
+    run(list(cases.values()), 2, tmp_path)
+    (codes,) = (name for name, value in kept(tmp_path / "one", 1, "weights").items() if "quantize.embedding" in name)
+    expected = {codes: kept(tmp_path / "one", 1, "weights")[codes]}
+    assert float(expected[codes].abs().max()) > 1 / 32, "they are drawn nearer to zero"
+    for name in cases:
+        assert apart(expected, {codes: kept(tmp_path / name, 1, "weights")[codes]}) < (0.1 if name == "half" else 1e-3)
+
+
 def figures(output: Path) -> dict[str, float]:
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     return next(row["validation"] for row in rows if "validation" in row)

@@ -62,6 +62,7 @@ RECIPES = {
             ),
         ),
     ),
+    "later": replace(PLAIN, optimize="exact", engine="packed", low_memory=True),
     "megabytes": replace(PLAIN, image=FileRef("photo.png", "0f" * 32, NOISE(3_000_000))),
 }
 SCHEDULER = replace(PLAIN, scheduler_config=DPMSolverMultistepScheduler(trained_betas=np.array([0.1, 0.2])).config)
@@ -249,6 +250,12 @@ def test_unknown_fields_are_ignored_and_optional_ones_may_lack() -> None:
     assert Recipe.from_json(changed(later=[1])) == RECIPES["pictures"]
     optional = {name: ... for name in ("strength", "image", "mask", "controls", "fit", "dtype", "device", "versions")}
     assert Recipe.from_json(changed(**optional)) == PLAIN
+
+
+def test_a_recipe_keeps_its_text_when_there_are_new_fields() -> None:
+    """By which the history knows that a picture is the one that its user marked."""
+    assert "low_memory" not in PLAIN.to_json()
+    assert json.loads(RECIPES["later"].to_json())["low_memory"] is True
 
 
 def png(folder: Path, **texts: str) -> Path:

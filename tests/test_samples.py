@@ -160,7 +160,7 @@ def test_a_store_keeps_what_several_writers_put_at_once(tmp_path):
     def write(n: int) -> None:
         store = Store(tmp_path)
         for k in range(20):
-            store.put(f"{k}", {"x": torch.tensor([k]), "y": torch.tensor([n])})
+            store.put({f"{k}": {"x": torch.tensor([k]), "y": torch.tensor([n])}})
             if k % 5 == 4:
                 store.flush()
 
@@ -177,7 +177,7 @@ def test_of_two_copies_the_same_counts_for_everybody(tmp_path):
     """Whoever reads the folder later, or wrote first, finds the shard whose name comes first."""
     stores = [Store(tmp_path) for _ in range(6)]
     for n, store in enumerate(stores):
-        store.put("a", {"x": torch.tensor([n])})
+        store.put({"a": {"x": torch.tensor([n])}})
         store.flush()
     for store in (*stores, Store(tmp_path)):
         store.refresh()
@@ -188,7 +188,7 @@ def test_of_two_copies_the_same_counts_for_everybody(tmp_path):
 def test_a_store_goes_on_after_a_kill(tmp_path):
     """A shard that was being written is not there; one that is damaged counts as missing."""
     store = Store(tmp_path)
-    store.put("a", {"x": torch.ones(2)})
+    store.put({"a": {"x": torch.ones(2)}})
     store.flush()
     save_file({"b/x": torch.ones(2)}, tmp_path / ".half.part")
     (tmp_path / "damaged.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -23,6 +24,7 @@ from diffusion_kit.commands import workers
 from diffusion_kit.commands.workers import Failed, Worker, in_order
 from diffusion_kit.making import loading
 from diffusion_kit.training import caching
+from diffusion_kit.training.bases import Base
 from diffusion_kit.training.config import Config
 from diffusion_kit.training.data.store import Store
 from diffusion_kit.training.train import build_cache, make_filler
@@ -172,6 +174,37 @@ def test_shares_in_any_order_make_the_cache_of_one_process(tmp_path: Path) -> No
     alone, shared = entries(tmp_path / "alone"), entries(tmp_path / "shared")
     assert len(alone) > 4 * caching.BLOCK
     assert shared == alone
+
+
+def test_a_cache_that_was_broken_off_goes_on_in_the_same_groups(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever a shard is written: whole groups are in it, and the rest of a block falls into those that were left."""
+    encode, flush, groups = Base.encode, Store.flush, list[tuple[str, ...]]()
+    monkeypatch.setattr(Base, "encode", lambda own, x, names: groups.append(tuple(names)) or encode(own, x, names))
+    monkeypatch.setattr(caching, "TOGETHER", (8 * 1024**2, 5))
+    build_cache(of_cache(tmp_path / "alone"), (0, 1), lambda line: None)
+    expected = groups.copy()
+    groups.clear()
+
+    shards, there = itertools.count(1), []
+
+    def broken_off(own: Store) -> None:
+        latents = own.folder.name.startswith("latents-") and bool(own._kept)
+        flush(own)
+        if latents and next(shards) in (2, 5):
+            there.append(len(own))
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("diffusion_kit.training.data.store.SHARD", 1)
+    monkeypatch.setattr(Store, "flush", broken_off)
+    for _ in range(3):
+        with contextlib.suppress(KeyboardInterrupt):
+            build_cache(of_cache(tmp_path / "parts"), (0, 1), lambda line: None)
+    assert there == [10, 25], "in the middle of a block, whose pictures are looked at in two ways each"
+    assert len(expected) > 20
+    assert sorted(set(groups)) == sorted(expected)
+    assert entries(tmp_path / "parts") == entries(tmp_path / "alone")
 
 
 @pytest.mark.parametrize("count", [1, caching.BLOCK, 5 * caching.BLOCK + 1])

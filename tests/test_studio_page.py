@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import threading
+import zipfile
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -13,11 +14,13 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
+from sqlalchemy import update
 
 gr = pytest.importorskip("gradio", reason="the studio is an extra; scripts/verify studio runs all of it")
 
 from diffusion_kit.ledger import pictures as ledger_pictures  # noqa: E402
 from diffusion_kit.ledger import runs as ledger_runs  # noqa: E402
+from diffusion_kit.ledger.tables import Picture  # noqa: E402
 from diffusion_kit.recipes import FileRef  # noqa: E402
 from diffusion_kit.studio.config import StudioConfig  # noqa: E402
 from diffusion_kit.studio.core import Core  # noqa: E402
@@ -173,18 +176,49 @@ def test_a_deleted_picture_leaves_nothing(core: Core, tmp_path: Path) -> None:
         assert ledger_pictures.count(session, ledger_pictures.Query()) == 0
 
 
-def test_behind_a_proxy_only_what_the_studio_made_is_deleted(tmp_path: Path) -> None:
+def test_behind_a_proxy_only_what_the_studio_made_is_shown_and_deleted(tmp_path: Path) -> None:
     core = Core(StudioConfig(output=tmp_path / "studio", hosts=("studio.lan",)), print)
     with gr.Blocks():
         past = history.tab(core)
-    other = tmp_path / "other.png"
-    Image.new("RGB", (8, 8)).save(other)
-    with core.ledger.writing() as session:
-        ledger_pictures.add(session, other, actions.shown_recipe(str(examples.FILES[0])), ledger_pictures.GENERATE)
-    with pytest.raises(gr.Error, match="not made by the studio"):
-        past.deleted(ledger_pictures.id_of(other))
+    other, made = tmp_path / "other.png", core.config.pictures / "made.png"
+    made.parent.mkdir(parents=True)
+    for file in (other, made):
+        Image.new("RGB", (8, 8)).save(file)
+        with core.ledger.writing() as session:
+            ledger_pictures.add(session, file, actions.shown_recipe(str(examples.FILES[0])), ledger_pictures.GENERATE)
+    id = ledger_pictures.id_of(other)
+    for use in (past.deleted, past.shown, past.file, lambda id: past.mark(id, rating=5)):
+        with pytest.raises(gr.Error, match="not made by the studio"):
+            use(id)
     assert other.is_file()
+    values = dict.fromkeys(past.filters) | {
+        past.source: history.ANY,
+        past.days: "any time",
+        past.rating: 0,
+        past.page: 1,
+    }
+    found = past.found(values)
+    assert found[past.ids] == [ledger_pictures.id_of(made)]
+    assert found[past.count].startswith("1 pictures")
+    with zipfile.ZipFile(past.zipped(values)) as archive:
+        assert archive.namelist() == ["0001-made.png"]
     core.close()
+
+
+def test_a_picture_of_another_machine_is_not_the_file_of_its_name_here(core: Core, tmp_path: Path) -> None:
+    with gr.Blocks():
+        past = history.tab(core)
+    file = tmp_path / "other.png"
+    Image.new("RGB", (8, 8)).save(file)
+    with core.ledger.writing() as session:
+        ledger_pictures.add(session, file, actions.shown_recipe(str(examples.FILES[0])), ledger_pictures.GENERATE)
+        session.execute(update(Picture).values(host="elsewhere"))
+    shown = past.shown(ledger_pictures.id_of(file))
+    assert shown[past.picture] is None
+    assert "it lies on elsewhere" in shown[past.about]
+    with pytest.raises(gr.Error, match="lies on elsewhere"):
+        past.deleted(ledger_pictures.id_of(file))
+    assert file.is_file()
 
 
 def test_a_wiped_doodle_is_no_error_and_all_else_is() -> None:

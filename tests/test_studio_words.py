@@ -53,7 +53,14 @@ CASES: dict[str, Any] = {
     ),
     "inpainting": lambda net: (
         Wanted("", "a fox", REF("photo.png"), REF("mask.png"), ()),
-        {"strength": 0.8, "fit": "stretch", "optimize": "exact", "engine": "packed"},
+        {
+            "strength": 0.8,
+            "fit": "stretch",
+            "optimize": "exact",
+            "engine": "packed",
+            "low_memory": True,
+            "size": (128, 96),
+        },
     ),
 }
 
@@ -67,6 +74,7 @@ def test_command_and_python_make_the_same_pixels(
     result = made(shop, wanted, **settings)
     arguments = shlex.split(result.command.replace("\\\n", " "))
     assert arguments[0] == "diffusion-kit"
+    assert ("--low-memory" in arguments) == settings.get("low_memory", False), "large pictures are decoded in tiles"
     assert main([*arguments[1:], "--out", "command.png"]) == 0
     exec(compile(result.python, "python", "exec"), {})  # noqa: S102
     pictures = [np.asarray(Image.open(file)) for file in (result.file, "command.png", "picture.png")]

@@ -388,16 +388,6 @@ def test_an_autoencoder_learns_from_pictures_of_several_shapes(tmp_path: Path) -
         make_target(training_models.config("autoencoder", tmp_path, network={"class": "VAE"}), CPU)
 
 
-MOVQ = {
-    "class": "VQModel",
-    "block_out_channels": [8, 8],
-    "down_block_types": ["DownEncoderBlock2D"] * 2,
-    "up_block_types": ["UpDecoderBlock2D"] * 2,
-    "num_vq_embeddings": 32,
-    "norm_num_groups": 4,
-}
-
-
 def pictures_of(count: int) -> Any:
     """Samples, as targets see them, of random pictures."""
     pixels = torch.rand(count, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -411,7 +401,8 @@ def one_of(batch: Any, k: int) -> Any:
 
 def test_codes_of_a_new_movq_begin_among_its_latents(tmp_path: Path) -> None:
     """Far from them nearly all stay unused; those of a trained one stay where they are."""
-    own, batch = make_target(training_models.config("autoencoder", tmp_path, network=MOVQ), CPU), pictures_of(4)
+    config = training_models.config("autoencoder", tmp_path, network=training_models.MOVQ)
+    own, batch = make_target(config, CPU), pictures_of(4)
     latents = own.vae.encode(torch.stack([sample.pixels for sample in batch.samples])).latents
     used = len(own.vae.quantize(latents)[2][2].unique())
     own.begin(lambda: [batch])
@@ -426,7 +417,8 @@ def test_codes_of_a_new_movq_begin_among_its_latents(tmp_path: Path) -> None:
 def test_a_movq_learns_of_each_picture_by_itself(tmp_path: Path) -> None:
     """Its codes' loss was once a mean over the batch, blanks too. Some pictures are made of their codes, others of their
     latents, as the pipelines make them."""
-    own, batch = make_target(training_models.config("autoencoder", tmp_path, network=MOVQ), CPU), pictures_of(8)
+    config = training_models.config("autoencoder", tmp_path, network=training_models.MOVQ)
+    own, batch = make_target(config, CPU), pictures_of(8)
     own.begin(lambda: [batch])
     alone = [own.forward(one_of(batch, k)).loss for k in range(8)]
     torch.testing.assert_close(own.forward(batch).loss, torch.cat(alone), rtol=1e-5, atol=1e-6)

@@ -197,6 +197,27 @@ def test_of_a_name_that_was_given_nothing_else_stands_in(tmp_path: Path) -> None
     assert [record.captions for record in records(tar, caption="words")] == [("",), ("",)]
 
 
+def test_folders_are_read_through_links_each_once(tmp_path: Path) -> None:
+    """Under the name that they have without links, where they have one; conditions are no pictures by any name."""
+    own, other = tmp_path / "own", tmp_path / "other"
+    for file in ("own/zz/a.png", "own/conditioning_image/zz/a.png", "other/fox.png", "other/deep/fox.png"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        picture(1).save(tmp_path / file)
+    for link, place in {
+        own / "all": own / "zz",
+        own / "canny": own / "conditioning_image",
+        own / "deep": other / "deep",
+        own / "linked": other,
+        other / "round": own,
+        own / "conditioning_image/back": own / "zz",
+    }.items():
+        link.symlink_to(place)
+    source = open_source(SourceConfig(path=str(own)))
+    records = [source[k] for k in range(len(source))]
+    assert [record.name for record in records] == ["deep/fox.png", "linked/fox.png", "zz/a.png"]
+    assert records[2].condition == own / "conditioning_image/zz/a.png"
+
+
 def test_paths_in_a_table_are_relative_to_it(tmp_path: Path) -> None:
     picture().save(tmp_path / "a.png")
     datasets.Dataset.from_list([{"image": "a.png"}, {"image": None}]).to_parquet(tmp_path / "x.parquet")

@@ -14,6 +14,15 @@ from PIL import Image
 
 from diffusion_kit.training.config import Config, parse
 
+MOVQ = {  # a new one's configuration
+    "class": "VQModel",
+    "block_out_channels": [8, 8],
+    "down_block_types": ["DownEncoderBlock2D"] * 2,
+    "up_block_types": ["UpDecoderBlock2D"] * 2,
+    "num_vq_embeddings": 32,
+    "norm_num_groups": 4,
+}
+
 
 @cache
 def root() -> Path:

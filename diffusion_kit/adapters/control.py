@@ -12,7 +12,7 @@ import math
 import pkgutil
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import cache
 from numbers import Real
 from pathlib import Path
@@ -190,11 +190,13 @@ class EncodedControl:
 
     Attributes:
         guidance: scale of a guidance of its own, or None.
+        name: of the control's network, or its class.
     """
 
     injection: Injection
     window: tuple[float, float]
     guidance: float | None = None
+    name: str = field(default="", init=False)
 
     def active(self, step: int, steps: int) -> bool:
         return inside(step, steps, self.window)
@@ -233,6 +235,7 @@ def encode_control(control: Control, site: Site) -> EncodedControl | None:
         return None
     warn_of_polarity(control.model, control.image)
     encoded = kind.encode(control, site)
+    encoded.name = control.model if isinstance(control.model, str) else type(control.model).__name__
     if control.guidance is not None and encoded.guidance != control.guidance:
         what = repr(control.model) if isinstance(control.model, str) else f"this {type(control.model).__name__}"
         raise ValueError(f"{what} takes no Control(guidance=...): leave it out")

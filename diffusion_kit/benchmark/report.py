@@ -136,19 +136,25 @@ def spread(ratio: tuple[float, float, float] | None) -> str:
     return "" if ratio is None else f"{ratio[0]:.2f} [{ratio[1]:.2f}, {ratio[2]:.2f}]"
 
 
-def measured(cases: Sequence[Case], names: Sequence[str], out: Path, rounds: int) -> list[dict[str, Any]]:
+def measured(
+    cases: Sequence[Case], names: Sequence[str], out: Path, rounds: int, *, older: bool = False
+) -> list[dict[str, Any]]:
     """Results of the cases, printed and kept in `out` after each; one that is there, of the same contenders, rounds,
-    machine and code, is not run again.
+    machine and sources, is not run again.
+
+    Args:
+        older: nor is one of other sources.
 
     Raises:
         ValueError: `out` is there and holds something else.
     """
     results, found = kept(out), []
     about = {"names": list(names), "rounds": rounds, "machine": machine(), "code": code()}
+    asked = {key: value for key, value in about.items() if not (older and key == "code")}
     with tempfile.TemporaryDirectory() as root:
         for case in cases:
-            wanted = {"case": case.to_json(), "about": about}
-            known = next((own for own in results if wanted.items() <= own.items() and whole(own)), None)
+            fits = (own for own in results if own["case"] == case.to_json() and asked.items() <= own["about"].items())
+            known = next(filter(whole, fits), None)
             if known is None:
                 # Nobody wants random networks to stay.
                 os.environ["DIFFUSION_KIT_CACHE"] = str(Path(root) / "converted" / case.inputs.replace(" ", "-"))

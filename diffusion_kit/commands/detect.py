@@ -7,10 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from diffusion_kit.recipes import save
-
 from .console import note
-from .outputs import SUFFIXES, free_files, output_files, output_folder, writable
+from .outputs import SUFFIXES, free_files, is_chosen, output_files, output_folder, saved, writable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,20 +39,21 @@ def run(options: argparse.Namespace) -> None:
     more |= {"invert": options.invert}
     files = images_of(options.images)
     outs = _outs(options, files)
+    chosen = len(files) > 1 or is_chosen(options.out)
     if len(files) == 1:
-        width, height = _detect_one(options.name, files[0], outs[0], more)
-        print(f"{outs[0]}  {width} x {height}")
+        print(_detect_one(options.name, files[0], outs[0], more, chosen=chosen))
     else:
         _detect_many(options.name, files, outs, more)
 
 
-def _detect_one(name: str, file: Path, out: Path, more: dict[str, Any]) -> tuple[int, int]:
+def _detect_one(name: str, file: Path, out: Path, more: dict[str, Any], *, chosen: bool) -> str:
+    """Which file it made."""
     from diffusion_kit.adapters.detectors import detect
     from diffusion_kit.adapters.pictures import eight_bit
 
     picture = detect(name, file, **more)
-    save(picture if out.suffix.lower() == ".png" else eight_bit(picture), out)  # only PNG has 16 bits
-    return picture.size
+    own = picture if out.suffix.lower() == ".png" else eight_bit(picture)  # only PNG has 16 bits
+    return f"{saved(own, out, chosen=chosen)}  {own.width} x {own.height}"
 
 
 def _detect_many(name: str, files: Sequence[Path], outs: Sequence[Path], more: dict[str, Any]) -> None:
@@ -64,7 +63,7 @@ def _detect_many(name: str, files: Sequence[Path], outs: Sequence[Path], more: d
     failed = 0
     for file, out in tqdm(list(zip(files, outs, strict=True)), unit="image"):
         try:
-            _detect_one(name, file, out, more)
+            _detect_one(name, file, out, more, chosen=True)
         except ValueError as error:
             failed += 1
             note(str(error))

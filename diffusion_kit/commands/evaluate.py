@@ -201,5 +201,5 @@ def _settings(options: argparse.Namespace) -> Settings:
     """What loading a model needs to know."""
     given = dict.fromkeys(("negative_prompt", "guidance_scale", "size", "strength", "scheduler", "old"))
     same = {"model": options.model, "device": options.device, "dtype": options.dtype or "float32", "seed": options.seed}
-    same |= {"optimize": level_of(options), "engine": options.engine, "low_memory": options.low_memory}
+    same |= {"optimize": level_of(options), "engine": options.engine, "low_memory": bool(options.low_memory)}
     return Settings(**given, **same, steps=1, fit="cover", other_model=True)  # type: ignore[arg-type]

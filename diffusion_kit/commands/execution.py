@@ -19,7 +19,11 @@ def add_execution(parser: argparse.ArgumentParser) -> None:
     add(
         "--engine", metavar="NAME", help="what executes the networks; by default what a short measurement finds fastest"
     )
-    add("--low-memory", action="store_true", help="networks are in memory while they run only, as far as that goes")
+    add(
+        "--low-memory",
+        action=argparse.BooleanOptionalAction,
+        help="networks are in memory while they run only, as far as that goes",
+    )
 
 
 def level_of(options: argparse.Namespace, recorded: str | None = None) -> str | None:

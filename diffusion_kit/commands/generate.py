@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 from functools import partial
 
-from diffusion_kit.recipes import ForeignRecipe, Recipe, read, save
+from diffusion_kit.recipes import ForeignRecipe, Recipe, read
 
 from . import workers
 from .console import note
 from .execution import add_execution
 from .job_file import in_line
 from .jobs import OPTIONS
-from .outputs import output_files
+from .outputs import is_chosen, output_files, saved
 from .plan import Planned, files_read, plan_of_call, plan_of_file
 from .remembering import add_history, remembering
 
@@ -101,21 +101,20 @@ def alone(options: argparse.Namespace) -> None:
     pipe = loading.load_pipeline(plan[0].settings, note, debug=options.debug)
     if own is not None:
         _note_of_versions(own)
-    maker = shares.Maker(pipe, options.jobs)
+    maker = shares.Maker(pipe, options.jobs, [*taken, *grid])
     found = [(each, *maker.recipe(each)) for each in plan]
     wanted = [(each, recipe) for each, recipe, is_there in found if not is_there]
     note_there(len(plan) - len(wanted), len(plan))
     made = []
     with pipe.sharing(), remembering(options) as recorder:
         for each, recipe in wanted:
-            picture = maker.make(each, recipe)
-            print(shares.told(each.file, recipe))
-            recorder.picture(each.file, recipe)
+            picture, file = maker.make(each, recipe)
+            print(shares.told(file, recipe))
+            recorder.picture(file, recipe)
             made += [picture] if grid else []
     for file in grid:
         columns = options.count if len(plan) > options.count > 1 else None
-        save(pictures.grid_of(made, columns=columns), file)
-        print(file)
+        print(saved(pictures.grid_of(made, columns=columns), file, chosen=is_chosen(options.grid)))
 
 
 def planned(options: argparse.Namespace, old: Recipe | ForeignRecipe | None = None) -> list[Planned]:

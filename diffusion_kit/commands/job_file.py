@@ -99,7 +99,7 @@ def _checked(key: str, value: Any) -> Any:
 
 
 def is_made(file: Path, recipe: Recipe) -> bool:
-    """Whether the file is the picture of this recipe; engine, device and versions may be others.
+    """Whether the file is the picture of this recipe; engine, device, use of memory and versions may be others.
 
     Raises:
         ValueError: it is something else.
@@ -117,4 +117,4 @@ def is_made(file: Path, recipe: Recipe) -> bool:
 
 def _what(recipe: Recipe) -> Recipe:
     """What a recipe makes, in the types that a file gives it."""
-    return replace(Recipe.from_json(recipe.to_json()), versions={}, device="", engine=None)
+    return replace(Recipe.from_json(recipe.to_json()), versions={}, device="", engine=None, low_memory=False)

@@ -6,6 +6,10 @@ import os
 from collections.abc import Collection
 from pathlib import Path
 
+from PIL import Image
+
+from diffusion_kit.recipes import Recipe, save
+
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
@@ -24,7 +28,7 @@ def output_files(
         ValueError: a file that is taken, no such folder, a format that is not written, a place that cannot be written.
     """
     path = Path(out) if out else Path(f"{stem}.png")
-    if out is None or path.is_dir():
+    if is_chosen(out):
         return writable(free_files(path / f"{stem}.png" if path.is_dir() else path, names, taken))
     if path.suffix.lower() not in SUFFIXES:
         raise ValueError(f"--out {path} must end in .png, .jpg or .webp, or be a folder")
@@ -33,6 +37,25 @@ def output_files(
     if met := next((file for file in files if file.resolve() in spoken_for), None):
         raise ValueError(f"--out {met} is a file that this command reads, or writes otherwise: give another name")
     return writable(files)
+
+
+def is_chosen(out: str | None) -> bool:
+    """Whether `--out` leaves it to the command how files are called: then none that is there is written over."""
+    return out is None or Path(out).is_dir()
+
+
+def saved(
+    picture: Image.Image, file: Path, recipe: Recipe | None = None, *, chosen: bool, taken: Collection[Path] = ()
+) -> Path:
+    """Writes a picture; where to: a name that was `chosen` because it was free may be another process's by now, and then
+    one is chosen that is not `taken`, either."""
+    place = file
+    while True:
+        try:
+            save(picture, place, recipe, new=chosen)
+            return place
+        except FileExistsError:
+            (place,) = free_files(file, [""], taken)
 
 
 def output_folder(out: str | None) -> Path:
@@ -60,7 +83,7 @@ def _named(path: Path, name: str) -> Path:
 def free_files(path: Path, names: list[str], taken: Collection[Path] = ()) -> list[Path]:
     """A file for each name, with the first number behind the path's own name under which none of them stands yet."""
     attempt, number = path, 1
-    while any(file.exists() or file in taken for file in [attempt, *(_named(attempt, name) for name in names)]):
+    while any(os.path.lexists(file) or file in taken for file in [attempt, *(_named(attempt, name) for name in names)]):
         number += 1
         attempt = path.with_stem(f"{path.stem}_{number}")
     return [_named(attempt, name) for name in names]

@@ -14,18 +14,23 @@ from diffusion_kit.recipes import ForeignRecipe, Recipe
 from .execution import level_of
 from .job_file import in_line, read_lines
 from .jobs import make_jobs
-from .outputs import free_files, output_files, output_folder, writable
+from .outputs import free_files, is_chosen, output_files, output_folder, writable
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A picture to be made, and where to; `line` is that of the job file."""
+    """A picture to be made, and where to; `line` is that of the job file.
+
+    Attributes:
+        chosen: whether the file's name is the command's choice (see `outputs.is_chosen`).
+    """
 
     job: Job
     settings: Settings
     seed: int
     file: Path
     line: int | None = None
+    chosen: bool = False
 
 
 def plan_of_call(options: argparse.Namespace, old: Recipe | ForeignRecipe | None) -> list[Planned]:
@@ -35,7 +40,8 @@ def plan_of_call(options: argparse.Namespace, old: Recipe | ForeignRecipe | None
     jobs = make_jobs(options, old if isinstance(old, Recipe) else None, prompt)
     plan = [Planned(job, settings, settings.seed + k, Path()) for job in jobs for k in range(options.count)]
     files = _files(options, jobs, files_read(options, plan))
-    return [replace(each, file=file) for each, file in zip(plan, files, strict=True)]
+    chosen = is_chosen(options.out)
+    return [replace(each, file=file, chosen=chosen) for each, file in zip(plan, files, strict=True)]
 
 
 def plan_of_file(options: argparse.Namespace) -> list[Planned]:
@@ -106,7 +112,7 @@ def settle(options: argparse.Namespace, old: Recipe | ForeignRecipe | None) -> S
         scheduler=options.scheduler,
         optimize=level,
         engine=first(options.engine, "engine"),
-        low_memory=options.low_memory,
+        low_memory=first(options.low_memory, "low_memory", False),
         old=own,
         other_model=options.model is not None,
     )

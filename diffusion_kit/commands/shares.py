@@ -16,10 +16,11 @@ from diffusion_kit.ledger import Recorder
 from diffusion_kit.making import loading, pictures
 from diffusion_kit.making.fingerprint import fingerprint
 from diffusion_kit.making.job import Settings
-from diffusion_kit.recipes import Recipe, check, read, save
+from diffusion_kit.recipes import Recipe, check, read
 
 from .console import kept_notes, note, show_warnings
 from .job_file import in_line, is_made
+from .outputs import saved
 from .plan import Planned
 from .workers import Failed
 
@@ -43,10 +44,11 @@ class Maker:
 
     Args:
         file: the job file, if they are of one.
+        taken: files that are spoken for.
     """
 
-    def __init__(self, pipe: Any, file: str | None) -> None:
-        self.pipe, self.file, self.hash_of = pipe, file, cache(fingerprint)
+    def __init__(self, pipe: Any, file: str | None, taken: Collection[Path] = ()) -> None:
+        self.pipe, self.file, self.taken, self.hash_of = pipe, file, taken, cache(fingerprint)
 
     def recipe(self, each: Planned) -> tuple[Recipe, bool]:
         """The whole recipe, and whether its picture is there.
@@ -59,11 +61,11 @@ class Maker:
             check(each.file, recipe)
             return recipe, each.line is not None and is_made(each.file, recipe)
 
-    def make(self, each: Planned, recipe: Recipe) -> Image.Image:
+    def make(self, each: Planned, recipe: Recipe) -> tuple[Image.Image, Path]:
+        """The picture, and its file."""
         with in_line(self.file, each.line):
             picture = pictures.make_picture(self.pipe, recipe)
-            save(picture, each.file, recipe)
-        return picture
+            return picture, saved(picture, each.file, recipe, chosen=each.chosen, taken=self.taken)
 
     def outcome(self, each: Planned) -> Outcome:
         """Makes a picture, unless it is there. That it cannot be made does not stop the others of its share."""

@@ -87,7 +87,7 @@ def studio(options: argparse.Namespace) -> None:
         dtype=options.dtype,
         optimize=level_of(options),
         engine=options.engine,
-        low_memory=options.low_memory,
+        low_memory=bool(options.low_memory),
         history=not options.no_history,
     )
     config.check()

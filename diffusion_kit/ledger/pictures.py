@@ -99,6 +99,7 @@ class Query:
         control, model, source: as they are called, or a part of it.
         run: id of a run.
         rating: at least.
+        folders: the files lie on this machine, below one of them.
     """
 
     words: str = ""
@@ -109,6 +110,7 @@ class Query:
     rating: int = 0
     favourite: bool = False
     since: datetime | None = None
+    folders: tuple[str, ...] = ()
 
     def clause(self) -> ColumnElement[bool]:
         places = (Picture.prompt, Picture.tags, Picture.file)
@@ -123,6 +125,11 @@ class Query:
         parts += [Picture.rating >= self.rating] if self.rating else []
         parts += [Picture.favourite.is_(True)] if self.favourite else []
         parts += [Picture.made >= self.since] if self.since is not None else []
+        if self.folders:
+            begins = [
+                func.substr(Picture.file, 1, len(own) + 1) == f"{own}/" for own in self.folders
+            ]  # LIKE knows no case
+            parts += [Picture.host == socket.gethostname(), or_(*begins)]
         return and_(True, *parts)
 
 

@@ -7,6 +7,7 @@ the ledger alone, stay.
 from __future__ import annotations
 
 import os
+import sqlite3
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from sqlalchemy import text
 from sqlalchemy.exc import DatabaseError, InterfaceError, OperationalError, SQLAlchemyError
 from sqlalchemy.orm import Session
 
@@ -57,21 +59,34 @@ def rebuild(folders: Iterable[Path], say: Callable[[str], None], url: str | None
 
 def opened(url: str | None, say: Callable[[str], None]) -> Ledger:
     try:
-        return Ledger(url)
+        ledger = Ledger(url)
+        if is_whole(ledger):
+            return ledger
+        ledger.close()
     except DatabaseError as error:
-        place = parsed(url or ledger_url())
-        if place.get_backend_name() != "sqlite" or not is_broken(error):
+        if not is_broken(error):
             raise
-        aside = f"{place.database}.broken-{datetime.now():%Y%m%d-%H%M%S}"
-        for end in ("", "-wal", "-shm"):
-            if Path(f"{place.database}{end}").exists():
-                os.replace(f"{place.database}{end}", f"{aside}{end}")
-        say(f"{place.database} is broken; it is now {aside}")
-        return Ledger(url)
+    place = parsed(url or ledger_url())
+    aside = f"{place.database}.broken-{datetime.now():%Y%m%d-%H%M%S}"
+    for end in ("", "-wal", "-shm"):
+        if Path(f"{place.database}{end}").exists():
+            os.replace(f"{place.database}{end}", f"{aside}{end}")
+    say(f"{place.database} is broken; it is now {aside}, which alone has the marks and notes")
+    return Ledger(url)
+
+
+def is_whole(ledger: Ledger) -> bool:
+    """Whether every page of an SQLite file is as it should be; a server looks after its own."""
+    if ledger.url.get_backend_name() != "sqlite":
+        return True
+    with ledger.engine.connect() as connection:
+        return connection.execute(text("PRAGMA quick_check(1)")).scalar() == "ok"
 
 
 def is_broken(error: DatabaseError) -> bool:
-    return any(told in str(error.orig) for told in ("not a database", "malformed"))
+    """Whether it says that an SQLite file is none, or damaged."""
+    told = str(error.orig) if isinstance(error.orig, sqlite3.Error) else ""
+    return "not a database" in told or "malformed" in told
 
 
 def files_of(given: Iterable[Path]) -> Iterator[Path]:
@@ -115,6 +130,8 @@ def add(session: Session, file: Path, say: Callable[[str], None]) -> str:
     except (OperationalError, InterfaceError):  # the database's, not the file's
         raise
     except SQLAlchemyError as error:
+        if isinstance(error, DatabaseError) and is_broken(error):
+            raise
         say(f"{file} is left out: {summary(error)}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
         say(f"{file} is left out: {' '.join(str(error).split())}")

@@ -68,6 +68,7 @@ def complete(pipe: Any, job: Job, settings: Settings, seed: int, hash_of: Callab
         device=str(pipe._execution_device),
         optimize=settings.optimize,
         engine=None if settings.optimize is None else pipe.engine.name,
+        low_memory=settings.low_memory,
         versions=versions(),
     )
 

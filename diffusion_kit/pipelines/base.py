@@ -59,6 +59,7 @@ class ControlledPipeline(DiffusionPipeline):
     step_cache: StepCache | None = None
     low_memory: bool = False
     answers: Answers | None = None  # of encoders, while calls share them
+    done: Mapping[str, int] | None = None  # in the last call: see `sampling.loop.Run`
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -342,6 +343,7 @@ class ControlledPipeline(DiffusionPipeline):
         nets = [net for control in run.controls for net in control.injection.executed]
         nets += run.denoiser.executed
         unique = list({id(net): net for net in nets}.values())
+        self.done = run.done
         scale = (self._cross_attention_kwargs or {}).get("scale")
         bar = self.progress_bar(total=run.schedule.steps)
 

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
 import torch
-from diffusers import ControlNetModel
+from diffusers import ControlNetModel, ControlNetUnionModel, MultiControlNetModel, UNet2DConditionModel
 from torch import nn
 
 from diffusion_kit.adapters.control_lora import ControlLoRA
@@ -25,6 +25,7 @@ from diffusion_kit.models.packed import held_by
 from diffusion_kit.models.unet import obstacle
 from diffusion_kit.sampling.engines import Engine, eager
 from diffusion_kit.sampling.engines.weights import plain_parts
+from diffusion_kit.sampling.loop import CALLS
 
 from .engines import ENGINES, QUICK, fastest, missing
 from .expected import working_memory
@@ -34,6 +35,12 @@ from .quantised import check_quantised, quantise
 Level = Literal["exact", "half", "fast"]
 LEVELS = get_args(Level)
 NO_HALF = "this CPU has no arithmetic in bfloat16"
+IN_STEPS = (
+    ControlNetModel,
+    ControlNetUnionModel,
+    MultiControlNetModel,
+    UNet2DConditionModel,
+)  # run in steps, as the UNet
 # Of the step cache: docs/step-cache.md says what it saves and costs.
 FAST: dict[str, Any] = {"every": 5, "guidance": "reuse"}
 
@@ -158,6 +165,9 @@ def _told(pipe: Any, expected: bool) -> Iterator[tuple[str, str]]:
             "memory",
             f"beside them about {step} in a guided step, {decoding} in decoding of {width} x {height} pixels",
         )
+    if pipe.done:
+        parts = (f"{name} in {count}" for name, count in pipe.done.items() if name != CALLS)
+        yield "last call", ", ".join([f"{pipe.done[CALLS]} {CALLS}", *parts])
     for note in (*pipe.notes, *pipe.engine.notes):
         yield "note", note
 
@@ -170,9 +180,10 @@ def networks(pipe: Any) -> dict[str, Any]:
 
 def executor_of(pipe: Any, name: str, net: Any) -> str:
     """What runs one of the networks."""
-    if net is pipe.unet or isinstance(net, ControlNetModel):
-        why = pipe.obstacle if net is pipe.unet else obstacle(net)
-        return f"by {pipe.engine.name}" if why is None else "through its own forward"
+    if net is pipe.unet or isinstance(net, IN_STEPS):
+        parts = net.nets if isinstance(net, MultiControlNetModel) else [net]
+        whole = all((pipe.obstacle if own is pipe.unet else obstacle(own)) is None for own in parts)
+        return f"by {pipe.engine.name}" if whole else "through its own forward"
     if isinstance(net, ControlLoRA):
         return "as what the UNet becomes with it"
     if "text_encoder" in name or name == "prior_prior":

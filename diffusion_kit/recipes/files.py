@@ -25,16 +25,17 @@ LARGEST_JPEG = 65_533  # a JPEG segment, less the two bytes of its length
 ASCII, UNICODE = b"ASCII\0\0\0", b"UNICODE\0"  # the character codes that EXIF puts before a comment
 
 
-def save(picture: Image.Image, path: str | Path, recipe: Recipe | None = None) -> None:
+def save(picture: Image.Image, path: str | Path, recipe: Recipe | None = None, *, new: bool = False) -> None:
     """Writes a PNG, WEBP or JPEG beside its place and renames it: the file is whole or not there.
 
     Raises:
         ValueError: another suffix, or a recipe that does not fit the file, both before anything is written.
+        FileExistsError: there is a file, which must be `new`.
     """
     path = Path(path)
     data = io.BytesIO()  # not to the file: where a disk is full, PIL may write half a JPEG without a word
     picture.save(data, **_options(path, recipe))
-    write_whole(path, data.getbuffer())
+    write_whole(path, data.getbuffer(), new=new)
 
 
 def check(path: str | Path, recipe: Recipe) -> None:

@@ -19,6 +19,9 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 FORMAT = 1
 LARGEST = 1_000_000_000  # bytes of a picture's file
+LATER = (
+    "low_memory",
+)  # fields that format 1 had not at first: written where they are set, other recipes keep their text
 
 
 @dataclass(frozen=True)
@@ -129,6 +132,7 @@ class Recipe:
         strength, image, mask: of image-to-image and inpainting.
         fit: how pictures of another shape were brought to the output's.
         optimize, engine: the level of `pipe.optimize` and what executed the networks; None: they ran as they are.
+        low_memory: of `pipe.optimize`; large pictures went through the autoencoder in tiles.
         versions: package to version.
     """
 
@@ -152,6 +156,7 @@ class Recipe:
     device: str = "cpu"
     optimize: str | None = None
     engine: str | None = None
+    low_memory: bool = False
     versions: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -164,7 +169,8 @@ class Recipe:
         Raises:
             ValueError: a value that `from_json` would refuse. TypeError: one that JSON has no form for.
         """
-        text = json.dumps({"format": FORMAT, **vars(self)}, default=_encode)
+        own = {name: value for name, value in vars(self).items() if value or name not in LATER}
+        text = json.dumps({"format": FORMAT, **own}, default=_encode)
         Recipe.from_json(text)
         return text
 
@@ -208,6 +214,7 @@ class Recipe:
                 ("fit", self.fit if self.image or self.controls else None),
                 ("computed in", f"{self.dtype} on {self.device}"),
                 ("optimized", None if self.optimize is None else f"{self.optimize}, engine {self.engine}"),
+                ("low memory", "yes" if self.low_memory else None),
                 ("versions", ", ".join(f"{name} {version}" for name, version in self.versions.items()) or None),
             ]
         )
@@ -260,6 +267,7 @@ _FORMS: dict[Any, tuple[tuple[type, ...], str]] = {  # hint -> what JSON has for
     str: ((str,), "text"),
     int: ((int,), "a whole number"),
     float: ((int, float), "a number"),
+    bool: ((bool,), "true or false"),
     bytes: ((str,), "base64"),
     tuple: ((list,), "a list"),
     Mapping: ((dict,), "an object"),

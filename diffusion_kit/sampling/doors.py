@@ -88,9 +88,11 @@ class Encoded(Protocol):
     """A control after its one encoding, for one run.
 
     `guidance` is the scale of a guidance of its own, where it has one: in a guided step the first branch then goes without
-    this control, the second with it and without the prompt (Brooks et al. 2023, arXiv 2211.09800, eq. 3).
+    this control, the second with it and without the prompt (Brooks et al. 2023, arXiv 2211.09800, eq. 3). `name` is to be
+    read.
     """
 
+    name: str
     injection: Injection
     guidance: float | None
 

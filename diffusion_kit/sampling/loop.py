@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -9,12 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cache import Repeat, StepCache
+from .cache import Kept, Repeat, StepCache
 from .doors import Conditioning, Denoiser, Encoded, LatentRule, Tree, branched, in_every, inside
 from .engines import Engine, eager
 from .noise import Generators, draw
 from .schedule import Schedule
 from .step import Step
+
+CALLS, GUIDED, OFFSET, DEEP = (
+    "calls of the network",
+    "guidance",
+    "guidance reused",
+    "deep features reused",
+)  # of `Run.done`
 
 
 @dataclass
@@ -31,6 +39,7 @@ class Run:
         guidance_interval: fractions of the steps in which guidance is on.
         cache: deep features that some steps reuse; for a denoiser that gives them.
         dtype: of the network's input; latents, guidance and sampler stay in float32.
+        done: how many calls of the network there were, and in how many of them what else ran or was reused.
     """
 
     schedule: Schedule
@@ -47,6 +56,7 @@ class Run:
     dtype: torch.dtype = torch.float32
     stop: bool = False
     cache: StepCache | None = None
+    done: Counter[str] = field(default_factory=Counter)
     _prepared: dict[Any, Tree] = field(default_factory=dict)
 
     def guided(self, step: int) -> bool:
@@ -129,6 +139,7 @@ def _step(run: Run, k: int, noise: Tensor | None, rows: int, device: torch.devic
     reused = scales if run.cache is not None and run.cache.guidance == "reuse" else ()  # an offset is of its scales
     kept = None if run.cache is None else run.cache.recall(number, (branches, reused, *map(id, active)), rows)
     offset = None if kept is None else kept.offset
+    run.done.update(_parts(run, active, guided, kept))
     if offset is not None:  # in place of the other branches
         scales, branches = (), 1
     conditioning = branched(run.conditioning, rows, branches)
@@ -171,6 +182,15 @@ def _step(run: Run, k: int, noise: Tensor | None, rows: int, device: torch.devic
         if run.cache.controls == "reuse":
             step, tensors["controls"] = replace(step, injections=(Repeat(),)), (kept.answer,)
     return step, tensors
+
+
+def _parts(run: Run, active: Sequence[Encoded], guided: bool, kept: Kept | None) -> list[str]:
+    """What runs in a call of the network, by names to read."""
+    reused = run.cache if kept is not None else None
+    parts = [CALLS, *([DEEP] if reused is not None else [])]
+    if guided:
+        parts.append(GUIDED if kept is None or kept.offset is None else OFFSET)
+    return parts + ([] if reused is not None and reused.controls == "reuse" else [own.name for own in active])
 
 
 def _channels(run: Run, branches: int) -> Tensor | None:

@@ -14,6 +14,7 @@ DEFAULTS = {"start": 0.0, "end": 1.0, "mode": "balanced", "guidance": None, "bac
 def command(recipe: Recipe) -> str:
     """`diffusion-kit generate ...`, in lines."""
     own = [f"{name}{'=' if value.startswith('-') else ' '}{shlex.quote(value)}" for name, value in options(recipe)]
+    own += ["--low-memory"] * recipe.low_memory
     if recipe.prompt.startswith("-"):  # which is no option
         parts = ["diffusion-kit generate", *own, f"-- {shlex.quote(recipe.prompt)}"]
     else:
@@ -77,11 +78,15 @@ def python(recipe: Recipe, by_type: Collection[str] = ()) -> str:
     names.sort(key=str.lower)
     lines = ["import torch", "", f"from diffusion_kit import {', '.join(names)}"]
     lines += ["from diffusion_kit.utils import fit_image"] if "detect" in names else []
-    loading = f"{recipe.model!r}, torch_dtype=torch.{recipe.dtype}"
-    lines += ["", f"pipe = AutoPipelineForText2Image.from_pretrained({loading}).to({recipe.device!r})"]
+    loading = f"pipe = AutoPipelineForText2Image.from_pretrained({recipe.model!r}, torch_dtype=torch.{recipe.dtype})"
+    if recipe.low_memory and recipe.device != "cpu":  # the whole may be more than there is
+        lines += ["", loading, f"pipe.enable_model_cpu_offload(device={recipe.device!r})"]
+    else:
+        lines += ["", f"{loading}.to({recipe.device!r})"]
     lines.append(f"pipe.scheduler = {own}.from_config(pipe.scheduler.config)")
     if recipe.optimize is not None:
-        lines.append(f"pipe.optimize({recipe.optimize!r}, engine={recipe.engine!r})")
+        low = ", low_memory=True" if recipe.low_memory else ""
+        lines.append(f"pipe.optimize({recipe.optimize!r}, engine={recipe.engine!r}{low})")
     lines += [f"images = pipe(\n    {recipe.prompt!r},", *(f"    {line}," for line in arguments(recipe, by_type))]
     return "\n".join([*lines, ").images", 'images[0].save("picture.png")', ""])
 

@@ -86,8 +86,9 @@ def fill(
     """Puts what is missing into the cache; how many views were made.
 
     Args:
-        part: (k, n): the k-th of n shares of the pictures, for several processes. What they make together is what one
-            makes alone, bit for bit.
+        part: (k, n): the k-th of n shares of the pictures, for several processes. What they make together, broken off and
+            begun again or not, is what one makes alone, bit for bit; but where a picture or a caption occurs more than
+            once, last digits may differ, with the others that go through the network at once.
     """
     dtype, blocks = DTYPES_OF[config.cache.dtype], blocks_of(len(pictures), part)
     if cache.text is not None and base is not None:
@@ -129,19 +130,17 @@ def flushed(cache: Cache) -> Iterator[None]:
 
 
 def keep(base: Base | None, cache: Cache, group: list[Job], dtype: torch.dtype) -> None:
-    """Puts conditions, and what the base makes of the pixels, into the cache."""
-    for job in group:
-        if job.condition is not None and cache.conditions is not None:
-            cache.conditions.put(job.plain, {"picture": job.condition})
+    """Puts conditions, and what the base makes of the pixels, into the cache: of a group all or nothing."""
+    if cache.conditions is not None:
+        cache.conditions.put({job.plain: {"picture": job.condition} for job in group if job.condition is not None})
     new = [(job, job.pixels) for job in group if job.pixels is not None]
     if not new or base is None or cache.latents is None:
         return
     pixels = torch.stack([own for _, own in new])
     moments = base.encode(pixels, [job.name for job, _ in new]).to(dtype)
     embeds = embed(base.prior, pixels.to(base.device)).to(dtype) if base.prior is not None else None
-    for k, (job, _) in enumerate(new):
-        more = {} if embeds is None else {"embed": embeds[k]}
-        cache.latents.put(job.key, {"moments": moments[k], **more})
+    made = {"moments": moments} if embeds is None else {"moments": moments, "embed": embeds}
+    cache.latents.put({job.key: {name: value[k] for name, value in made.items()} for k, (job, _) in enumerate(new)})
 
 
 def tried(read: Callable[[int], Sequence[Any]], index: int) -> Sequence[Any]:
@@ -153,7 +152,9 @@ def tried(read: Callable[[int], Sequence[Any]], index: int) -> Sequence[Any]:
 
 
 def grouped(missing: Missing, workers: int) -> Iterator[list[Job]]:
-    """Jobs of one block whose pixels have one shape, a few at a time."""
+    """Jobs of one block whose pixels have one shape, a few at a time; those without pixels by themselves. A group ends
+    where block or shape change, whatever is missing there: the rest of a block, after some of its groups, falls into the
+    groups that were left."""
     loader: DataLoader[Any] = DataLoader(
         missing,  # type: ignore[arg-type]
         batch_size=None,
@@ -162,15 +163,18 @@ def grouped(missing: Missing, workers: int) -> Iterator[list[Job]]:
         generator=torch.Generator(),
     )
     group: list[Job] = []
-    block = None
-    for (index, _), job in zip(missing.jobs, loader, strict=True):
-        shape = None if job.pixels is None else job.pixels.shape
-        full = len(group) == TOGETHER[1] or (shape is not None and (len(group) + 1) * shape[1] * shape[2] > TOGETHER[0])
-        full, block = full or block != index // BLOCK, index // BLOCK
-        if group and (full or any(own.pixels is not None and own.pixels.shape != shape for own in group)):
+    alike = None
+    for (index, view), job in zip(missing.jobs, loader, strict=True):
+        own, (width, height) = (index // BLOCK, view.crop.size), view.crop.size
+        full = len(group) == TOGETHER[1] or (len(group) + 1) * width * height > TOGETHER[0]
+        if group and (own != alike or (full and job.pixels is not None)):
             yield group
             group = []
-        group.append(job)
+        alike = own
+        if job.pixels is None:
+            yield [job]
+        else:
+            group.append(job)
     if group:
         yield group
 
@@ -189,8 +193,10 @@ def fill_text(base: Base, pictures: Pictures, cache: Cache, dtype: torch.dtype, 
             some = new[start : start + CAPTIONS]
             with torch.no_grad():
                 found = base.text([caption for caption, _ in some], [zeros for _, zeros in some])
-            for k, own in enumerate(some):
-                store.put(caption_key(*own), {name: value[k].to(dtype) for name, value in found.items()})
+            kept = {name: value.to(dtype) for name, value in found.items()}
+            store.put(
+                {caption_key(*own): {name: value[k] for name, value in kept.items()} for k, own in enumerate(some)}
+            )
 
     for block in blocks:
         if block.start == 0:  # what all shares need is made by one

@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,16 @@ def prune(root: Path, keep: int, best: int | None = None) -> None:
     for folder in whole(root)[:-keep]:
         if step_of(folder) != best:
             remove(folder)
+
+
+def cut(root: Path, step: int) -> list[int]:
+    """Removes what is newer than the step at which a run goes on, and says which steps': another machine lacks them, and
+    newer ones would be kept in place of those that all have."""
+    newer = [folder for folder in whole(root) if step_of(folder) > step]
+    for folder in newer:
+        with suppress(FileNotFoundError):  # another machine's, which removes them too, after all
+            remove(folder)
+    return [step_of(folder) for folder in newer]
 
 
 def remove(folder: Path) -> None:

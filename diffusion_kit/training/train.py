@@ -95,6 +95,8 @@ def begin(config: Config, accelerator: Accelerator, resume: bool, allow: Sequenc
     if start is not None:
         check_data(trainer, start, allow)
         trainer.load(start)
+        if own.writes and (steps := checkpoints.cut(own.checkpoints, trainer.step)):
+            own.say(f"checkpoints of step {', '.join(map(str, steps))} are removed: not every machine has them")
         own.say(f"goes on at step {trainer.step} of {config.steps}")
         for change in run.changes(start.state["environment"], run.environment(accelerator.num_processes)):
             own.say(f"{change}: the numbers may differ in their last digits")

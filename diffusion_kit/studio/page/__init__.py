@@ -95,19 +95,17 @@ def sending(core: Core, past: history.History, creating: create.Create, painting
     to_create, to_start, to_inpaint = past.buttons
 
     def settings(id: str | None) -> dict[Any, Any]:
-        return creating.filled(history.recipe_of(past.row(id))) | {tabs: gr.Tabs(selected="create")}
+        return creating.filled(history.recipe_of(past.file(id))) | {tabs: gr.Tabs(selected="create")}
 
     def start(id: str | None) -> dict[Any, Any]:
-        file = Path(past.row(id).file)
         return {
-            creating.image: painted(file.read_bytes()),
+            creating.image: painted(past.file(id).read_bytes()),
             creating.starts: True,
             tabs: gr.Tabs(selected="create"),
         }
 
     def repaint(id: str | None) -> dict[Any, Any]:
-        file = Path(past.row(id).file)
-        return {painting.canvas: painted(file.read_bytes()), tabs: gr.Tabs(selected="inpaint")}
+        return {painting.canvas: painted(past.file(id).read_bytes()), tabs: gr.Tabs(selected="inpaint")}
 
     to_create.click(telling(settings), past.chosen, [tabs, *creating.fillable], **QUIET)
     to_start.click(telling(start), past.chosen, [tabs, creating.image, creating.starts], **QUIET)

@@ -67,7 +67,8 @@ class History:
         return Thumbs(self.core.config.output / "thumbs")
 
     def query(self, values: Mapping[Any, Any]) -> pictures.Query:
-        days = DAYS[values[self.days]]
+        """What fits; where others are, of what the studio made."""
+        days, config = DAYS[values[self.days]], self.core.config
         return pictures.Query(
             words=values[self.words] or "",
             control=values[self.control] or "",
@@ -76,6 +77,7 @@ class History:
             rating=int(values[self.rating]),
             favourite=bool(values[self.favourite]),
             since=None if days is None else datetime.now(UTC) - timedelta(days=days),
+            folders=(str(config.pictures.absolute()), str(config.pictures.resolve())) if config.is_shared else (),
         )
 
     def found(self, values: Mapping[Any, Any]) -> dict[Any, Any]:
@@ -101,7 +103,7 @@ class History:
         row = self.row(id)
         return {
             self.chosen: id,
-            self.picture: self.core.shown(Path(row.file)),
+            self.picture: self.core.shown(Path(row.file)) if is_here(row) else None,
             self.about: described(row),
             self.marked: row.favourite,
             self.stars: row.rating,
@@ -109,18 +111,44 @@ class History:
         }
 
     def row(self, id: str | None) -> Picture:
+        """
+        Raises:
+            gr.Error: there is none; or others are here, and the studio did not make it.
+        """
         with self.core.ledger.reading() as session:
             row = pictures.get(session, id or "")
         if row is None:
             raise gr.Error("pick a picture first")
+        if self.core.config.is_shared and not self.is_own(row):
+            raise gr.Error("this picture was not made by the studio: look for it at the machine")
         return row
+
+    def is_own(self, row: Picture) -> bool:
+        """Whether the studio made it."""
+        return is_here(row) and Path(row.file).resolve().is_relative_to(self.core.config.pictures.resolve())
+
+    def file(self, id: str | None) -> Path:
+        """
+        Raises:
+            gr.Error: as of `row`; or it lies on another machine, and a file of its name here is something else.
+        """
+        row = self.row(id)
+        if not is_here(row):
+            raise gr.Error(f"this picture lies on {row.host}")
+        return Path(row.file)
+
+    def mark(self, id: str | None, **said: Any) -> None:
+        if id:
+            row = self.row(id)
+            with self.core.ledger.writing() as session:
+                pictures.mark(session, [row.id], **said)
 
     def zipped(self, values: Mapping[Any, Any]) -> str:
         """A zip of all that fits and lies here, the newest first; those of an hour ago are removed."""
         query = self.query(values)
         with self.core.ledger.reading() as session:
             count, rows = pictures.count(session, query), pictures.search(session, query, limit=MOST)
-        files = [Path(row.file) for row in rows if row.host == socket.gethostname() and Path(row.file).is_file()]
+        files = [Path(row.file) for row in rows if is_here(row) and Path(row.file).is_file()]
         if not files:
             raise gr.Error("no picture fits")
         if len(files) < count:
@@ -144,13 +172,8 @@ class History:
         """
         if not id:
             return {self.about: gr.skip()}
-        row, config = self.row(id), self.core.config
-        file = Path(row.file)
-        own = file.resolve().is_relative_to(config.pictures.resolve())
-        if row.host != socket.gethostname():
-            raise gr.Error(f"this picture lies on {row.host}: delete it there")
-        if config.is_shared and not own:
-            raise gr.Error("this picture was not made by the studio: delete its file at the machine")
+        file, row = self.file(id), self.row(id)
+        own = self.is_own(row)
         made = [*self.thumbs.all_of(row), *([] if own else [self.core.copy_of(file)])]
         made += file.parent.glob(f"controls/{file.stem}-*.png") if own else []
         for one in (file, *made):
@@ -160,12 +183,19 @@ class History:
         return {self.chosen: "", self.picture: None, self.about: "", self.marked: False, self.stars: 0, self.tags: ""}
 
 
+def is_here(row: Picture) -> bool:
+    """Whether its file lies on this machine."""
+    return row.host == socket.gethostname()
+
+
 def caption(row: Picture) -> str:
     return f"{'♥' * row.favourite}{'★' * row.rating} {row.prompt}".strip()[:120]
 
 
 def described(row: Picture) -> str:
     head = f"{row.file}\n{row.made.astimezone():%Y-%m-%d %H:%M}, {row.source}\n\n"
+    if not is_here(row):
+        return f"{head}{row.prompt}\n\nit lies on {row.host}"
     try:
         recipe = read(row.file)
     except ValueError:
@@ -243,16 +273,11 @@ def wire(own: History, refresh: Any, pack: Any, delete: Any) -> None:
     def pick(ids: list[str], event: gr.SelectData) -> dict[Any, Any]:
         return own.shown(ids[event.index])
 
-    def mark(id: str | None, **said: Any) -> None:
-        if id:
-            with own.core.ledger.writing() as session:
-                pictures.mark(session, [id], **said)
-
     own.gallery.select(telling(pick), own.ids, shown, **QUIET)
     marks: list[tuple[list[Any], Any, Any]] = [  # each writes its own: the others may have been changed elsewhere
-        ([own.marked.input], lambda id, value: mark(id, favourite=value), own.marked),
-        ([own.stars.release], lambda id, value: mark(id, rating=int(value)), own.stars),
-        ([own.tags.submit, own.tags.blur], lambda id, value: mark(id, tags=value), own.tags),
+        ([own.marked.input], lambda id, value: own.mark(id, favourite=value), own.marked),
+        ([own.stars.release], lambda id, value: own.mark(id, rating=int(value)), own.stars),
+        ([own.tags.submit, own.tags.blur], lambda id, value: own.mark(id, tags=value), own.tags),
     ]
     for events, write, part in marks:
         gr.on(events, telling(write), [own.chosen, part], None, **QUIET).then(found, inputs, look, **QUIET)
@@ -262,10 +287,10 @@ def wire(own: History, refresh: Any, pack: Any, delete: Any) -> None:
     )
 
 
-def recipe_of(row: Picture) -> Recipe:
+def recipe_of(file: Path) -> Recipe:
     """
     Raises:
         gr.Error: it has none.
     """
     with told():
-        return actions.shown_recipe(row.file)
+        return actions.shown_recipe(str(file))

@@ -10,6 +10,7 @@ import gradio as gr
 import pandas as pd
 
 from diffusion_kit.ledger import runs
+from diffusion_kit.ledger.folders import about
 from diffusion_kit.ledger.tables import Run
 from diffusion_kit.studio.core import FORESEEN, Core, explain
 
@@ -86,10 +87,20 @@ def curve(session: Any, drawn: list[Run], name: str) -> pd.DataFrame:
 
 
 def sheets(core: Core, run: Run) -> list[tuple[str, str]]:
-    """Of the last validation that is there."""
+    """Of the last validation that is there; of a run that lies on this machine, or a disk that it sees."""
+    if not is_here(run):
+        return []
     folders = sorted(Path(run.folder).glob("validation/step-*"), reverse=True)
     files = next((found for folder in folders if (found := sorted(folder.glob("*.png")))), [])
     return [(core.shown(file), f"{file.stem}, step {int(file.parent.name.partition('-')[2])}") for file in files]
+
+
+def is_here(run: Run) -> bool:
+    """Whether its folder is seen from here: one of the same name may be another's."""
+    try:
+        return bool(about(Path(run.folder))["id"] == run.id)
+    except (OSError, ValueError, KeyError):
+        return False
 
 
 def said(run: Run, state: str) -> str:
@@ -172,6 +183,8 @@ def asking(core: Core, what: str) -> Any:
             run = session.get_one(Run, chosen[-1])
             if (state := runs.state_of(run)) != runs.RUNNING:
                 raise ValueError(f"{label(run)} is {state}: nothing can be asked of it")
+            if not is_here(run):
+                raise ValueError(f"{label(run)} lies on {run.host}: ask it there")
             ask(Path(run.folder), what)
         gr.Info(f"asked it to {what}: it does after the step at hand")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,10 +111,8 @@ def size_of(row: Mapping[str, Any]) -> tuple[int, int] | None:
 def open_folder(folder: Path, settings: SourceConfig) -> list[Record]:
     """Pictures of a folder and its subfolders; captions, a line each, in .txt files beside them."""
     conditions = folder / settings.condition
-    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES and not f.is_relative_to(conditions))
-    given = {
-        f.relative_to(conditions).with_suffix(""): f for f in conditions.rglob("*") if f.suffix.lower() in SUFFIXES
-    }
+    files = pictures_in(folder, without=conditions)
+    given = {file.relative_to(conditions).with_suffix(""): file for file in pictures_in(conditions)}
     records = []
     for file in files:
         name, text = file.relative_to(folder), file.with_suffix(".txt")
@@ -121,6 +120,24 @@ def open_folder(folder: Path, settings: SourceConfig) -> list[Record]:
         captions = tuple(line for line in lines if line.strip())
         records.append(Record(str(name), file, given.get(name.with_suffix("")), captions or ("",)))
     return _some(records, folder)
+
+
+def pictures_in(folder: Path, without: Path | None = None) -> list[Path]:
+    """Image files of a folder and its subfolders, sorted; through links to folders too, each folder once, and by a link
+    only where it does not lie below as it is."""
+    seen = set() if without is None else {os.path.realpath(without)}
+    found, waiting = list[Path](), [folder]
+    while waiting:
+        links = []
+        for place, below, names in os.walk(waiting.pop(0)):
+            if (real := os.path.realpath(place)) in seen:
+                below.clear()
+                continue
+            seen.add(real)
+            links += [Path(place, name) for name in below if os.path.islink(Path(place, name))]
+            found += [file for name in names if (file := Path(place, name)).suffix.lower() in SUFFIXES]
+        waiting += sorted(links)
+    return sorted(found)
 
 
 def _some(records: list[Record], where: Path) -> list[Record]:

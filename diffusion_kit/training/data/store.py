@@ -38,12 +38,12 @@ class Store:
         self._places: dict[str, tuple[Path, list[str]]] = {}
         self._known: set[Path] = set()
         self._open: dict[Path, Any] = {}
-        self._kept: dict[str, Tensor] = {}
+        self._kept: dict[str, dict[str, Tensor]] = {}
         self._bytes = 0
         self.refresh()
 
     def __contains__(self, key: str) -> bool:
-        return key in self._places
+        return key in self._places or key in self._kept
 
     def __len__(self) -> int:
         return len(self._places)
@@ -77,11 +77,16 @@ class Store:
             self._open[shard] = safe_open(shard, "pt").__enter__()
         return {name: self._open[shard].get_tensor(f"{key}{SEPARATOR}{name}") for name in names}
 
-    def put(self, key: str, tensors: Mapping[str, Tensor]) -> None:
-        """Keeps tensors until there are enough for a shard; `flush` writes the rest."""
-        for name, value in tensors.items():
-            self._kept[f"{key}{SEPARATOR}{name}"] = value.detach().cpu().contiguous()
-            self._bytes += value.nbytes
+    def put(self, entries: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Keeps the tensors of keys until there are enough for a shard; `flush` writes the rest. Those of one call come
+        into one shard, all or none, whatever ends the process; a key that is there stays as it is."""
+        new = {
+            key: {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+            for key, tensors in entries.items()
+            if key not in self
+        }
+        self._kept.update(new)
+        self._bytes += sum(value.nbytes for tensors in new.values() for value in tensors.values())
         if self._bytes >= SHARD:
             self.flush()
 
@@ -91,7 +96,10 @@ class Store:
         name = uuid.uuid4().hex
         beside = self.folder / f".{name}.part"
         try:
-            save_file(self._kept, beside)
+            save_file(
+                {f"{key}{SEPARATOR}{name}": value for key, own in self._kept.items() for name, value in own.items()},
+                beside,
+            )
             sync(beside)
             os.replace(beside, self.folder / f"{name}.safetensors")
         finally:

@@ -202,6 +202,21 @@ class Zero(Parallel):
             finally:
                 self.put(own)
 
+    @contextmanager
+    def started(self) -> Iterator[None]:
+        """What the block changes of the weights, alike in every process, stands in float32 too."""
+        with self.worn(None):
+            before = {name: weight._version for name, weight in self.named.items()}
+            yield
+            changed = {
+                name: weight.detach().float().clone()
+                for name, weight in self.named.items()
+                if weight._version != before[name]
+            }
+        with torch.no_grad():
+            for name, whole in changed.items():
+                self.lay(self.named[name], self.part(self.named[name], whole), None)
+
     def put(self, tensors: Mapping[str, Tensor]) -> None:
         for name, value in tensors.items():
             self.named[name].data.copy_(value)
