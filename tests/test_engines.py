@@ -119,7 +119,7 @@ def test_the_same_picture_with_kept_features(converted: Any) -> None:
     plain, own = (run(controls, pipe=pipe, num_inference_steps=6) for pipe in pipes)
     assert distance(own, plain) < SAME
     assert pipes[1].done == pipes[0].done
-    assert pipes[1].done["deep features reused"] == 3
+    assert pipes[1].done["deep features reused"] == 2, "where the window ends there is a full step"
     assert not pipes[1].engine.notes
 
 

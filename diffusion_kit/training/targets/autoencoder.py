@@ -147,14 +147,20 @@ def _existing(config: Config) -> Any:
 
 
 def fold(movq: VQModel, mean: Tensor, std: Tensor) -> None:
-    """Makes the latents (z - mean) / std, (C,) each, in every layer that writes or reads them; pictures stay the same."""
-    movq.quant_conv.weight.data = movq.quant_conv.weight / std[:, None, None, None]
-    movq.quant_conv.bias.data = (movq.quant_conv.bias - mean) / std
-    movq.quantize.embedding.weight.data = (movq.quantize.embedding.weight - mean) / std
+    """Makes the latents (z - mean) / std, (C,) each, in every layer that writes or reads them; pictures stay the same.
+    Weights keep their number type."""
+    into, codes = movq.quant_conv, movq.quantize.embedding
+    changed = [
+        (into.weight, into.weight / std[:, None, None, None]),
+        (into.bias, (into.bias - mean) / std),
+        (codes.weight, (codes.weight - mean) / std),
+    ]
     norms = [module for module in movq.decoder.modules() if isinstance(module, SpatialNorm)]
     for conv in (movq.post_quant_conv, *(own for norm in norms for own in (norm.conv_y, norm.conv_b))):
-        conv.bias.data = conv.bias + conv.weight[:, :, 0, 0] @ mean
-        conv.weight.data = conv.weight * std[None, :, None, None]
+        changed.append((conv.bias, conv.bias + conv.weight[:, :, 0, 0].float() @ mean))
+        changed.append((conv.weight, conv.weight * std[None, :, None, None]))
+    for weight, value in changed:
+        weight.data = value.to(weight.dtype)
 
 
 def compared(made: Tensor, wanted: Tensor) -> dict[str, Tensor]:
