@@ -31,7 +31,9 @@ def load_spread(
     import deepspeed
 
     config = cls.load_config(str(folder))
-    with deepspeed.zero.Init(config_dict_or_path=dict(settings), dtype=dtype), no_init_weights():
+    # Not by Init(dtype=...): without float16 in the processor DeepSpeed makes bfloat16 of whatever stands there.
+    kinds = {"bf16": {"enabled": dtype == torch.bfloat16}, "fp16": {"enabled": dtype == torch.float16}}
+    with deepspeed.zero.Init(config_dict_or_path={**settings, **kinds}), no_init_weights():
         net = cls.from_config(config)
     tensors = dict(net.named_parameters()) | dict(net.named_buffers())
     left = set(net.state_dict())
@@ -42,7 +44,7 @@ def load_spread(
         left.remove(name)
     if left:
         raise ValueError(f"{folder} is no whole {cls.__name__}: {min(left)} is missing")
-    return net
+    return net.eval()
 
 
 def _tensors(folder: Path, variant: str | None) -> Iterator[tuple[str, Any]]:
