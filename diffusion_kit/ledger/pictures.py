@@ -125,10 +125,8 @@ class Query:
         parts += [Picture.rating >= self.rating] if self.rating else []
         parts += [Picture.favourite.is_(True)] if self.favourite else []
         parts += [Picture.made >= self.since] if self.since is not None else []
-        if self.folders:
-            begins = [
-                func.substr(Picture.file, 1, len(own) + 1) == f"{own}/" for own in self.folders
-            ]  # LIKE knows no case
+        if self.folders:  # not by LIKE, which knows no case
+            begins = [func.substr(Picture.file, 1, len(own) + 1) == f"{own}/" for own in self.folders]
             parts += [Picture.host == socket.gethostname(), or_(*begins)]
         return and_(True, *parts)
 

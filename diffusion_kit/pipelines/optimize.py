@@ -35,12 +35,8 @@ from .quantised import check_quantised, quantise
 Level = Literal["exact", "half", "fast"]
 LEVELS = get_args(Level)
 NO_HALF = "this CPU has no arithmetic in bfloat16"
-IN_STEPS = (
-    ControlNetModel,
-    ControlNetUnionModel,
-    MultiControlNetModel,
-    UNet2DConditionModel,
-)  # run in steps, as the UNet
+# Networks that run in steps, as the UNet does.
+IN_STEPS = (ControlNetModel, ControlNetUnionModel, MultiControlNetModel, UNet2DConditionModel)
 # Of the step cache: docs/step-cache.md says what it saves and costs.
 FAST: dict[str, Any] = {"every": 5, "guidance": "reuse"}
 

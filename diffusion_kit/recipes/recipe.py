@@ -19,9 +19,8 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 FORMAT = 1
 LARGEST = 1_000_000_000  # bytes of a picture's file
-LATER = (
-    "low_memory",
-)  # fields that format 1 had not at first: written where they are set, other recipes keep their text
+# Fields that format 1 had not at first: they are written where they are set, so that other recipes keep their text.
+LATER = ("low_memory",)
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,8 @@ from .noise import Generators, draw
 from .schedule import Schedule
 from .step import Step
 
-CALLS, GUIDED, OFFSET, DEEP = (
-    "calls of the network",
-    "guidance",
-    "guidance reused",
-    "deep features reused",
-)  # of `Run.done`
+# What `Run.done` counts.
+CALLS, GUIDED, OFFSET, DEEP = "calls of the network", "guidance", "guidance reused", "deep features reused"
 
 
 @dataclass
