@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ["DIFFUSION_KIT_HOME"] = tempfile.mkdtemp()  # no test writes into the history of who runs it
 
 import diffusers
 import numpy as np
@@ -26,6 +25,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from diffusion_kit import SDXLPipeline
 
+SCRATCH = tempfile.TemporaryDirectory()  # what tests share; it goes with them
+os.environ["DIFFUSION_KIT_HOME"] = f"{SCRATCH.name}/home"  # no test writes into the history of who runs it
 diffusers.utils.logging.set_verbosity_error()
 torch.set_grad_enabled(False)
 torch.set_num_threads(1)  # the nets are tiny: threads only wait for each other
@@ -35,6 +36,15 @@ def pytest_configure(config: pytest.Config) -> None:
     """What a CPU gives is the reference: a GPU is seen by `pytest -m cuda` only."""
     if "cuda" not in config.option.markexpr:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    SCRATCH.cleanup()
+
+
+def scratch() -> Path:
+    """An empty folder."""
+    return Path(tempfile.mkdtemp(dir=SCRATCH.name))
 
 
 NUMBERS = count()
@@ -100,7 +110,7 @@ def tokenizer() -> CLIPTokenizer:
 
     letters = list(bytes_to_unicode().values())
     names = letters + [letter + "</w>" for letter in letters] + ["<|startoftext|>", "<|endoftext|>"]
-    folder = Path(tempfile.mkdtemp())
+    folder = scratch()
     (folder / "vocab.json").write_text(json.dumps({name: k for k, name in enumerate(names)}))
     (folder / "merges.txt").write_text("#version: 0.2\n")
     return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=77)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ MOVQ = {  # a new one's configuration
 
 @cache
 def root() -> Path:
-    return Path(tempfile.mkdtemp())
+    return conftest.scratch()
 
 
 @cache
