@@ -210,7 +210,7 @@ def test_a_sampler_made_of_the_configuration_of_another_takes_no_variance(name: 
     results = []
     for given in (LEARNED.config, FIXED.config):
         pipe.scheduler = getattr(diffusers, name).from_config(given)
-        results.append(run(pipe, **EMBEDS))
+        results.append(run(pipe, **CALL, **EMBEDS))
     assert torch.equal(*results)
 
 
