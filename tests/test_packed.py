@@ -282,9 +282,13 @@ def gate(dtype: torch.dtype = torch.float32, bias: bool = True) -> tuple[GEGLU, 
     return GEGLU(24, 40, bias=bias).to(dtype), torch.randn(2, 5, 24, dtype=dtype)
 
 
+@pytest.mark.parametrize("wide", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_gated_layer_is_two_products_and_plain_again(dtype: torch.dtype, bias: bool) -> None:
+def test_a_gated_layer_is_two_products_and_plain_again(
+    dtype: torch.dtype, bias: bool, wide: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onednn, "WIDE", wide)
     layer, x = gate(dtype, bias)
     expected, bits = layer(x), layer.proj.weight.detach().clone()
     pack_all(packed.layers_of([layer]))

@@ -2,8 +2,8 @@
 
 torch gives float32 linear layers to a library that is half as fast on some CPUs, and lays a convolution's weight out anew
 in every call. A packed layer computes with the laid-out weight and holds no other copy of it. A gated layer (GEGLU) is two
-products, of which the first ends with gelu and the second with the gate: nothing is written in between. What a transformer
-makes of a picture keeps its channels last, as packed convolutions take it.
+products, of which the first ends with gelu and, on processors that are fast in it, the second with the gate. What a
+transformer makes of a picture keeps its channels last, as packed convolutions take it.
 
 Whoever looks at a packed layer's parameters (saving, LoRA, `.to`, loading, an edit by hand, a copy) or sets anything of it
 finds a plain layer with the same bits: the look itself unpacks it. A weight that anybody else holds is not packed. So
