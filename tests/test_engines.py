@@ -16,9 +16,9 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
-from conftest import CROSS, components, distance, make_sd_unet, make_vae, pipeline
+from conftest import CROSS, components, distance, make_sd_unet, make_vae, picture, pipeline, seeds
 from diffusers.models.attention_processor import AttnProcessor2_0
-from kandinsky_models import kandinsky3_components
+from kandinsky_models import kandinsky3_components, movq
 from safetensors.torch import load_file, save_model
 from test_kandinsky import build
 from test_loaders import save_lora
@@ -31,7 +31,7 @@ import diffusion_kit
 from diffusion_kit import AutoPipelineForText2Image, Kandinsky3Pipeline, SDXLPipeline
 from diffusion_kit.models import onednn
 from diffusion_kit.models.attention import changed
-from diffusion_kit.models.vae import decode_latents
+from diffusion_kit.models.vae import decode_latents, encode_mode, encode_picture
 from diffusion_kit.pipelines import base, engines
 from diffusion_kit.pipelines.optimize import FAST, half_of
 from diffusion_kit.sampling.cache import StepCache
@@ -88,12 +88,12 @@ def test_the_same_picture_with_every_control(kind: str, converted: Any) -> None:
 
 @pytest.mark.heavy
 def test_the_same_pixels(converted: Any, shallow: dict[str, Any]) -> None:
-    """Text encoders and autoencoder are converted, too."""
-    call = {"prompt": "a red fox", "num_inference_steps": 2, "output_type": "pt"}
+    """Text encoders and both halves of the autoencoder are converted, too."""
+    call = {"prompt": "a red fox", "image": picture(1), "num_inference_steps": 4, "output_type": "pt"}
     pipes = pipeline(SDXLPipeline, **shallow), converted(**shallow)
     plain, other = (pipe(**call, generator=torch.Generator().manual_seed(0)).images for pipe in pipes)
     assert (other - plain).abs().max() < 1e-4
-    assert made(pipes[1]) == ["Decoder", "TextEncoder", "TextEncoder", "UNetDenoiser"]
+    assert made(pipes[1]) == ["Decoder", "Encoder", "TextEncoder", "TextEncoder", "UNetDenoiser"]
     assert not pipes[1].engine.notes
 
 
@@ -396,6 +396,49 @@ class Taking(Engine):
     def network(self, network: Any) -> Any:
         self.given.append(type(network).__name__)
         return network
+
+
+@pytest.mark.parametrize("runtime", ["openvino"], indirect=True)
+@pytest.mark.parametrize("make", [make_vae, movq])
+def test_start_pictures_are_read_by_the_engine(make: Any, runtime: Any) -> None:
+    """One that stands several times once; latents are drawn from what it says of it, if that is a distribution."""
+    vae, pixels = make(), torch.rand(2, 3, 16, 16) * 2 - 1
+    for rows, numbers in ((pixels, [1]), (pixels[[0, 0, 1]], [1, 2, 3])):
+        plain, own = (
+            encode_picture(vae, rows, seeds(*numbers), torch.float32, engine=engine) for engine in (eager, runtime)
+        )
+        assert distance(own, plain) < SAME
+    assert distance(encode_mode(vae, pixels, engine=runtime), encode_mode(vae, pixels)) < SAME
+    assert [type(key[0]).__name__ for key in runtime.made] == ["Encoder"] * 2, "for two pictures, and for one"
+    assert not runtime.notes
+
+
+@pytest.mark.parametrize("make", [make_vae, movq])
+def test_a_picture_for_several_generators_is_encoded_once(make: Any) -> None:
+    """And gives the bits that it gives alone."""
+    vae, pixels, engine = make(), torch.rand(2, 3, 16, 16) * 2 - 1, Taking()
+    rows = [0, 0, 1]
+    alone = [encode_picture(vae, pixels[[k]], seeds(n), torch.float32) for n, k in enumerate(rows)]
+    together = encode_picture(vae, pixels[rows], seeds(0, 1, 2), torch.float32, engine=engine)
+    assert torch.equal(together, torch.cat(alone))
+    assert engine.given == ["Encoder"] * 2
+
+
+@pytest.mark.parametrize("tiles", [False, True])
+def test_pictures_that_are_cut_in_tiles_go_through_the_autoencoders_own_loop(tiles: bool) -> None:
+    vae, engine = make_vae(), Taking()
+    vae.tile_sample_min_size, vae.use_tiling = 8, tiles
+    encode_picture(vae, torch.rand(1, 3, 16, 16), seeds(1), torch.float32, engine=engine)
+    assert engine.given == ([] if tiles else ["Encoder"])
+
+
+def test_an_autoencoder_whose_encode_was_replaced_is_no_engines() -> None:
+    vae, pixels, engine = make_vae(), torch.rand(1, 3, 16, 16), Taking()
+    plain, own = encode_mode(vae, pixels, engine=engine), vae.encode
+    vae.encode = lambda x, **more: own(1 - x, **more)
+    assert distance(encode_mode(vae, pixels, engine=engine), plain) > 1e-2
+    assert engine.given == ["Encoder"]
+    assert engine.notes == ["Encoder runs as it is, eager cannot: the autoencoder's encode was replaced"]
 
 
 def test_an_autoencoder_whose_decode_was_replaced_is_no_engines() -> None:

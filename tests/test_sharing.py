@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import cpu_offload
-from conftest import components, distance, lines, make_adapter, make_controlnet, pipeline
+from conftest import components, distance, lines, make_adapter, make_controlnet, picture, pipeline, seeds
 from test_mixtures import run
 from torch import nn
 
@@ -51,6 +51,19 @@ def test_shared_prompts_and_pictures_are_encoded_once(pipe: Any) -> None:
         assert [look() for look in looks] == [0, 1, 0]
     run(controls, pipe=pipe, prompt="a cat")
     assert [look() for look in looks] == [1, 1, 1], "nothing is shared outside"
+
+
+def test_start_pictures_are_encoded_once(pipe: Any) -> None:
+    call: dict[str, Any] = {"pipe": pipe, "strength": 0.5, "num_inference_steps": 4}
+    starts = [picture(1), picture(2), picture(1)]
+    plain = [run(image=start, **call) for start in starts]
+    look = counting(pipe.vae.encoder)
+    with pipe.sharing():
+        for start, alone in zip(starts, plain, strict=True):
+            assert torch.equal(run(image=start, **call), alone)
+        assert look() == 2
+        assert not torch.equal(run(image=starts[0], **call, generator=seeds(5)), plain[0]), "it is drawn anew"
+        assert look() == 0
 
 
 def test_packed_networks_are_asked_once_and_stay_packed(pipe: Any) -> None:

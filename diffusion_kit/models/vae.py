@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers import VQModel
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.utils.torch_utils import get_module_execution_device
 from torch import Tensor
 
@@ -26,29 +27,36 @@ def scale_factor(vae: Any) -> int:
 
 @torch.no_grad()
 def encode_picture(
-    vae: Any, pixels: Tensor, generator: Generators, dtype: torch.dtype, *, upcast: bool = True
+    vae: Any,
+    pixels: Tensor,
+    generator: Generators,
+    dtype: torch.dtype,
+    *,
+    upcast: bool = True,
+    engine: Engine = eager,
 ) -> Tensor:
     """Latents (N, C, h, w) of pictures (N, 3, H, W) in [-1, 1], sampled from the encoder's posterior.
 
-    With a list of generators picture k is drawn from generator k.
+    With a list of generators picture k is drawn from generator k; a picture that is there several times is encoded once.
     """
     with _upcast(vae, upcast):
         pixels = pixels.to(vae.dtype)
         if isinstance(generator, (list, tuple)):
-            rows = [_posterior(vae, pixels[k : k + 1], own) for k, own in enumerate(generator)]
-            latents = torch.cat(rows)
+            pictures, which = pixels.unique_consecutive(dim=0, return_inverse=True)
+            found = [_encoded(vae, picture[None], engine) for picture in pictures]
+            latents = torch.cat([_drawn(found[k], own) for k, own in zip(which.tolist(), generator, strict=True)])
         else:
-            latents = _posterior(vae, pixels, generator)  # type: ignore[arg-type]
+            latents = _drawn(_encoded(vae, pixels, engine), generator)
     shift, std = statistics(vae, latents)
     return ((latents - shift) * (scaling(vae) / std)).to(dtype)
 
 
 @torch.no_grad()
-def encode_mode(vae: Any, pixels: Tensor, *, upcast: bool = True) -> Tensor:
+def encode_mode(vae: Any, pixels: Tensor, *, upcast: bool = True, engine: Engine = eager) -> Tensor:
     """The mode of the encoder's posterior (N, C, h, w), not scaled, of pictures (N, 3, H, W) in [-1, 1]."""
     with _upcast(vae, upcast):
-        out = vae.encode(pixels.to(vae.dtype))
-    return out.latent_dist.mode() if hasattr(out, "latent_dist") else out.latents
+        found = _encoded(vae, pixels.to(vae.dtype), engine)
+    return found if isinstance(found, Tensor) else found.mode()
 
 
 @torch.no_grad()
@@ -70,7 +78,8 @@ def decode_latents(
         latents = latents.to(vae.dtype)
         shift, std = statistics(vae, latents)
         seen = {name: value.to(latents) for name, value in beside.items()}
-        pixels = _engine(vae, latents, engine).network(Decoder(vae))(latents * (std / scaling(vae)) + shift, seen)
+        run = _engine(vae, cut(vae, latents), engine, "Decoder").network(Decoder(vae))
+        pixels = run(latents * (std / scaling(vae)) + shift, seen)
     if not torch.isfinite(pixels).all():
         raise RuntimeError(
             f"the VAE overflowed in {str(vae.dtype).removeprefix('torch.')}: use pipe.vae.to(torch.float32), "
@@ -79,20 +88,36 @@ def decode_latents(
     return pixels
 
 
-def _engine(vae: Any, latents: Tensor, engine: Engine) -> Engine:
-    """The engine, where it can take the decoder for the whole of what the autoencoder does."""
-    if cut(vae, latents):  # its pieces go through its own loop
+def _engine(vae: Any, pieces: bool, engine: Engine, half: str) -> Engine:
+    """The engine, where it can take half of the autoencoder for the whole of what it does."""
+    if pieces:  # they go through its own loop
         return eager
     if engine is eager or engine.only_steps or (name := replaced(vae)) is None:
         return engine
-    engine.cannot("Decoder", RuntimeError(f"the autoencoder's {name} was replaced"))
+    engine.cannot(half, RuntimeError(f"the autoencoder's {name} was replaced"))
     return eager
 
 
-def cut(vae: Any, latents: Tensor) -> bool:
-    """Whether the autoencoder takes these latents (N, C, h, w) in pieces."""
-    tiles = getattr(vae, "use_tiling", False) and max(latents.shape[2:]) > vae.tile_latent_min_size
-    return tiles or (getattr(vae, "use_slicing", False) and len(latents) > 1)
+def cut(vae: Any, values: Tensor, kind: Literal["latent", "sample"] = "latent") -> bool:
+    """Whether the autoencoder takes these latents, or these pictures ("sample"), (N, C, height, width) in pieces."""
+    tiles = getattr(vae, "use_tiling", False) and max(values.shape[2:]) > getattr(vae, f"tile_{kind}_min_size")
+    return tiles or (getattr(vae, "use_slicing", False) and len(values) > 1)
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """The half of an autoencoder that reads pictures, as engines take it. It gives {"moments": (N, 2C, h, w)}, mean and
+    logarithm of the variance, or {"latents": (N, C, h, w)} of an autoencoder whose latents are no distribution."""
+
+    vae: Any
+
+    @property
+    def executed(self) -> tuple[Any, ...]:
+        return _parts(self.vae, "encoder", "quant_conv")
+
+    def __call__(self, pixels: Tensor) -> dict[str, Tensor]:
+        out = self.vae.encode(pixels)
+        return {"moments": out.latent_dist.parameters} if hasattr(out, "latent_dist") else {"latents": out.latents}
 
 
 @dataclass(frozen=True)
@@ -103,8 +128,7 @@ class Decoder:
 
     @property
     def executed(self) -> tuple[Any, ...]:
-        parts = (getattr(self.vae, name, None) for name in ("post_quant_conv", "decoder"))
-        return tuple(part for part in parts if part is not None)
+        return _parts(self.vae, "post_quant_conv", "decoder")
 
     def __call__(self, latents: Tensor, beside: Mapping[str, Tensor]) -> Tensor:
         options: dict[str, Any] = dict(beside)
@@ -128,9 +152,19 @@ def _upcast(vae: Any, wanted: bool) -> Iterator[None]:
             vae.to(dtype=dtype)
 
 
-def _posterior(vae: Any, pixels: Tensor, generator: torch.Generator | None) -> Tensor:
-    out = vae.encode(pixels)
-    return out.latent_dist.sample(generator) if hasattr(out, "latent_dist") else out.latents
+def _parts(vae: Any, *names: str) -> tuple[Any, ...]:
+    parts = (getattr(vae, name, None) for name in names)
+    return tuple(part for part in parts if part is not None)
+
+
+def _encoded(vae: Any, pixels: Tensor, engine: Engine) -> DiagonalGaussianDistribution | Tensor:
+    """The posterior of pictures, or their latents where the autoencoder has none."""
+    made = _engine(vae, cut(vae, pixels, "sample"), engine, "Encoder").network(Encoder(vae))(pixels)
+    return DiagonalGaussianDistribution(made["moments"]) if "moments" in made else made["latents"]
+
+
+def _drawn(found: DiagonalGaussianDistribution | Tensor, generator: Any) -> Tensor:
+    return found if isinstance(found, Tensor) else found.sample(generator)
 
 
 def scaling(vae: Any) -> float:

@@ -261,7 +261,7 @@ class ControlledPipeline(DiffusionPipeline):
 
     @contextmanager
     def sharing(self) -> Iterator[None]:
-        """Calls inside encode a prompt or a control picture that they share once; other weights are seen."""
+        """Calls inside encode a prompt, a start or a control picture that they share once; other weights are seen."""
         before, self.answers = self.answers, self.answers or Answers()
         try:
             yield

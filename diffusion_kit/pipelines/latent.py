@@ -148,7 +148,7 @@ class LatentPipeline(ControlledPipeline):
             device,
             guided=self.do_classifier_free_guidance,
             own_control=self.own_control,
-            encode_picture=partial(encode_mode, self.vae, upcast=self.upcasts),
+            encode_picture=partial(encode_mode, self.vae, upcast=self.upcasts, engine=self.encoding(self.engine)),
             engine=self.encoding(eager),
         )
         controls = [canvas.place(control, call.image) for control in late(schedule)]
@@ -216,8 +216,10 @@ class LatentPipeline(ControlledPipeline):
     def encoder(self, batch: Batch) -> Encoder:
         """Pixels and a generator to latents."""
 
+        options: dict[str, Any] = {"upcast": self.upcasts, "engine": self.encoding(self.engine)}
+
         def encode(pixels: Tensor, generator: Any) -> Tensor:
-            return encode_picture(self.vae, pixels.to(batch.device), generator, batch.dtype, upcast=self.upcasts)
+            return encode_picture(self.vae, pixels.to(batch.device), generator, batch.dtype, **options)
 
         return encode
 

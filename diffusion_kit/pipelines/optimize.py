@@ -187,8 +187,9 @@ def executor_of(pipe: Any, name: str, net: Any) -> str:
     if name in ("vae", "movq"):
         if pipe.engine.only_steps:
             return "by eager"
-        pieces = ", large or several pictures too" if in_pieces(net) else ""
-        return f"by {pipe.engine.name}, its encoder{pieces} as it is"
+        ways = {"its encoder": pipe.low_memory, "large or several pictures": in_pieces(net)}
+        apart = [what for what, so in ways.items() if so]
+        return f"by {pipe.engine.name}" + (f", {' and '.join(apart)} as it is" if apart else "")
     return "as it is, before the first step"
 
 

@@ -38,6 +38,10 @@ class Remembered(Engine):
         super().__init__()
         self.answers, self.inner, self.name = answers, inner, inner.name
 
+    def note(self, line: str) -> None:
+        if self.inner is not eager:  # that is everybody's
+            self.inner.note(line)
+
     def network(self, network: Any) -> Any:
         run = self.inner.network(network)
 
