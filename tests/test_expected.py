@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 from conftest import (
+    components,
     light,
     lines,
     make_adapter,
@@ -128,6 +130,14 @@ def test_explain_tells_what_runs_in_steps_and_how_often_it_did() -> None:
     run(controls, pipe=plain, guidance_interval=(0.0, 0.25))
     told = plain.explain()
     assert "last call  4 calls of the network, guidance in 1, ControlNetModel in 2, T2IAdapter in 4" in told
+
+
+def test_explain_says_which_pictures_the_autoencoder_takes_as_it_is() -> None:
+    pipe = pipeline(SDXLPipeline, **copy.deepcopy(components()))
+    pipe.optimize(engine="packed")
+    assert "vae by packed:" in pipe.explain()
+    pipe.optimize(engine="packed", low_memory=True)
+    assert "vae by packed, its encoder and large or several pictures as it is:" in pipe.explain()
 
 
 def test_explain_says_it_and_nothing_of_networks_of_other_kinds() -> None:
