@@ -47,6 +47,11 @@ def scratch() -> Path:
     return Path(tempfile.mkdtemp(dir=SCRATCH.name))
 
 
+def needs(module: str, script: str = "readme") -> Any:
+    """A module that not everyone has; without it a test is skipped, and says which script installs it and runs it."""
+    return pytest.importorskip(module, reason=f"{module} is not installed: scripts/verify {script} installs it")
+
+
 NUMBERS = count()
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import training_models
-from conftest import components, distance, half_mask, lines, make_adapter, make_controlnet, make_vae, pipeline
+from conftest import components, distance, half_mask, lines, make_adapter, make_controlnet, make_vae, needs, pipeline
 from peft import LoraConfig
 from safetensors.torch import load_file
 from test_mixtures import TASKS, run
@@ -92,7 +92,7 @@ def test_the_embedded_models_picture_is_that_of_a_cpu(level: str, most: float, l
 
 @pytest.mark.parametrize("scheme", ["int8", "int8_dynamic"])
 def test_weights_of_8_bits(scheme: str) -> None:
-    pytest.importorskip("torchao", reason="the extra quantised is not installed")
+    needs("torchao", "heavy")
     plain, other = (AutoPipelineForText2Image.from_pretrained("default").to("cuda") for _ in range(2))
     other.optimize("half", quantised=scheme)
     assert 1e-5 < (picture(other) - picture(plain)).abs().mean() < 0.05

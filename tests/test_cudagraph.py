@@ -331,7 +331,7 @@ def test_a_hook_on_a_part_is_heard(part: str) -> None:
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: scripts/verify cuda")
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_same_picture_on_cuda(kind: str) -> None:
     parts = {**components(), "vae": make_vae(4)}

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import needs
 
 from diffusion_kit.training.config import Config, parse
 from diffusion_kit.training.parallel import keys
@@ -222,7 +223,7 @@ def test_the_width_of_networks() -> None:
 
 def test_the_keys_are_those_of_deepspeed() -> None:
     """A new DeepSpeed is a red test here, and not a key that is refused, or overlooked."""
-    pytest.importorskip("deepspeed", reason='pip install "diffusion_kit[deepspeed]"')
+    needs("deepspeed", "scale")
     from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
     from deepspeed.runtime.zero.offload_config import (

@@ -17,14 +17,14 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import picture, randomise
+from conftest import needs, picture, randomise
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers.modeling_outputs import DepthEstimatorOutput
 
 from diffusion_kit.adapters.detectors import _networks, depth, detect, missing, normal, openpose, pose
 
-pytest.importorskip("controlnet_aux")
+needs("controlnet_aux")
 NPM = Path("node_modules/@mediapipe/pose")
 ODD_SIZES = [(70, 53), (1, 400), (200, 37)]
 Tensors = dict[str, torch.Tensor]
@@ -613,7 +613,7 @@ def test_nobody_is_a_black_picture_and_a_warning(people: Any, tmp_path: Path) ->
 
 
 def test_unfit_pose_packages_are_one_line(tmp_path: Path, monkeypatch: Any) -> None:
-    pytest.importorskip("ai_edge_litert")
+    needs("ai_edge_litert")
     monkeypatch.chdir(tmp_path)
     for model in (None, tmp_path):
         with pytest.raises(FileNotFoundError, match="npm install @mediapipe/pose") as found:
@@ -632,7 +632,7 @@ def test_unfit_pose_packages_are_one_line(tmp_path: Path, monkeypatch: Any) -> N
 @pytest.mark.skipif(not NPM.is_dir(), reason="needs npm install @mediapipe/pose; scripts/verify detectors brings it")
 @pytest.mark.parametrize("variant", pose.VARIANTS)
 def test_pose_of_a_photo(variant: str) -> None:
-    pytest.importorskip("ai_edge_litert")
+    needs("ai_edge_litert")
     data = pytest.importorskip("skimage.data")
     photo = Image.fromarray(data.astronaut())
     for image, scale in ((photo, 1), (photo.resize((1024, 1024)), 2), (photo.rotate(-90), 1)):

@@ -7,7 +7,7 @@ import shlex
 import subprocess
 from pathlib import Path
 
-import pytest
+from conftest import needs
 
 from diffusion_kit.training.launching.config import KubernetesConfig
 
@@ -22,7 +22,7 @@ def instructions() -> list[tuple[str, str]]:
 
 
 def test_a_parser_reads_the_same() -> None:
-    parse = pytest.importorskip("dockerfile_parse", reason="pip install '.[dev]' brings it, and scripts/verify scale")
+    parse = needs("dockerfile_parse")
     own = parse.DockerfileParser(str(ROOT))
     found = [(one["instruction"], one["value"]) for one in own.structure if one["instruction"] != "COMMENT"]
     assert [name for name, _ in found] == [name for name, _ in instructions()]

@@ -16,7 +16,7 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
-from conftest import CROSS, components, distance, make_sd_unet, make_vae, picture, pipeline, seeds
+from conftest import CROSS, components, distance, make_sd_unet, make_vae, needs, picture, pipeline, seeds
 from diffusers.models.attention_processor import AttnProcessor2_0
 from kandinsky_models import kandinsky3_components, movq
 from safetensors.torch import load_file, save_model
@@ -55,7 +55,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def converted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A pipeline with a UNet of two levels, whose networks OpenVINO runs."""
-    pytest.importorskip("openvino", reason="the extra openvino is not installed")
+    needs("openvino")
     monkeypatch.setenv("DIFFUSION_KIT_CACHE", str(folder))
 
     def make(**more: Any) -> Any:
@@ -175,7 +175,7 @@ def test_every_engine_gives_the_same_picture_in_every_task(engine: str, folder: 
     controls = [replace(adapter, mask=None), replace(net, end=0.5)]
     pipes = [pipeline(SDXLPipeline, unet=copy.deepcopy(unet)) for _ in range(2)]
     if engine == "openvino":
-        pytest.importorskip("openvino", reason="the extra openvino is not installed")
+        needs("openvino")
     pipes[1].optimize(engine=engine)
     assert pipes[1].engine.name == engine
     for task in TASKS:
@@ -276,7 +276,7 @@ class Counting:
 
 
 def test_what_cannot_be_converted_runs_as_it_is_and_says_so(folder: Path) -> None:
-    pytest.importorskip("openvino", reason="the extra openvino is not installed")
+    needs("openvino")
     engine = engines.OpenVINO(folder)
     network, x = Counting(nn.Linear(4, 4)), torch.randn(2, 4)
     with torch.no_grad():
@@ -288,7 +288,7 @@ def test_what_cannot_be_converted_runs_as_it_is_and_says_so(folder: Path) -> Non
 
 
 def test_a_network_whose_weights_are_elsewhere_runs_as_it_is(folder: Path) -> None:
-    pytest.importorskip("openvino", reason="the extra openvino is not installed")
+    needs("openvino")
     engine, layer, x = engines.OpenVINO(folder), nn.Linear(4, 4), torch.randn(2, 4)
     wanted = layer(x)
     cpu_offload(layer, torch.device("cpu"))
@@ -333,7 +333,7 @@ RUNTIMES = ["openvino", pytest.param("aoti", marks=pytest.mark.heavy)]
 @pytest.fixture
 def runtime(request: pytest.FixtureRequest, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     if request.param == "openvino":
-        pytest.importorskip("openvino", reason="the extra openvino is not installed")
+        needs("openvino")
     monkeypatch.setenv("DIFFUSION_KIT_CACHE", str(folder))
     return engines.ENGINES[request.param]()
 

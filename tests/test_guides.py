@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import light, make_adapter, make_vae, picture, pipeline, randomise, seeds
+from conftest import light, make_adapter, make_vae, needs, picture, pipeline, randomise, seeds
 from diffusers.utils.torch_utils import TorchDeviceBackend
 from guides import FAULTS, OF_THE_PEER, Block, Fault, Reader, blocks, chains
 from kandinsky_models import (
@@ -133,7 +133,7 @@ def test_kandinsky(name: str, places: dict[str, str]) -> None:
 @pytest.fixture(scope="module")
 def annotators(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """controlnet_aux's detector of lines with random weights."""
-    pytest.importorskip("controlnet_aux")
+    needs("controlnet_aux")
     from controlnet_aux.lineart import Generator
 
     folder = tmp_path_factory.mktemp("annotators")

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import pytest
 import training_models
 import yaml
-from conftest import light
+from conftest import light, needs
 
 from diffusion_kit.cli import main
 from diffusion_kit.training import group
@@ -27,7 +27,6 @@ from diffusion_kit.training.launching.kubernetes import Manifest
 
 ROOT = Path(__file__).parents[1]
 KINDS = ("TrainJob", "PyTorchJob", "Job")
-LACKS = "pip install '.[dev]' brings it, and scripts/verify scale"
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "gpu": {"gpus": 8},
@@ -62,18 +61,18 @@ def pods(made: list[Manifest]) -> list[dict[str, Any]]:
 
 
 def core(manifest: Manifest) -> None:
-    validate = pytest.importorskip("kubernetes_validate", reason=LACKS)
+    validate = needs("kubernetes_validate")
     validate.validate(manifest, "1.34", strict=True)
 
 
 def trainer(manifest: Manifest) -> None:
     """Its models drop what they do not know without a word: what comes back must be what went in."""
-    models = pytest.importorskip("kubeflow_trainer_api.models", reason=LACKS)
+    models = needs("kubeflow_trainer_api.models")
     assert getattr(models, f"TrainerV1alpha1{manifest['kind']}").from_dict(manifest).to_dict() == manifest
 
 
 def operator(manifest: Manifest) -> None:
-    training = pytest.importorskip("kubeflow.training", reason=LACKS)
+    training = needs("kubeflow.training")
     api, answer = training.ApiClient(), SimpleNamespace(data=json.dumps(manifest))
     assert api.sanitize_for_serialization(api.deserialize(answer, "KubeflowOrgV1PyTorchJob")) == manifest
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import needs
 
 from diffusion_kit.cli import main
 from diffusion_kit.training.config import parse
@@ -181,7 +182,7 @@ def test_a_dry_run_names_what_it_would_do(launched: Callable[..., tuple[int, str
 
 def test_really(launched: Callable[..., tuple[int, str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where operators are compiled already: a bare machine takes minutes for each."""
-    pytest.importorskip("deepspeed", reason="scripts/verify scale installs it")
+    needs("deepspeed", "scale")
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache/torch_extensions"))
     if not [*root.rglob("async_io.so")] or subprocess.run(["c++", "--version"], check=False).returncode:
         pytest.skip("async_io is not compiled yet: scripts/verify scale does")

@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 import torch
 import training_models
+from conftest import needs
 from safetensors.torch import load_file
 
 from diffusion_kit.training import checkpoints
 
 WORKER = Path(__file__).with_name("parallel_worker.py")
-pytest.importorskip("deepspeed", reason='pip install "diffusion_kit[deepspeed]"')
+needs("deepspeed", "scale")
 
 
 def case(output: Path, stage: int | None, *, target: str = "controlnet", **more: Any) -> dict[str, Any]:

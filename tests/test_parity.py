@@ -23,6 +23,7 @@ from conftest import (
     make_controlnet,
     make_unet,
     make_vae,
+    needs,
     picture,
     pipeline,
     seeds,
@@ -249,7 +250,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", CASES)
 def test_latents_by_other_engines(name: str, engine: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if engine == "openvino":
-        pytest.importorskip("openvino", reason="the extra openvino is not installed")
+        needs("openvino")
     monkeypatch.setenv("DIFFUSION_KIT_CACHE", str(folder))
     cls, feature, beside, parts = CASES[name]
     theirs = run(diffusers, cls, {**beside, **feature}, parts, "latent")

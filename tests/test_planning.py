@@ -14,7 +14,7 @@ import planning_toy
 import pytest
 import torch
 import training_models
-from conftest import light
+from conftest import light, needs
 from torch import nn
 
 from diffusion_kit.cli import main
@@ -108,7 +108,7 @@ def test_a_base_that_is_not_on_this_disk() -> None:
 def test_the_optimizers_own_state() -> None:
     own = config("unet").optimizer
     assert moment(own) == 8
-    pytest.importorskip("schedulefree")
+    needs("schedulefree")
     assert moment(own.model_copy(update={"name": "schedule_free"})) == 8
 
 

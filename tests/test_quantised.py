@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import components, pipeline
+from conftest import components, needs, pipeline
 from test_mixtures import run
 from test_step import small
 
@@ -15,7 +15,7 @@ from diffusion_kit import AutoPipelineForText2Image, SDXLPipeline
 from diffusion_kit.pipelines import quantised
 
 pytestmark = pytest.mark.heavy
-pytest.importorskip("torchao", reason="the extra quantised is not installed: scripts/verify heavy installs it")
+needs("torchao", "heavy")
 ERRORS = {"int8": 0.03, "int8_dynamic": 0.06}  # relative in the 2-norm, of random weights
 
 
@@ -36,7 +36,7 @@ def test_nearly_the_same_picture(scheme: str, pipe: Any) -> None:
 def test_other_weights_are_seen(pipe: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """By an engine that keeps copies, or that says it cannot."""
     monkeypatch.setenv("DIFFUSION_KIT_CACHE", str(tmp_path))
-    pytest.importorskip("openvino", reason="the extra openvino is not installed")
+    needs("openvino")
     pipe.optimize(engine="openvino", quantised="int8")
     plain = pipeline(SDXLPipeline, **{**pipe.components, "unet": copy.deepcopy(pipe.unet)})
     torch.testing.assert_close(run(pipe=pipe), run(pipe=plain), rtol=1e-3, atol=1e-3)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import lines, picture
+from conftest import lines, needs, picture
 from PIL import Image
 from starlette.testclient import TestClient
 
@@ -23,7 +23,7 @@ from diffusion_kit.recipes import Recipe, read
 from diffusion_kit.studio.access import add_user
 from diffusion_kit.studio.config import StudioConfig
 
-pytest.importorskip("gradio", reason="the studio is an extra; scripts/verify studio runs all of it")
+needs("gradio")
 
 from diffusion_kit.studio import api  # noqa: E402
 from diffusion_kit.studio.server import make_app  # noqa: E402

@@ -13,10 +13,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import needs
 from PIL import Image
 from sqlalchemy import update
 
-gr = pytest.importorskip("gradio", reason="the studio is an extra; scripts/verify studio runs all of it")
+gr = needs("gradio")
 
 from diffusion_kit.ledger import pictures as ledger_pictures  # noqa: E402
 from diffusion_kit.ledger import runs as ledger_runs  # noqa: E402

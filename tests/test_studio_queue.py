@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 
 import pytest
+from conftest import needs
 from PIL import Image
 
 from diffusion_kit.studio.queue import CANCELLED, DONE, FAILED, KEPT, QUEUED, RUNNING, Full, Job, Queue
@@ -61,7 +62,7 @@ def test_a_full_queue_says_its_length_and_when_to_come_again(queue: Queue) -> No
 
 def test_one_who_waits_and_is_cancelled_cancels_nothing(queue: Queue) -> None:
     """A page's event can be cancelled from outside; the job is over all the same, and the next one runs."""
-    pytest.importorskip("gradio", reason="the extra studio is not installed")
+    needs("gradio")
     from diffusion_kit.studio.page.actions import awaited
 
     held = Held()

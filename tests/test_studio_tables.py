@@ -14,8 +14,9 @@ from urllib.parse import parse_qs, urlsplit
 import pandas as pd
 import pytest
 import sqlalchemy as sa
+from conftest import needs
 
-pytest.importorskip("gradio", reason="the studio is an extra; scripts/verify studio runs all of it")
+needs("gradio")
 
 from diffusion_kit.cli import main  # noqa: E402
 from diffusion_kit.ledger.sql import script  # noqa: E402
@@ -88,7 +89,7 @@ class Rest(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def rest(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    pytest.importorskip("supabase", reason="an extra; scripts/verify studio runs it")
+    needs("supabase")
     server = ThreadingHTTPServer(("127.0.0.1", 0), Rest)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setattr(Rest, "tables", {"Product": []})

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 import training_models
-from conftest import make_adapter, make_sd_unet, picture
+from conftest import make_adapter, make_sd_unet, needs, picture
 from diffusers import ControlNetModel, T2IAdapter
 from PIL import Image
 from safetensors.torch import load_file
@@ -309,7 +309,7 @@ def test_a_gradient_that_is_not_finite_is_told_and_ends_a_run(tmp_path: Path) ->
 
 
 def test_a_schedule_free_average_is_worn_and_taken_off_bit_for_bit(tmp_path: Path) -> None:
-    pytest.importorskip("schedulefree")
+    needs("schedulefree")
     own = trainer(tmp_path, optimizer={"name": "schedule_free"})
     own.run(lambda _: False)
     weights = list(own.parallel.pieces().values())
