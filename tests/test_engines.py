@@ -301,16 +301,17 @@ def test_a_network_whose_weights_are_elsewhere_runs_as_it_is(folder: Path) -> No
 
 def test_compiled_code_runs_on_the_card_of_what_it_is_given(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
-    monkeypatch.setattr(torch._inductor, "aoti_load_package", lambda path, **more: asked.append(more))
+    monkeypatch.setattr(torch._C._aoti, "AOTIModelPackageLoader", lambda *given: asked.append(given[-1]))
+    monkeypatch.setattr(aoti, "AOTICompiledModel", lambda loader: loader)
     monkeypatch.setattr(aoti, "outputs_of", lambda *_: ())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (device.index, 0))
     with FakeTensorMode():
         x = torch.empty(2, device="cuda:1")
     assert engines.AOTI(folder).load(folder, None, (x,)).device == torch.device("cuda:1")
-    assert asked == [{"device_index": 1}]
+    assert asked == [1]
     assert "(1, 0)" in engines.AOTI(folder).machine(x.device)
     assert engines.AOTI(folder).load(folder, None, (torch.empty(2),)).device == torch.device("cpu")
-    assert asked[1] == {"device_index": -1}
+    assert asked == [1, -1]
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import ctypes
+import gc
 import mmap
 import sys
 from pathlib import Path
@@ -13,6 +15,7 @@ import pytest
 import torch
 from conftest import components, make_vae, pipeline, seeds
 from safetensors.torch import load_file, save_file
+from test_engines import Layers
 from test_mixtures import run
 from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
@@ -21,6 +24,7 @@ from diffusion_kit import AutoPipelineForText2Image, SDXLPipeline
 from diffusion_kit.models.packed import Packed
 from diffusion_kit.models.vae import cut
 from diffusion_kit.pipelines import memory
+from diffusion_kit.sampling.engines.aoti import AOTI
 from diffusion_kit.sampling.engines.pages import forget, page_out, without_pages_of
 from diffusion_kit.sampling.engines.weights import content, is_parked, park
 
@@ -100,6 +104,38 @@ def test_pages_of_a_file_are_given_back(tmp_path: Path) -> None:
             pass
         assert held() < before - 0.9 * MEGABYTES
         assert sum(mapped[::4096]) == 0
+
+
+@linux
+def test_changed_pages_stay(tmp_path: Path) -> None:
+    """As a library's are, to which its loader wrote before nobody could any more."""
+    (tmp_path / "library").write_bytes(bytes(MEGABYTES << 20))
+    with (tmp_path / "library").open("rb") as stream, mmap.mmap(stream.fileno(), 0, flags=mmap.MAP_PRIVATE) as mapped:
+        mapped[5000] = 7
+        assert sum(mapped[::4096]) == 0
+        address = ctypes.addressof(ctypes.c_char.from_buffer(mapped))
+        with without_pages_of(tmp_path):
+            pass
+        before = held()
+        assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(address), MEGABYTES << 20, mmap.PROT_READ) == 0
+        with without_pages_of(tmp_path):
+            pass
+        assert held() < before - 0.9 * MEGABYTES
+        assert mapped[5000] == 7
+
+
+@linux
+@pytest.mark.heavy
+def test_compiled_weights_are_in_memory_once(tmp_path: Path) -> None:
+    network = Layers(nn.Linear(4096, 64 * MEGABYTES, bias=False).eval())  # of four bytes each
+    x = torch.randn(2, 4096)
+    wanted = network(x)
+    torch.testing.assert_close(AOTI(tmp_path).network(network)(x), wanted)
+    gc.collect()
+    before = held()
+    engine = AOTI(tmp_path)
+    torch.testing.assert_close(engine.network(network)(x), wanted)
+    assert held() < before + 1.3 * MEGABYTES
 
 
 @pytest.fixture

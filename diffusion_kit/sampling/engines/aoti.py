@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import zipfile
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -10,11 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.export.pt2_archive._package import AOTICompiledModel
 
 from diffusion_kit.sampling.doors import Tree
 
 from .converting import Converting
 from .exported import Flat, current, filled, leaves, outputs_of, plain
+from .pages import without_pages_of
 
 CPU = Path("/proc/cpuinfo")
 
@@ -28,19 +31,25 @@ class AOTI(Converting):
     def convert(self, flat: Flat, example: tuple[Tensor, ...], new: Path) -> None:
         on_cpu = all(value.device.type == "cpu" for value in example)
         exported = torch.export.export(flat, example)
+        package = new / "model.pt2"
         with torch._inductor.config.patch(freezing=on_cpu), current(example[0].device):
-            torch._inductor.aoti_compile_and_package(exported, package_path=str(new / "model.pt2"))
+            torch._inductor.aoti_compile_and_package(exported, package_path=str(package))
+        with zipfile.ZipFile(package) as packed:  # as every process would do that loads it
+            packed.extractall(new)
+        package.unlink()
 
     def machine(self, device: torch.device) -> str:
         """Its loops are made for so many threads and these instructions, its kernels for this kind of card."""
         card = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-        return f"{torch.get_num_threads()} threads, {instructions()}, {card}"
+        form = "unpacked"  # there may be others of an earlier kit
+        return f"{form}, {torch.get_num_threads()} threads, {instructions()}, {card}"
 
     def load(self, folder: Path, network: Any, inputs: Tree) -> Any:
         device = leaves(inputs)[0].device
         index = -1 if device.index is None else device.index
-        run = torch._inductor.aoti_load_package(str(folder / "model.pt2"), device_index=index)
-        return Package(run, outputs_of(network, inputs), device)
+        with without_pages_of(folder):  # of whose weights it makes a copy
+            loader = torch._C._aoti.AOTIModelPackageLoader(str(folder / "model"), "model", False, 1, index)
+        return Package(AOTICompiledModel(loader), outputs_of(network, inputs), device)
 
 
 @cache
