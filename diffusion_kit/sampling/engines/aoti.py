@@ -17,7 +17,7 @@ from diffusion_kit.sampling.doors import Tree
 
 from .converting import Converting
 from .exported import Flat, current, filled, leaves, outputs_of, plain
-from .pages import without_pages_of
+from .pages import forget_pages_of
 
 CPU = Path("/proc/cpuinfo")
 
@@ -47,8 +47,8 @@ class AOTI(Converting):
     def load(self, folder: Path, network: Any, inputs: Tree) -> Any:
         device = leaves(inputs)[0].device
         index = -1 if device.index is None else device.index
-        with without_pages_of(folder):  # of whose weights it makes a copy
-            loader = torch._C._aoti.AOTIModelPackageLoader(str(folder / "model"), "model", False, 1, index)
+        loader = torch._C._aoti.AOTIModelPackageLoader(str(folder / "model"), "model", False, 1, index)
+        forget_pages_of(folder)  # of whose weights it has made copies, keeping Python's lock: no thread could look on
         return Package(AOTICompiledModel(loader), outputs_of(network, inputs), device)
 
 

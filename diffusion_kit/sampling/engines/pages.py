@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
@@ -65,7 +65,7 @@ class FilePages:
     def hold(self, tensor: Tensor) -> bool:
         """Whether the tensor lies in a file."""
         if self._mapped is None:
-            self._mapped = sorted((own.first, own.last) for own in _maps() if own.path.startswith("/"))
+            self._mapped = sorted((first, last) for first, last, _, path in _maps() if path.startswith("/"))
         start = tensor.data_ptr()
         k = bisect_right(self._mapped, (start, sys.maxsize)) - 1
         return k >= 0 and start < self._mapped[k][1]
@@ -109,14 +109,13 @@ def _entries(first: int, last: int) -> Any:
 
 
 @contextmanager
-def without_pages_of(place: Path) -> Iterator[None]:
-    """Meanwhile and afterwards pages of a file, or of those in a folder, that somebody maps to read are given back again
-    and again."""
-    place, over = place.resolve(), threading.Event()
+def without_pages_of(file: Path) -> Iterator[None]:
+    """Meanwhile and afterwards pages of a file that somebody maps to read are given back again and again."""
+    over = threading.Event()
 
     def watch() -> None:
         while not over.wait(EVERY):
-            _forget(place)
+            forget_pages_of(file)
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
@@ -125,43 +124,26 @@ def without_pages_of(place: Path) -> Iterator[None]:
     finally:
         over.set()
         thread.join()
-        _forget(place)
+        forget_pages_of(file)
 
 
-def _forget(place: Path) -> None:
-    for own in _maps():
-        if own.is_only_read and Path(own.path).is_relative_to(place):
-            for first, last in _unchanged(own.first, own.last):
-                _advise(first, last, mmap.MADV_DONTNEED)
+def forget_pages_of(place: Path) -> None:
+    """Pages of a file, or of those in a folder, that somebody maps to read leave memory; changed ones stay, as a library's
+    are to which its loader wrote. Weights that AOTInductor appends to a library, from 2 GB on, are mapped to write, and
+    only read."""
+    place = place.resolve()
+    for first, last, rights, path in _maps():
+        if ("w" not in rights or last - first >= WEIGHTS) and Path(path).is_relative_to(place):
+            for run in _unchanged(first, last):
+                _advise(*run, mmap.MADV_DONTNEED)
 
 
-class Mapping(NamedTuple):
-    """Addresses of this process at which a file lies from some place of it on."""
-
-    first: int
-    last: int
-    rights: str
-    offset: int
-    path: str
-
-    @property
-    def is_only_read(self) -> bool:
-        """A library's beginning is not: for a moment, there lies all of it, with what its loader is about to write. Weights
-        that AOTInductor appends to a library, from 2 GB on, are, although it could write to them."""
-        if "w" in self.rights:
-            return self.last - self.first >= WEIGHTS
-        return self.offset > 0 or not self.path.endswith(".so")
-
-
-def _maps() -> list[Mapping]:
+def _maps() -> list[tuple[int, int, str, str]]:
+    """First and last address, rights and file of each mapping of this process."""
     if sys.platform != "linux":
         return []
-    found = []
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        addresses, rights, offset, _, _, *path = line.split(maxsplit=5)
-        first, last = (int(part, 16) for part in addresses.split("-"))
-        found.append(Mapping(first, last, rights, int(offset, 16), *path or [""]))
-    return found
+    rows = (line.split(maxsplit=5) for line in Path("/proc/self/maps").read_text().splitlines())
+    return [(*(int(part, 16) for part in row[0].split("-")), row[1], row[5] if len(row) > 5 else "") for row in rows]
 
 
 @cache
