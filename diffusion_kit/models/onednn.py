@@ -5,6 +5,7 @@ They are the operations of torch's own compiler, but private: `obstacle` tries t
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,13 @@ from torch import Tensor, nn
 
 DTYPES = (torch.float32, torch.bfloat16)
 CPU = Path("/proc/cpuinfo")
-# On other processors than Intel's MKL keeps to AVX2: half as fast as oneDNN where there is AVX-512, as fast where not.
 WIDE = torch.backends.cpu.get_cpu_capability() == "AVX512"
-MKL_IS_FAST = not WIDE or (CPU.is_file() and "GenuineIntel" in CPU.read_text())
+ABOUT = CPU.read_text() if CPU.is_file() else ""
+# On other processors than Intel's MKL keeps to AVX2: half as fast as oneDNN where there is AVX-512, as fast where not, nor
+# where AVX-512 is computed in halves in float32 (AMD's Zen 4).
+HALVES = re.search(r"AuthenticAMD.*?cpu family\s*: 25\b", ABOUT, re.S) is not None
+MKL_IS_FAST = {torch.bfloat16: not WIDE or "GenuineIntel" in ABOUT}
+MKL_IS_FAST[torch.float32] = MKL_IS_FAST[torch.bfloat16] or HALVES
 NO_ATTRIBUTE: tuple[str, list[Any], str] = ("none", [], "")  # nothing is fused behind the product
 
 
