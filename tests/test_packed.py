@@ -36,7 +36,7 @@ import diffusion_kit
 from diffusion_kit import Control, SDXLPipeline
 from diffusion_kit.models import onednn, packed
 from diffusion_kit.models import tiled_attention as attention_by_tiles
-from diffusion_kit.models.packed import Packed, pack_all, pack_layer, unpack
+from diffusion_kit.models.packed import Packed, layers_of, pack_all, pack_layer, unpack
 from diffusion_kit.models.tiled_attention import tiled_attention
 from diffusion_kit.pipelines.optimize import sizes_of
 from diffusion_kit.sampling.engines.pages import PAGEMAP, FilePages
@@ -377,6 +377,22 @@ def test_tiled_attention_is_attention(
     found = tiled_attention(*(x.to(dtype) for x in (q, k, v)))
     assert found.shape == expected.shape
     assert (found.float() - expected).norm() < (1e-5 if dtype == torch.float32 else 1e-2) * expected.norm()
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_no_operation_writes_tensors_out(wide: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch does where it has to find which overload is meant: a tenth of a step's time."""
+    monkeypatch.setattr(onednn, "WIDE", wide)
+    written: list[torch.Tensor] = []
+    monkeypatch.setattr(torch.Tensor, "__repr__", lambda own, **_: written.append(own) or "")
+    net = nn.Sequential(GEGLU(24, 40), nn.Linear(40, 24), nn.Unflatten(1, (24, 1, 1)), nn.Conv2d(24, 8, 1)).eval()
+    with torch.no_grad():
+        expected = net(torch.ones(5, 24))
+        pack_all(layers_of([net]))
+        found = net(torch.ones(5, 24))
+    assert sum(isinstance(layer, Packed) for layer in net.modules()) == 3
+    assert not written
+    assert distance(found, expected) < 1e-5
 
 
 def test_of_a_dtype_that_onednn_has_not_torch_takes_care() -> None:

@@ -1,6 +1,7 @@
 """Products and convolutions by oneDNN on a CPU, over plain weights and over weights that lie as it computes with them.
 
-They are the operations of torch's own compiler, but private: `obstacle` tries them before anybody relies on them.
+They are the operations of torch's own compiler, but private: `obstacle` tries them before anybody relies on them. Each is
+called by its overload: where torch has to find that, it first writes out why another does not fit, every tensor included.
 """
 
 from __future__ import annotations
@@ -28,22 +29,22 @@ NO_ATTRIBUTE: tuple[str, list[Any], str] = ("none", [], "")  # nothing is fused 
 
 def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """A B^T + bias: (..., k), (n, k) -> (..., n)."""
-    return torch.ops.mkldnn._linear_pointwise(a, b, bias, *NO_ATTRIBUTE)
+    return torch.ops.mkldnn._linear_pointwise.default(a, b, bias, *NO_ATTRIBUTE)
 
 
 def gated(x: Tensor, value: Tensor, gate: Tensor, biases: tuple[Tensor | None, Tensor | None]) -> Tensor:
     """(x V^T + b) * gelu(x G^T + c); where there is AVX-512, with nothing written in between. Elsewhere a product that ends
     with a factor takes up to nine times as long as one that does not."""
-    opened = torch.ops.mkldnn._linear_pointwise(x, gate, biases[1], "gelu", [], "none")
+    opened = torch.ops.mkldnn._linear_pointwise.default(x, gate, biases[1], "gelu", [], "none")
     if WIDE:
-        return torch.ops.mkldnn._linear_pointwise(x, opened, value, biases[0], "mul")
+        return torch.ops.mkldnn._linear_pointwise.binary(x, opened, value, biases[0], "mul")
     return opened.mul_(product(x, value, biases[0]))
 
 
 def convolution(x: Tensor, layer: Any, weight: Tensor) -> Tensor:
     """What the layer makes of x (B, C, H, W) with a weight that was laid out, channels last."""
     x = x.contiguous(memory_format=torch.channels_last)
-    return torch.ops.mkldnn._convolution_pointwise(x, weight, layer.bias, *geometry(layer), *NO_ATTRIBUTE)
+    return torch.ops.mkldnn._convolution_pointwise.default(x, weight, layer.bias, *geometry(layer), *NO_ATTRIBUTE)
 
 
 def laid_out(layer: Any, weight: Tensor, shape: torch.Size | None = None) -> Tensor:

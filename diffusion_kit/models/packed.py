@@ -99,9 +99,11 @@ class PackedLinear(Packed, nn.Linear):  # type: ignore[override]
         own: Weight | None = self.__dict__.get("_packed")
         if own is None or not own.fits(input):
             return nn.Linear.forward(unpack(self), input)
+        if len(own.parts) == 1:
+            return onednn.product(input, own.parts[0], self.bias)
         biases = (None,) * len(own.parts) if self.bias is None else self.bias.chunk(len(own.parts))
         made = [onednn.product(input, part, bias) for part, bias in zip(own.parts, biases, strict=True)]
-        return made[0] if len(made) == 1 else torch.cat(made, -1)
+        return torch.cat(made, -1)
 
 
 class PackedConv2d(Packed, nn.Conv2d):  # type: ignore[override]

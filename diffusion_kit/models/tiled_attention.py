@@ -26,8 +26,7 @@ def tiled_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | No
     few = min(queries, keys) < (FEWEST_AT_ONCE if together else FEWEST)
     if few or bias is not None or torch.is_grad_enabled() or not _is_faster(query):
         return F.scaled_dot_product_attention(query, key, value, bias)
-    q = (query * query.shape[3] ** -0.5).contiguous().flatten(0, 1)
-    k, v = key.contiguous().flatten(0, 1), value.contiguous().flatten(0, 1)
+    q, k, v = (own.contiguous().flatten(0, 1) for own in (query, key, value))
     out = torch.empty_like(q)
     if together:
         _by_heads(q, k, v, out, max(1, AT_ONCE // (queries * keys)))
@@ -43,11 +42,13 @@ def _is_faster(query: Tensor) -> bool:
 def _by_heads(q: Tensor, k: Tensor, v: Tensor, out: Tensor, heads: int) -> None:
     """torch's batched products, which are oneDNN's in bfloat16."""
     for queries, keys, values, result in zip(*(whole.split(heads) for whole in (q, k, v, out)), strict=True):
-        torch.bmm(torch.softmax(queries @ keys.mT, -1), values, out=result)
+        scores = queries.new_empty(len(queries), queries.shape[1], keys.shape[1])
+        torch.baddbmm(scores, queries, keys.mT, beta=0, alpha=q.shape[-1] ** -0.5, out=scores)
+        torch.bmm(torch.softmax(scores, -1), values, out=result)
 
 
 def _by_tiles(q: Tensor, k: Tensor, v: Tensor, out: Tensor, rows: int) -> None:
-    v = v.mT.contiguous()
+    q, v = q * q.shape[-1] ** -0.5, v.mT.contiguous()
     for head in range(len(q)):
         for tile, result in zip(q[head].split(rows), out[head].split(rows), strict=True):
             result.copy_(product(torch.softmax(product(tile, k[head]), -1), v[head]))
