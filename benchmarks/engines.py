@@ -125,19 +125,30 @@ def own_levels(result: dict[str, Any]) -> dict[str, Any]:
     return {**result, "contenders": rows}
 
 
-def told(results: Results, left: Sequence[Case]) -> list[str]:
-    """What there was to be shown, for the page: misses first; and cases that this machine cannot run."""
-    now = code()
+def told(results: Sequence[dict[str, Any]], left: Sequence[Case]) -> list[str]:
+    """What there was to be shown, for the page, machine by machine; and cases that this one cannot run."""
+    machines: dict[str, Results] = {}
+    for own in results:
+        case = Case(**{**own["case"], "controls": tuple(own["case"]["controls"])})
+        machines.setdefault(json.dumps(own["about"]["machine"]), {})[case] = own
+    lines = ["## Bounds", ""]
+    for own in machines.values():
+        lines += [*told_of_one(own), ""]
+    return [*lines, *(f"- not measured here: {case.name} ({absent('diffusers', case)})" for case in left), ""]
+
+
+def told_of_one(results: Results) -> list[str]:
+    """A machine's, misses first."""
+    now, about = code(), next(iter(results.values()))["about"]["machine"]
     older = sum(result["about"]["code"] != now for result in results.values())
     said = f"{len(results)} cases" + (f", of which {older} were measured on older sources than {now}" if older else "")
-    lines = ["## Bounds", "", f"On {machine()['processor']}, {machine()['instructions']}: {said}.", ""]
+    lines = [f"On {about['processor']}, {about['instructions']}: {said}.", ""]
     lines += ["| | found | bound | |", "| --- | --- | --- | --- |"]
     for own in sorted(bounds(results), key=lambda own: own["passed"]):
         limits = [f"{word} {own[key]}" for word, key in (("at least", "least"), ("at most", "most")) if own.get(key)]
         why = "" if own["passed"] else own.get("why", "missed")
         lines.append(f"| {own['what']} | {own.get('value', '')} | {', '.join(limits)} | {why.replace('|', '/')} |")
-    lines += ["", *(f"- not measured: {case.name} ({absent('diffusers', case)})" for case in left)]
-    return [*lines, ""]
+    return lines
 
 
 def main() -> None:
@@ -158,7 +169,8 @@ def main() -> None:
     for older, (cases, names) in product((True, False), groups):
         possible = [case for case in cases if case not in left]
         results |= dict(zip(possible, measured(possible, names, out, ROUNDS, older=older), strict=True))
-        text = page([own_levels(own) for own in kept(out)], "scripts/verify bench", told(results, left))
+        found = [own_levels(own) for own in kept(out)]
+        text = page(found, "scripts/verify bench", told(found, left))
         (ROOT / "docs/benchmarks.md").write_text(text)
     print(json.dumps({"machine": machine(), "bounds": bounds(results), "not measured": [case.name for case in left]}))
 
